@@ -1,0 +1,90 @@
+"""The only door to mlx-lm's private names.
+
+Each adapter below gives a private step of mlx-lm 0.32 a public name. What upstream
+makes public (see ``patches/``) is deleted here.
+"""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import mlx.core as mx
+from mlx_lm import __version__
+from mlx_lm.server import (
+    APIHandler,
+    CompletionRequest,
+    GenerationArguments,
+    ModelDescription,
+    ModelProvider,
+    ResponseGenerator,
+    _format_top_logprobs,
+    _image_parts,
+    _make_logits_processors,
+    _make_sampler,
+)
+from mlx_lm.utils import _download
+
+ModelKey = Tuple[str, Optional[str], Optional[str]]
+
+download = _download
+format_top_logprobs = _format_top_logprobs
+image_parts = _image_parts
+make_logits_processors = _make_logits_processors
+make_sampler = _make_sampler
+
+
+def check_version() -> None:
+    """Refuse an mlx-lm whose private names this file does not know.
+
+    Raises:
+        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
+    """
+    version = tuple(int(part) for part in __version__.split(".")[:3])
+    if not (0, 32, 2) <= version < (0, 33):
+        raise RuntimeError(
+            f"mlx-lm {__version__} is installed, and mlx-lm-ext needs "
+            "mlx-lm>=0.32.2,<0.33"
+        )
+
+
+class ModelProviderBase(ModelProvider):
+    """``ModelProvider`` with its name maps and load arguments as public members."""
+
+    def resolve(self, model: ModelDescription) -> ModelKey:
+        """The paths of a request's model, adapter and draft model for ``load``."""
+        return (
+            self._model_map.get(model.model, model.model),
+            # Upstream ignores an adapter asked for on the default model.
+            model.adapter or self._adapter_map.get(model.model),
+            self._draft_model_map.get(model.draft, model.draft),
+        )
+
+    @property
+    def tokenizer_config(self) -> Dict[str, Any]:
+        return self._tokenizer_config
+
+
+class ResponseGeneratorBase(ResponseGenerator):
+    """``ResponseGenerator`` with the steps that a subclass calls or replaces."""
+
+    def run(self) -> None:
+        """The body of the generation thread."""
+        raise NotImplementedError
+
+    def _generate(self):
+        self.run()
+
+    def tokenize(
+        self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments
+    ) -> Tuple[List[int], List[List[int]], List[str], str]:
+        """The prompt, its segments, their types, and the initial text state."""
+        return self._tokenize(tokenizer, request, args)[:4]
+
+    def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
+        """Serve ``(queue, request, args)`` alone, on the calling thread."""
+        self._serve_single(request, stream)
+
+
+class APIHandlerBase(APIHandler):
+    """``APIHandler`` with its CORS headers as a public method."""
+
+    def send_cors_headers(self) -> None:
+        self._set_cors_headers()

@@ -1,0 +1,321 @@
+"""The command line of ``mlx_lm.batch_server``.
+
+Rules:
+1. A wrong argument ends the start with exit code 2, anything else that keeps the
+   server from starting with exit code 1; each says why in one line.
+2. MLX is imported after the arguments are parsed and a fast BLAS is loaded.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Callable, Dict, List, Optional
+
+from . import __version__, blas, demo_model
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(
+    kind: type, minimum: float, maximum: float = math.inf
+) -> Callable[[str], Any]:
+    """An argument type: a number in a range, its ends included."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        # Written so that NaN fails too.
+        if not minimum <= value <= maximum:
+            limit = f"at most {maximum}" if value > maximum else f"at least {minimum}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def size(text: str) -> int:
+    """An argument type: bytes, as ``1073741824``, ``512MB`` or ``2GB``."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; write bytes, or 512MB, or 2GB"
+        )
+    return int(float(match[1]) * units[match[2]])
+
+
+def json_object(text: str) -> Dict[str, Any]:
+    """An argument type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {e}")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def chat_template(text: str) -> str:
+    """An argument type: a chat template, or the path of a file that holds one."""
+    try:
+        if text and Path(text).is_file():
+            return Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        pass
+    # Every template has a {{ }} or a {% %}.
+    if text and "{" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no file and no template")
+    return text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the server. Those of ``mlx_lm.server`` mean what they do there."""
+    parser = ArgumentParser(
+        prog="mlx_lm.batch_server",
+        description="Serve a model over an OpenAI-compatible HTTP API, in batches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}"
+    )
+
+    model = parser.add_argument_group("model").add_argument
+    model(
+        "--model",
+        help=f"path or Hugging Face repository of an MLX model; without it, "
+        f"{demo_model.NAME} is fetched once and served",
+    )
+    model("--adapter-path", help="path of LoRA adapter weights and their config")
+    model(
+        "--draft-model",
+        help="model for speculative decoding; requests are then served one at a time",
+    )
+    model(
+        "--num-draft-tokens",
+        type=number(int, 1),
+        default=3,
+        help="tokens to draft at a time",
+    )
+    model(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the model or its tokenizer",
+    )
+    model(
+        "--chat-template",
+        type=chat_template,
+        default="",
+        help="chat template to use instead of the model's: its text, or a file's path",
+    )
+    model(
+        "--use-default-chat-template",
+        action="store_true",
+        help="use the tokenizer's default chat template if the model has none",
+    )
+    model(
+        "--chat-template-args",
+        type=json_object,
+        default="{}",
+        help="""JSON object of arguments for the chat template,
+        e.g. '{"enable_thinking": false}'""",
+    )
+
+    server = parser.add_argument_group("server").add_argument
+    server("--host", default="127.0.0.1", help="address to listen on")
+    server(
+        "--port",
+        type=number(int, 0, 65535),
+        default=8080,
+        help="port to listen on; 0 takes a free one",
+    )
+    server(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default="*",
+        help="origins that browsers may call from, with commas between them",
+    )
+    server(
+        "--log-level",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR"],
+        default="INFO",
+        help="least severity of what is logged",
+    )
+
+    batch = parser.add_argument_group("batch").add_argument
+    batch(
+        "--batch-size",
+        type=number(int, 1),
+        default=32,
+        help="requests to decode at a time",
+    )
+    batch(
+        "--prompt-concurrency",
+        type=number(int, 1),
+        default=8,
+        help="prompts to process at a time",
+    )
+    batch(
+        "--prefill-step-size",
+        type=number(int, 1),
+        default=2048,
+        help="tokens of a prompt to process between two decode steps",
+    )
+
+    cache = parser.add_argument_group("cache").add_argument
+    cache(
+        "--use-prompt-cache",
+        action="store_true",
+        help="keep the KV of prompts and answers for requests that share a prefix",
+    )
+    cache(
+        "--radix-cache-size",
+        type=size,
+        default=1 << 30,
+        help="bytes that the prompt cache may take; also 512MB, 2GB",
+    )
+    cache(
+        "--kv-bits",
+        type=int,
+        choices=[2, 3, 4, 5, 6, 8],
+        help="quantize the KV; requests are then served one at a time",
+    )
+    cache(
+        "--kv-group-size",
+        type=int,
+        choices=[32, 64, 128],
+        default=64,
+        help="group size of quantized KV",
+    )
+    cache(
+        "--quantized-kv-start",
+        type=number(int, 0),
+        default=5000,
+        help="tokens of a sequence after which its KV is quantized",
+    )
+
+    defaults = parser.add_argument_group("defaults of requests").add_argument
+    defaults(
+        "--max-tokens",
+        type=number(int, 1),
+        default=512,
+        help="tokens to generate",
+    )
+    defaults(
+        "--temp",
+        type=number(float, 0, 1e9),
+        default=0.0,
+        help="sampling temperature; 0 takes the most likely token",
+    )
+    defaults("--top-p", type=number(float, 0, 1), default=1.0, help="nucleus sampling")
+    defaults("--top-k", type=number(int, 0), default=0, help="top-k sampling; 0 is off")
+    defaults(
+        "--min-p",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="min-p sampling; 0 is off",
+    )
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Serve until SIGINT or SIGTERM, then exit with 0."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(
+        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+    )
+    if line := blas.load():
+        logging.info(line)
+    try:
+        serve(args)
+    except (OSError, RuntimeError) as e:
+        print(f"mlx_lm.batch_server: error: {e}", file=sys.stderr)
+        leave(1)
+    except KeyboardInterrupt:
+        leave(0)
+
+
+def leave(code: int) -> None:
+    """End the process without Python's finalization.
+
+    MLX frees what it keeps for a thread after the thread's Python part has ended. If
+    the interpreter is gone by then, the process aborts.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load the model and serve it.
+
+    Raises:
+        OSError: If the address cannot be listened on.
+        RuntimeError: If the model cannot be loaded.
+        KeyboardInterrupt: On SIGINT or SIGTERM, after the server has stopped.
+    """
+    import mlx.core as mx
+
+    from ._upstream import check_version
+
+    check_version()
+    from mlx_lm.server import get_system_fingerprint
+
+    from .api import BatchAPIHandler, BatchHTTPServer
+    from .engine import Engine
+    from .model_provider import BatchModelProvider
+    from .prompt_cache import PromptCache
+
+    if mx.distributed.init().size() > 1:
+        raise RuntimeError("several machines are not supported; use mlx_lm.server")
+    args.model_id = args.model
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if args.model is None:
+        args.model_id = demo_model.NAME
+        args.model = str(demo_model.ensure(mx.default_device() != mx.cpu))
+        logging.info(f"No --model was given: serving {args.model_id}")
+
+    try:
+        httpd = BatchHTTPServer((args.host, args.port), None)
+    except OSError as e:
+        raise OSError(f"cannot listen on {args.host} port {args.port}: {e.strerror}")
+    size = args.radix_cache_size
+    cache = PromptCache(1 << 30, size) if args.use_prompt_cache else None
+    engine = Engine(BatchModelProvider(args), cache)
+    httpd.RequestHandlerClass = partial(
+        BatchAPIHandler, engine, system_fingerprint=get_system_fingerprint()
+    )
+    accepting = Thread(target=httpd.serve_forever)
+    try:
+        accepting.start()
+        engine.loaded.wait()
+        if engine.load_error is not None:
+            raise RuntimeError(engine.load_error)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        port = httpd.server_address[1]
+        logging.info(f"Serving {args.model_id} at http://{host}:{port}/v1")
+        Event().wait()
+    finally:
+        # A second signal ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        httpd.shutdown()
+        engine.stop_and_join()
+        httpd.server_close()
+
+
+if __name__ == "__main__":
+    main()

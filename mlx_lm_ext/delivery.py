@@ -1,0 +1,133 @@
+"""From token ids to what a client reads: text, reasoning and tool calls.
+
+Rules:
+1. Runs on a handler thread, and takes all tokens that have piled up at once.
+2. Streamed or not, the pieces add up to the same text.
+3. Stop words are found in the text, however they were tokenised.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.server import ToolCallFormatter
+
+from .request import Request, Token
+
+
+@dataclass
+class Delta:
+    """What some tokens add to an answer.
+
+    Args:
+        text (str): The answer itself.
+        reasoning (str): What a reasoning model thinks before it answers.
+        tool_calls (List[Dict]): Whole tool calls in OpenAI's shape.
+        tokens (List[Token]): The tokens it was made from.
+        finish_reason (Optional[str]): Set on the last one.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: List[Dict[str, Any]] = field(default_factory=list)
+    tokens: List[Token] = field(default_factory=list)
+    finish_reason: Optional[str] = None
+
+
+class Delivery:
+    """The text of one answer, made as its tokens arrive.
+
+    Args:
+        request (Request): The request, of which a token has arrived.
+        stream (bool): Number the tool calls, as streams do.
+    """
+
+    def __init__(self, request: Request, stream: bool):
+        tokenizer = request.model.tokenizer
+        self.detokenizer = tokenizer.detokenizer
+        self.format_tool_calls = ToolCallFormatter(
+            tokenizer.tool_parser, request.completion.tools, stream
+        )
+        self.state = make_text_state_machine(tokenizer).make_state(
+            request.initial_state
+        )
+        self.stop_words = request.args.stop_words
+        # The state None ends the answer.
+        stops = [(word, None) for word in self.stop_words]
+        self.stop_state = TextStateMachine({"normal": stops}).make_state()
+        self.tool_text = ""
+        self.made_tool_call = False
+
+    def feed(self, tokens: List[Token]) -> Delta:
+        """Turn the next tokens into text.
+
+        Args:
+            tokens (List[Token]): At least one. With the last one of the answer comes
+              what was held back.
+
+        Returns:
+            What they add. A stop word ends the answer and drops the tokens after it.
+        """
+        delta = Delta()
+        # One by one, so that a stop word ends the answer at the same token
+        # however many have piled up.
+        groups = [[t] for t in tokens] if self.stop_words else [tokens]
+        for group in groups:
+            delta.tokens += group
+            delta.finish_reason = group[-1].finish_reason
+            for token in group:
+                # The token that stops the answer is not part of it.
+                if token.finish_reason != "stop":
+                    self.detokenizer.add_token(token.id)
+            if delta.finish_reason is not None:
+                self.detokenizer.finalize()
+            self.split(self.detokenizer.last_segment, delta)
+            if delta.finish_reason is not None:
+                break
+        if delta.finish_reason == "stop" and self.made_tool_call:
+            delta.finish_reason = "tool_calls"
+        return delta
+
+    def split(self, text: str, delta: Delta) -> None:
+        """Sort text into answer, reasoning and tool calls."""
+        last = delta.finish_reason is not None
+        self.state, segments = TextStateMachine.split(self.state, text)
+        if last:
+            self.state, rest, name = TextStateMachine.flush(self.state)
+            segments.append((name, rest))
+        for name, piece in segments:
+            if name == "tool":
+                self.tool_text += piece
+                continue
+            self.end_tool_call(delta)
+            if name == "reasoning":
+                delta.reasoning += piece
+            elif name == "normal":
+                self.add_text(piece, delta)
+        if last:
+            self.end_tool_call(delta)
+            self.stop_state, rest, _ = TextStateMachine.flush(self.stop_state)
+            delta.text += rest
+
+    def add_text(self, text: str, delta: Delta) -> None:
+        """Add to the answer, up to the first stop word."""
+        if self.stop_state[0] is None:
+            return
+        self.stop_state, segments = TextStateMachine.split(self.stop_state, text)
+        delta.text += "".join(piece for _, piece in segments)
+        if self.stop_state[0] is None:
+            # What follows the stop word is not part of the answer.
+            self.stop_state = (None, None, {}, "")
+            delta.finish_reason = "stop"
+
+    def end_tool_call(self, delta: Delta) -> None:
+        """Parse the tool text, if there is any. What is no call stays text."""
+        text, self.tool_text = self.tool_text, ""
+        if not text:
+            return
+        calls = self.format_tool_calls([text])
+        if calls:
+            self.made_tool_call = True
+            delta.tool_calls += calls
+        else:
+            self.add_text(text, delta)

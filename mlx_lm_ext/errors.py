@@ -1,0 +1,39 @@
+"""Errors that reach an HTTP client, in OpenAI's shape."""
+
+from http import HTTPStatus
+from typing import Any, Dict, Optional
+
+
+class RequestError(Exception):
+    """A request that cannot be served, with what to tell its client.
+
+    Args:
+        status (int): The HTTP status.
+        message (str): One sentence: what is wrong and what would be right.
+        param (Optional[str]): The field at fault.
+        code (Optional[str]): OpenAI's error code, where it has one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: Optional[str] = None,
+        code: Optional[str] = None,
+    ):
+        super().__init__(message)
+        self.status = HTTPStatus(status)
+        self.param = param
+        self.code = code
+
+    def to_json(self) -> Dict[str, Any]:
+        """The body of the error response."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": str(self),
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }

@@ -1,0 +1,113 @@
+"""Models by name: what a handler thread may know of them, and loading.
+
+Rules:
+1. Weights are loaded on the generation thread only, by upstream's ``load``.
+2. A wrong name is found out before that, so it never costs the running model.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from mlx_lm.generate import StopSequences, make_stop_sequences
+from mlx_lm.server import ModelDescription
+from mlx_lm.utils import load_config, load_tokenizer
+
+from ._upstream import ModelKey, ModelProviderBase, download
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a handler thread needs of a model; no arrays.
+
+    Args:
+        key (ModelKey): The paths of model, adapter and draft model.
+        tokenizer (TokenizerWrapper): Shared by all threads, never changed.
+        vocabulary_size (int): Token ids are below it.
+        context_length (Optional[int]): Tokens of prompt and answer together.
+        end_of_text (StopSequences): The end-of-text tokens.
+    """
+
+    key: ModelKey
+    tokenizer: Any
+    vocabulary_size: int
+    context_length: Optional[int]
+    end_of_text: StopSequences
+
+
+class BatchModelProvider(ModelProviderBase):
+    """Upstream's ``ModelProvider`` that also answers handler threads."""
+
+    def __init__(self, cli_args):
+        super().__init__(cli_args)
+        self._served = {}
+
+    @property
+    def default_key(self) -> ModelKey:
+        """The model of the command line."""
+        name = "default_model"
+        return self.resolve(ModelDescription(model=name, draft=name, adapter=None))
+
+    def describe(self, model: ModelDescription) -> ServedModel:
+        """Find a request's model without loading its weights (any thread).
+
+        Raises:
+            RequestError: If the model, its adapter or its draft model is not found.
+        """
+        key = self.resolve(model)
+        if key not in self._served:
+            self._served[key] = self._describe(key)
+        return self._served[key]
+
+    def _describe(self, key: ModelKey, tokenizer: Any = None) -> ServedModel:
+        model, adapter, draft = key
+        try:
+            path = download(model)
+            config = load_config(path)
+        except Exception as e:
+            raise not_found("model", model, e)
+        if adapter is not None and not Path(adapter).is_dir():
+            raise not_found("adapters", adapter, "it is not a folder here")
+        if draft is not None:
+            try:
+                download(draft)
+            except Exception as e:
+                raise not_found("draft_model", draft, e)
+
+        if tokenizer is None:
+            tokenizer = load_tokenizer(
+                path, self.tokenizer_config, eos_token_ids=config.get("eos_token_id")
+            )
+            if self.cli_args.use_default_chat_template:
+                tokenizer.chat_template = (
+                    tokenizer.chat_template or tokenizer.default_chat_template
+                )
+        text_config = config.get("text_config") or config
+        return ServedModel(
+            key=key,
+            tokenizer=tokenizer,
+            vocabulary_size=len(tokenizer),
+            context_length=text_config.get("max_position_embeddings"),
+            end_of_text=make_stop_sequences(tokenizer),
+        )
+
+    def switch_to(self, key: ModelKey) -> None:
+        """Load the weights of ``key`` unless they are (generation thread)."""
+        if key == self.model_key:
+            return
+        logging.info(f"Loading {key[0]}")
+        try:
+            _, tokenizer = self.load(*key)
+        except Exception as e:
+            raise not_found("model", key[0], e)
+        self._served[key] = self._describe(key, tokenizer)
+
+
+def not_found(param: str, name: str, reason: Any) -> RequestError:
+    """The 404 for a model, adapter or draft model that is not there or not whole."""
+    reason = (str(reason).splitlines() or [type(reason).__name__])[0]
+    return RequestError(
+        404, f"{param} {name!r} cannot be loaded: {reason}", param, "model_not_found"
+    )

@@ -1,0 +1,140 @@
+"""What crosses between a handler thread and the generation thread.
+
+Rules:
+1. Plain Python only: no arrays, nothing that owns one.
+2. A request's events end with one token that has a finish reason, or one exception.
+"""
+
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Callable, List, Optional, Tuple, Union
+
+from mlx_lm.generate import StopSequences
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+)
+
+from .errors import RequestError
+from .model_provider import ServedModel
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token, as it is handed to a handler thread.
+
+    Args:
+        id (int): The token.
+        logprob (Optional[float]): Its log probability, if the request asked.
+        top (Tuple): ``(id, logprob)`` of the most likely tokens, if it asked.
+        finish_reason (Optional[str]): "stop" or "length" on the last token.
+    """
+
+    id: int
+    logprob: Optional[float] = None
+    top: Tuple[Tuple[int, float], ...] = ()
+    finish_reason: Optional[str] = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way through the engine.
+
+    Args:
+        model (ServedModel): The model that serves it.
+        completion (CompletionRequest): The request as upstream knows it.
+        args (GenerationArguments): Sampling parameters and limits.
+        prompt (List[int]): The prompt's tokens. With images only upstream can make
+          them: they are known from the first token on.
+        segments (List[List[int]]): The prompt cut where its KV is worth keeping.
+        segment_types (List[str]): The cache type of each segment.
+        initial_state (str): Where the text state machine starts.
+    """
+
+    model: ServedModel
+    completion: CompletionRequest
+    args: GenerationArguments
+    prompt: List[int] = field(default_factory=list)
+    segments: List[List[int]] = field(default_factory=list)
+    segment_types: List[str] = field(default_factory=list)
+    initial_state: str = "normal"
+    generated: List[int] = field(default_factory=list)
+    n_cached: int = 0
+    cancelled: bool = False
+    finished: bool = False
+    events: SimpleQueue = field(default_factory=SimpleQueue)
+
+    def cancel(self) -> None:
+        """Leave the waiting list or the batch at the next step (any thread)."""
+        self.cancelled = True
+
+    def put(self, event: Union[Token, Exception]) -> None:
+        """Hand an event to the handler thread; an exception is the last one."""
+        if isinstance(event, Token):
+            self.generated.append(event.id)
+            self.finished = event.finish_reason is not None
+        else:
+            self.finished = True
+        self.events.put(event)
+
+    def receive(self, timeout: float) -> List[Token]:
+        """All tokens that have piled up, at least one unless the time runs out.
+
+        Raises:
+            Exception: What ended the request on the generation thread.
+        """
+        tokens = []
+        try:
+            event = self.events.get(timeout=timeout)
+            while not isinstance(event, Exception):
+                tokens.append(event)
+                event = self.events.get_nowait()
+        except Empty:
+            return tokens
+        raise event
+
+
+class SingleQueue:
+    """What upstream's single path takes for its response queue."""
+
+    def __init__(self, request: Request, is_stopping: Callable[[], bool]):
+        self.request = request
+        self.is_stopping = is_stopping
+        self.context = None
+
+    def put(self, item: Any) -> None:
+        request = self.request
+        if isinstance(item, Exception):
+            request.put(bad_request(item))
+        elif request.cancelled or self.is_stopping():
+            # Upstream puts this exception back here, and ends.
+            raise RequestError(503, "the request was cancelled")
+        elif isinstance(item, GenerationContext):
+            self.context = item
+            request.prompt = item.prompt
+            request.initial_state = item.initial_state
+        elif isinstance(item, Response):
+            request.n_cached = max(0, self.context.prompt_cache_count)
+            top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)
+            request.put(Token(item.token, item.logprob, top, item.finish_reason))
+
+
+def bad_request(error: Exception) -> Exception:
+    """Upstream raises ValueError for what a client did wrong."""
+    return RequestError(400, str(error)) if type(error) is ValueError else error
+
+
+class ResumedStopSequences(StopSequences):
+    """Stop sequences of a request that goes on after ``generated``."""
+
+    def __init__(self, sequences: StopSequences, generated: List[int]):
+        self.sequences = sequences
+        self.generated = generated
+
+    def matcher(self) -> StopSequences.Matcher:
+        matcher = self.sequences.matcher()
+        for token in self.generated:
+            matcher.advance(token)
+        return matcher

@@ -1,0 +1,287 @@
+"""What a request body may hold: types, ranges, and what is not supported.
+
+Rules:
+1. Nothing invalid or unsupported is ignored: it is a 400 that names the field.
+2. A field that is absent or null takes the default of the command line.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+from mlx_lm.server import (
+    GenerationArguments,
+    LogitsProcessorArguments,
+    ModelDescription,
+    SamplingArguments,
+)
+
+from .errors import RequestError
+
+TYPE_NAMES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """The type of a field and the range of its value."""
+
+    kind: type
+    minimum: float = -1e9
+    maximum: float = 1e9
+
+
+FIELDS = {
+    "model": Field(str),
+    "adapters": Field(str),
+    "draft_model": Field(str),
+    "num_draft_tokens": Field(int, 1),
+    "stream": Field(bool),
+    "stream_options": Field(dict),
+    "max_tokens": Field(int, 1),
+    "max_completion_tokens": Field(int, 1),
+    "temperature": Field(float, 0),
+    "top_p": Field(float, 0, 1),
+    "top_k": Field(int, 0),
+    "min_p": Field(float, 0, 1),
+    "xtc_probability": Field(float, 0, 1),
+    "xtc_threshold": Field(float, 0, 0.5),
+    "repetition_penalty": Field(float, 0),
+    "repetition_context_size": Field(int, 0),
+    "presence_penalty": Field(float),
+    "presence_context_size": Field(int, 0),
+    "frequency_penalty": Field(float),
+    "frequency_context_size": Field(int, 0),
+    "logit_bias": Field(dict),
+    "top_logprobs": Field(int, 0, 20),
+    "seed": Field(int, -(2**63), 2**64 - 1),
+    "n": Field(int, 1),
+    "best_of": Field(int, 1),
+    "response_format": Field(dict),
+    "tools": Field(list),
+    "chat_template_kwargs": Field(dict),
+    "role_mapping": Field(dict),
+    "echo": Field(bool),
+    "suffix": Field(str),
+    "user": Field(str),
+}
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def parse_body(raw: bytes) -> Dict[str, Any]:
+    """Parse a request's body and check each field that it holds.
+
+    Returns:
+        The body without its null fields.
+
+    Raises:
+        RequestError: If it is no JSON object, or a field is wrong.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(400, f"the body is not JSON: {e}")
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    body = {name: value for name, value in body.items() if value is not None}
+    for name, field in FIELDS.items():
+        if name in body:
+            check_field(name, body[name], field)
+    check_supported(body)
+    return body
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Refuse a value of another JSON type. An integer is a number; no bool is."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
+        raise RequestError(400, f"{name} must be {TYPE_NAMES[kind]}", name)
+
+
+def check_field(name: str, value: Any, field: Field) -> None:
+    check_type(name, value, field.kind)
+    if field.kind not in (int, float):
+        return
+    # Written so that NaN fails too.
+    if not field.minimum <= value <= field.maximum:
+        low, high = f"{field.minimum:g}", f"{field.maximum:g}"
+        raise RequestError(400, f"{name} must be between {low} and {high}", name)
+
+
+def check_supported(body: Dict[str, Any]) -> None:
+    """Refuse what OpenAI defines and this server cannot do."""
+    choice = body.get("tool_choice", "auto")
+    unsupported = {
+        "n": body.get("n", 1) != 1,
+        "best_of": body.get("best_of", 1) != 1,
+        "echo": body.get("echo", False),
+        "suffix": bool(body.get("suffix")),
+        "response_format": body.get("response_format", {}).get("type", "text")
+        != "text",
+        "tool_choice": choice not in ("auto", "none"),
+    }
+    for name, refused in unsupported.items():
+        if refused:
+            raise RequestError(
+                400, f"this value of {name} is not supported", name, "unsupported_value"
+            )
+
+
+def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The messages of a chat request, each with a known role and a content."""
+    messages = body.get("messages")
+    check_type("messages", messages, list)
+    if not messages:
+        raise RequestError(400, "messages must not be empty", "messages")
+    for i, message in enumerate(messages):
+        name = f"messages[{i}]"
+        check_type(name, message, dict)
+        if message.get("role") not in ROLES:
+            raise RequestError(
+                400, f"{name}.role must be one of {', '.join(ROLES)}", f"{name}.role"
+            )
+        check_content(f"{name}.content", message)
+    return messages
+
+
+def check_content(name: str, message: Dict[str, Any]) -> None:
+    """A content is text or a list of parts; only an assistant's may be missing."""
+    content = message.get("content")
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            check_type(f"{name}[{i}]", part, dict)
+            check_type(f"{name}[{i}].type", part.get("type"), str)
+            if part["type"] == "text":
+                check_type(f"{name}[{i}].text", part.get("text"), str)
+    elif content is not None or message["role"] != "assistant":
+        check_type(name, content, str)
+    calls = message.get("tool_calls") or []
+    check_type(name.replace("content", "tool_calls"), calls, list)
+    for call in calls:
+        check_type(name.replace("content", "tool_calls"), call, dict)
+
+
+def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
+    """The tools that the model may call."""
+    tools = body.get("tools") or []
+    for i, tool in enumerate(tools):
+        check_type(f"tools[{i}]", tool, dict)
+        check_type(f"tools[{i}].function", tool.get("function"), dict)
+    if body.get("tool_choice") == "none":
+        return None
+    return tools or None
+
+
+def parse_prompt(body: Dict[str, Any]) -> Any:
+    """The prompt of a text completion: a text, or its token ids."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if isinstance(prompt, list):
+        if not all(type(token) is int for token in prompt):
+            raise RequestError(
+                400, "prompt must be one string or one array of token ids", "prompt"
+            )
+    else:
+        check_type("prompt", prompt, str)
+    if not prompt:
+        raise RequestError(400, "prompt must not be empty", "prompt")
+    return prompt
+
+
+def parse_stop(body: Dict[str, Any]) -> List[str]:
+    """The stop words."""
+    stop = body.get("stop", [])
+    words = [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
+        raise RequestError(
+            400, "stop must be a string or an array of non-empty strings", "stop"
+        )
+    return words
+
+
+def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
+    """Whether log probabilities are wanted, and of how many likely tokens.
+
+    A chat request has ``logprobs`` (bool) and ``top_logprobs`` (int), a text
+    completion has ``logprobs`` (int).
+    """
+    logprobs = body.get("logprobs", False)
+    if isinstance(logprobs, bool):
+        top = body.get("top_logprobs", 0)
+        if top and not logprobs:
+            raise RequestError(
+                400, "top_logprobs needs logprobs to be true", "top_logprobs"
+            )
+        return logprobs, top
+    check_field("logprobs", logprobs, FIELDS["top_logprobs"])
+    return True, logprobs
+
+
+def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
+    """The logit bias by token id."""
+    if "logit_bias" not in body:
+        return None
+    try:
+        bias = {int(token): float(b) for token, b in body["logit_bias"].items()}
+        if all(abs(b) <= 1e9 for b in bias.values()):
+            return bias
+    except (TypeError, ValueError):
+        pass
+    raise RequestError(
+        400, "logit_bias must map token ids to finite numbers", "logit_bias"
+    )
+
+
+def parse_arguments(
+    body: Dict[str, Any], defaults: argparse.Namespace
+) -> GenerationArguments:
+    """The generation arguments of a checked body.
+
+    Args:
+        body (Dict[str, Any]): What ``parse_body`` returned.
+        defaults (argparse.Namespace): The command line.
+    """
+    logprobs, top_logprobs = parse_logprobs(body)
+    max_tokens = body.get("max_tokens", defaults.max_tokens)
+    seed = body.get("seed")
+    return GenerationArguments(
+        model=ModelDescription(
+            model=body.get("model", "default_model"),
+            draft=body.get("draft_model", "default_model"),
+            adapter=body.get("adapters"),
+        ),
+        sampling=SamplingArguments(
+            temperature=body.get("temperature", defaults.temp),
+            top_p=body.get("top_p", defaults.top_p),
+            top_k=body.get("top_k", defaults.top_k),
+            min_p=body.get("min_p", defaults.min_p),
+            xtc_probability=body.get("xtc_probability", 0.0),
+            xtc_threshold=body.get("xtc_threshold", 0.1),
+        ),
+        logits=LogitsProcessorArguments(
+            logit_bias=parse_logit_bias(body),
+            repetition_penalty=body.get("repetition_penalty", 0.0),
+            repetition_context_size=body.get("repetition_context_size", 20),
+            presence_penalty=body.get("presence_penalty", 0.0),
+            presence_context_size=body.get("presence_context_size", 20),
+            frequency_penalty=body.get("frequency_penalty", 0.0),
+            frequency_context_size=body.get("frequency_context_size", 20),
+        ),
+        stop_words=parse_stop(body),
+        max_tokens=body.get("max_completion_tokens", max_tokens),
+        num_draft_tokens=body.get("num_draft_tokens", defaults.num_draft_tokens),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        # MLX takes seeds of 64 bits without a sign.
+        seed=None if seed is None else seed % 2**64,
+        chat_template_kwargs=body.get("chat_template_kwargs"),
+    )

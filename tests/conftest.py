@@ -1,0 +1,107 @@
+"""Fixtures: tiny models made on the spot, and servers on free ports."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from mlx_lm_ext import blas
+
+blas.load()
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+
+import tiny_models
+from mlx_lm_ext.api import BatchAPIHandler, BatchHTTPServer
+from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.model_provider import BatchModelProvider
+from mlx_lm_ext.prompt_cache import PromptCache
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Makes the folder of a tiny model of an architecture, once a session."""
+    folders = {}
+
+    def make(architecture="llama"):
+        if architecture not in folders:
+            folder = tmp_path_factory.mktemp("models") / architecture
+            folders[architecture] = tiny_models.make_model(folder, architecture)
+        return folders[architecture]
+
+    return make
+
+
+@pytest.fixture
+def start_engine(model_folder):
+    """Starts engines with arguments as on the command line."""
+    engines = []
+
+    def start(architecture="llama", *argv, make_engine=Engine):
+        args = make_parser().parse_args(
+            ["--model", str(model_folder(architecture)), *argv]
+        )
+        args.model_id = args.model
+        cache = None
+        if args.use_prompt_cache:
+            cache = PromptCache(1 << 30, args.radix_cache_size)
+        engine = make_engine(BatchModelProvider(args), cache)
+        engines.append(engine)
+        engine.loaded.wait()
+        assert engine.load_error is None
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.stop_and_join()
+
+
+@pytest.fixture
+def start_server(start_engine):
+    """Starts HTTP servers in this process; gives (engine, port)."""
+    servers = []
+
+    def start(*args, **kwargs):
+        engine = start_engine(*args, **kwargs)
+        httpd = BatchHTTPServer(
+            ("127.0.0.1", 0), partial(BatchAPIHandler, engine, system_fingerprint="")
+        )
+        threading.Thread(target=httpd.serve_forever).start()
+        servers.append(httpd)
+        return engine, httpd.server_address[1]
+
+    yield start
+    for httpd in servers:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@contextmanager
+def server_process(*argv):
+    """A started ``mlx_lm.batch_server`` process; gives its port and its output."""
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
+                break
+        else:
+            raise RuntimeError("".join(lines))
+        # An unread pipe would block the server once it is full.
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+        reader.start()
+        yield int(match[1]), lines, process
+    finally:
+        process.terminate()
+        process.wait()
+    reader.join()

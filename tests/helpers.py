@@ -1,0 +1,100 @@
+"""What several tests share: reference answers, requests and raw HTTP."""
+
+import http.client
+import json
+import random
+
+from mlx_lm import load, stream_generate
+from mlx_lm.server import CompletionRequest
+
+from mlx_lm_ext.validation import parse_arguments, parse_body
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ,.ABC012"
+
+
+def texts(n, longest=120, seed=0):
+    """``n`` random prompts of 1 to ``longest`` letters."""
+    rng = random.Random(seed)
+    return ["".join(rng.choices(LETTERS, k=rng.randint(1, longest))) for _ in range(n)]
+
+
+class Reference:
+    """What ``mlx_lm.generate`` answers to one prompt at a time, greedily."""
+
+    def __init__(self, folder, **kwargs):
+        self.model, self.tokenizer = load(str(folder))
+        self.kwargs = kwargs
+
+    def responses(self, prompt, max_tokens):
+        return list(
+            stream_generate(
+                self.model,
+                self.tokenizer,
+                prompt,
+                max_tokens=max_tokens,
+                **self.kwargs,
+            )
+        )
+
+    def tokens(self, prompt, max_tokens):
+        return [r.token for r in self.responses(prompt, max_tokens)]
+
+    def text(self, prompt, max_tokens):
+        return "".join(r.text for r in self.responses(prompt, max_tokens))
+
+
+def submit(engine, prompt, **body):
+    """Put a text completion into the engine, as a handler thread does."""
+    body = parse_body(json.dumps(body).encode())
+    args = parse_arguments(body, engine.cli_args)
+    request = CompletionRequest("text", prompt, [], None, None)
+    return engine.generate(request, args)
+
+
+def read(job):
+    """The tokens of a submitted request; raises what ended it."""
+    tokens = []
+    while not tokens or tokens[-1].finish_reason is None:
+        tokens += job.receive(timeout=60)
+        assert tokens, "no token in a minute"
+    return [t.id for t in tokens]
+
+
+def call(port, method, path, body=None, **headers):
+    """One HTTP request; gives (status, parsed JSON)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        raw = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
+        connection.request(method, path, raw, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def complete(port, prompt, **body):
+    """The text of a text completion."""
+    body = dict(prompt=prompt, **body)
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert status == 200, answer
+    return answer["choices"][0]["text"]
+
+
+def stream(port, path, **body):
+    """The parsed events of a streamed answer, without the last, [DONE]."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", path, json.dumps(dict(body, stream=True)))
+        response = connection.getresponse()
+        raw = response.read().decode()
+        assert response.status == 200, raw
+    finally:
+        connection.close()
+    events = [e.removeprefix("data: ") for e in raw.split("\n\n") if e[:1] == "d"]
+    assert events.pop() == "[DONE]"
+    return [json.loads(e) for e in events]
+
+
+def streamed_text(port, prompt, **body):
+    events = stream(port, "/v1/completions", prompt=prompt, **body)
+    return "".join(e["choices"][0]["text"] for e in events)

@@ -1,0 +1,295 @@
+"""The generation thread: batches, order, cancellation, and steps that fail."""
+
+import threading
+
+import pytest
+
+from helpers import Reference, read, submit, texts
+from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.errors import RequestError
+from tiny_models import CONFIGS
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_batched_tokens_equal_those_of_generate(
+    architecture, model_folder, start_engine
+):
+    reference = Reference(model_folder(architecture))
+    engine = start_engine(architecture, "--batch-size", "12")
+    prompts = texts(32)
+    jobs = [submit(engine, p, max_tokens=40) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 40)
+
+
+def test_requests_join_and_leave_a_running_batch(model_folder, start_engine):
+    reference = Reference(model_folder())
+    engine = start_engine()
+    first = submit(engine, "a" * 50, max_tokens=400)
+    first.receive(timeout=60)
+    second = submit(engine, "zq", max_tokens=5)
+    assert read(second) == reference.tokens("zq", 5)
+    assert not first.finished
+    first.cancel()
+
+
+def test_batch_never_exceeds_its_size(start_engine):
+    class Watched(Engine):
+        largest = 0
+
+        def step(self):
+            self.largest = max(self.largest, len(self.active))
+            super().step()
+
+    engine = start_engine("llama", "--batch-size", "3", make_engine=Watched)
+    for job in [submit(engine, p, max_tokens=8) for p in texts(10)]:
+        read(job)
+    assert engine.largest == 3
+
+
+def test_cancelled_request_leaves_at_the_next_step(start_engine):
+    class Watched(Engine):
+        left = threading.Event()
+
+        def drop_cancelled(self):
+            before = len(self.active)
+            super().drop_cancelled()
+            if len(self.active) < before:
+                self.left_at = self.steps
+                self.left.set()
+
+    engine = start_engine(make_engine=Watched)
+    job = submit(engine, "hello", max_tokens=4000)
+    job.receive(timeout=60)
+    cancelled_at = engine.steps
+    job.cancel()
+    assert engine.left.wait(60)
+    assert engine.left_at - cancelled_at <= 1
+
+
+def test_waiting_request_can_be_cancelled(start_engine):
+    engine = start_engine("llama", "--batch-size", "1")
+    first = submit(engine, "hello", max_tokens=4000)
+    second = submit(engine, "there", max_tokens=4000)
+    third = submit(engine, "you", max_tokens=2)
+    second.cancel()
+    first.cancel()
+    assert len(read(third)) == 2
+    assert second.generated == []
+
+
+class FaultyEngine(Engine):
+    """Requests for 13 tokens have a sampler that raises."""
+
+    def sampler(self, args):
+        if args.max_tokens != 13:
+            return super().sampler(args)
+
+        def raise_error(logprobs):
+            raise ArithmeticError("a fault of this request")
+
+        return raise_error
+
+
+@pytest.mark.parametrize("culprits", [[0], [3], [2, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_failed_step_costs_only_the_requests_at_fault(
+    culprits, model_folder, start_engine
+):
+    reference = Reference(model_folder())
+    engine = start_engine(make_engine=FaultyEngine)
+    prompts = texts(8)
+    lengths = [13 if i in culprits else 40 for i in range(8)]
+    jobs = [submit(engine, p, max_tokens=n) for p, n in zip(prompts, lengths)]
+    for i, (prompt, job) in enumerate(zip(prompts, jobs)):
+        if i in culprits:
+            with pytest.raises(ArithmeticError):
+                read(job)
+        else:
+            assert read(job) == reference.tokens(prompt, 40)
+    assert read(submit(engine, "after", max_tokens=4)) == reference.tokens("after", 4)
+
+
+def test_rows_that_fail_only_together_end_in_smaller_batches(
+    model_folder, start_engine
+):
+    class SmallEngine(Engine):
+        def sampler(self, args):
+            greedy = super().sampler(args)
+
+            def sample(logprobs):
+                if logprobs.shape[0] > 3:
+                    raise MemoryError("too many rows")
+                return greedy(logprobs)
+
+            # One object for all rows, so that it sees all of them.
+            self.shared = getattr(self, "shared", sample)
+            return self.shared
+
+    reference = Reference(model_folder())
+    engine = start_engine(make_engine=SmallEngine)
+    prompts = texts(8)
+    jobs = [submit(engine, p, max_tokens=12) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 12)
+
+
+def test_stop_token_is_found_after_a_failed_step(start_engine):
+    from mlx_lm.generate import StopSequences
+
+    from mlx_lm_ext.request import ResumedStopSequences
+
+    matcher = ResumedStopSequences(StopSequences([(1, 2, 3)]), [9, 1, 2]).matcher()
+    assert matcher.advance(3)
+
+
+@pytest.mark.parametrize(
+    "argv, body",
+    [
+        ([], {"seed": 7}),
+        (["--kv-bits", "8", "--quantized-kv-start", "1000"], {}),
+        (["--draft-model", "SAME"], {}),
+    ],
+)
+def test_what_upstream_serves_alone_is_served_alone(
+    argv, body, model_folder, start_engine
+):
+    folder = model_folder()
+    reference = Reference(folder)
+    argv = [str(folder) if a == "SAME" else a for a in argv]
+    engine = start_engine("llama", *argv)
+    jobs = [submit(engine, p, max_tokens=10, **body) for p in texts(3)]
+    for prompt, job in zip(texts(3), jobs):
+        assert read(job) == reference.tokens(prompt, 10)
+    # One step here is one step of a batch.
+    assert engine.steps == 0
+
+
+def test_request_alone_waits_for_the_batch_and_keeps_the_order(
+    model_folder, start_engine
+):
+    reference = Reference(model_folder())
+    engine = start_engine()
+    bodies = [{}, {}, {"seed": 1}, {}, {"seed": 2}]
+    prompts = texts(5)
+    jobs = [submit(engine, p, max_tokens=20, **b) for p, b in zip(prompts, bodies)]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 20)
+
+
+def test_request_alone_can_be_cancelled(start_engine):
+    engine = start_engine()
+    job = submit(engine, "hello", max_tokens=4000, seed=1)
+    job.receive(timeout=60)
+    job.cancel()
+    assert len(read(submit(engine, "next", max_tokens=3))) == 3
+    assert len(job.generated) < 4000
+
+
+def test_seed_gives_the_same_tokens_again(start_engine):
+    engine = start_engine()
+    body = dict(max_tokens=30, seed=11, temperature=1.0)
+    first, second = (read(submit(engine, "hello", **body)) for _ in range(2))
+    other = read(submit(engine, "hello", **dict(body, seed=12)))
+    assert first == second != other
+
+
+def test_other_models_are_loaded_when_asked_for(model_folder, start_engine):
+    engine = start_engine("llama")
+    folder = str(model_folder("lfm2"))
+    jobs = [
+        submit(engine, "hello", max_tokens=10, model=m)
+        for m in ("default_model", folder, "default_model", folder)
+    ]
+    answers = [read(job) for job in jobs]
+    llama, lfm2 = (
+        Reference(model_folder(a)).tokens("hello", 10) for a in ("llama", "lfm2")
+    )
+    assert answers == [llama, lfm2, llama, lfm2]
+
+
+def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path):
+    engine = start_engine()
+    running = submit(engine, "hello", max_tokens=300)
+    running.receive(timeout=60)
+    model = engine.model_provider.model
+    for body in (
+        {"model": "nobody/nothing"},
+        {"model": str(tmp_path)},
+        {"adapters": str(tmp_path / "missing")},
+        {"draft_model": "nobody/nothing"},
+    ):
+        with pytest.raises(RequestError) as error:
+            submit(engine, "hello", **body)
+        assert error.value.status == 404
+        assert error.value.param == list(body)[0]
+    assert engine.model_provider.model is model
+    running.cancel()
+
+
+def test_model_that_cannot_be_loaded_costs_only_its_request(
+    start_engine, model_folder, tmp_path
+):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_folder() / name).read_bytes())
+    engine = start_engine()
+    with pytest.raises(RequestError, match="cannot be loaded"):
+        read(submit(engine, "hello", model=str(tmp_path)))
+    expected = Reference(model_folder()).tokens("hello", 5)
+    assert read(submit(engine, "hello", max_tokens=5)) == expected
+
+
+def test_stopping_ends_every_request(start_engine):
+    engine = start_engine("llama", "--batch-size", "1")
+    jobs = [submit(engine, p, max_tokens=4000) for p in texts(3)]
+    jobs[0].receive(timeout=60)
+    engine.stop_and_join()
+    for job in jobs:
+        with pytest.raises(RequestError, match="stopping"):
+            read(job)
+    with pytest.raises(RequestError, match="stopping"):
+        submit(engine, "late")
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_cached_tokens_equal_those_from_cold(architecture, model_folder, start_engine):
+    reference = Reference(model_folder(architecture))
+    engine = start_engine(architecture, "--use-prompt-cache")
+    prompt = texts(1, longest=80, seed=3)[0] + "!"
+    for text in (prompt, prompt, prompt + " and more", prompt[:5] + "?"):
+        assert read(submit(engine, text, max_tokens=20)) == reference.tokens(text, 20)
+
+
+def test_exact_repeat_is_taken_from_the_cache(model_folder, start_engine):
+    engine = start_engine("llama", "--use-prompt-cache")
+    reference = Reference(model_folder())
+    prompt = "the same prompt twice"
+    tokens = reference.tokenizer.encode(prompt)
+    answer = read(submit(engine, prompt, max_tokens=4))
+    # The stored key is the prompt with its answer: no token would be left to run.
+    job = submit(engine, tokens + answer, max_tokens=3)
+    assert read(job) == reference.tokens(tokens + answer, 3)
+    assert job.n_cached == len(tokens + answer) - 1
+
+
+def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
+    engine = start_engine("llama", "--use-prompt-cache")
+    prompt = "a prompt whose client goes away"
+    job = submit(engine, prompt, max_tokens=4000)
+    job.receive(timeout=60)
+    job.cancel()
+    # Served after the cancelled one has left, as there is one row.
+    retry = submit(engine, prompt, max_tokens=2)
+    read(retry)
+    last = submit(engine, prompt + " again", max_tokens=2)
+    read(last)
+    assert last.n_cached >= len(prompt)
+
+
+def test_nothing_is_kept_without_a_prompt_cache(start_engine):
+    engine = start_engine()
+    for _ in range(2):
+        job = submit(engine, "the same prompt twice", max_tokens=4)
+        read(job)
+        assert job.n_cached == 0
+    assert engine.prompt_cache.nbytes == 0

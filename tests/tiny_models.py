@@ -1,0 +1,112 @@
+"""Tiny random float32 models: one of each kind of cache that matters here."""
+
+import importlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from tokenizers.pre_tokenizers import ByteLevel
+
+from mlx_lm_ext.demo_model import write_tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COMMON = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=128,
+    max_position_embeddings=4096,
+)
+CONFIGS = {
+    # KVCache
+    "llama": dict(model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5, **COMMON),
+    # RotatingKVCache and KVCache
+    "gemma3_text": dict(
+        model_type="gemma3_text",
+        num_hidden_layers=3,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+        sliding_window_pattern=3,
+        **COMMON,
+    ),
+    # ArraysCache and KVCache
+    "lfm2": dict(
+        model_type="lfm2",
+        num_hidden_layers=3,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=64,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        full_attn_idxs=[1],
+        **COMMON,
+    ),
+    # CacheList of ArraysCache and KVCache
+    "falcon_h1": dict(
+        model_type="falcon_h1",
+        num_hidden_layers=2,
+        head_dim=16,
+        mamba_d_ssm=64,
+        mamba_d_state=16,
+        mamba_d_head=16,
+        mamba_n_heads=4,
+        **COMMON,
+    ),
+    # KVCache of multi-head latent attention
+    "deepseek_v2": dict(
+        COMMON,
+        model_type="deepseek_v2",
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        kv_lora_rank=16,
+        q_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        rope_scaling=dict(
+            type="yarn",
+            factor=1.0,
+            original_max_position_embeddings=4096,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+    ),
+}
+
+
+def byte_tokens():
+    """The 256 bytes in the spelling of byte-level BPE, after the special tokens."""
+    return [*SPECIAL, *sorted(ByteLevel.alphabet())]
+
+
+def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
+    """Write a model of random weights, with one token a byte."""
+    tokens = byte_tokens()
+    config = CONFIGS[architecture] | dict(
+        vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
+    )
+    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    # Larger than the default, so that the likely tokens stand apart.
+    weights = [(k, v * 3 if v.ndim > 1 else v) for k, v in
+               tree_flatten(model.parameters())]
+    folder.mkdir(parents=True)
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(weights), metadata={"format": "mlx"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(
+        folder, tokens, [], special=SPECIAL, chat_template=TEMPLATE,
+        eos_token="<|im_end|>",
+    )
+    return folder
