@@ -274,8 +274,9 @@ def serve(args: argparse.Namespace) -> None:
     check_version()
     from mlx_lm.server import get_system_fingerprint
 
-    from .api import BatchAPIHandler, BatchHTTPServer
+    from .api import BatchAPIHandler
     from .engine import Engine
+    from .http_server import BatchHTTPServer
     from .model_provider import BatchModelProvider
     from .prompt_cache import PromptCache
 

@@ -7,7 +7,7 @@ Rules:
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
@@ -131,3 +131,29 @@ class Delivery:
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)
+
+
+def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
+    """OpenAI's ``logprobs`` of a chat choice."""
+
+    def entry(token_id, logprob):
+        text = decode([token_id])
+        # Part of a character has no text, and its bytes are lost in decoding.
+        raw = None if "\ufffd" in text else list(text.encode())
+        return {"id": token_id, "token": text, "bytes": raw, "logprob": logprob}
+
+    return {
+        "content": [
+            entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]}
+            for t in tokens
+        ]
+    }
+
+
+def text_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
+    """OpenAI's ``logprobs`` of a text completion choice."""
+    return {
+        "tokens": [decode([t.id]) for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [{decode([i]): p for i, p in t.top} for t in tokens],
+    }

@@ -62,28 +62,16 @@ class BatchModelProvider(ModelProviderBase):
         return self._served[key]
 
     def _describe(self, key: ModelKey, tokenizer: Any = None) -> ServedModel:
-        model, adapter, draft = key
+        path = self._locate(key)
         try:
-            path = download(model)
             config = load_config(path)
+            eos_token_ids = config.get("eos_token_id")
+            if tokenizer is None:
+                tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
         except Exception as e:
-            raise not_found("model", model, e)
-        if adapter is not None and not Path(adapter).is_dir():
-            raise not_found("adapters", adapter, "it is not a folder here")
-        if draft is not None:
-            try:
-                download(draft)
-            except Exception as e:
-                raise not_found("draft_model", draft, e)
-
-        if tokenizer is None:
-            tokenizer = load_tokenizer(
-                path, self.tokenizer_config, eos_token_ids=config.get("eos_token_id")
-            )
-            if self.cli_args.use_default_chat_template:
-                tokenizer.chat_template = (
-                    tokenizer.chat_template or tokenizer.default_chat_template
-                )
+            raise not_found("model", key[0], e)
+        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
         return ServedModel(
             key=key,
@@ -93,10 +81,25 @@ class BatchModelProvider(ModelProviderBase):
             end_of_text=make_stop_sequences(tokenizer),
         )
 
+    def _locate(self, key: ModelKey) -> Path:
+        """Find the files of a model, its adapter and its draft model."""
+        paths = {}
+        for param, name in zip(("model", "adapters", "draft_model"), key):
+            if name is None:
+                continue
+            try:
+                paths[param] = Path(name) if param == "adapters" else download(name)
+            except Exception as e:
+                raise not_found(param, name, e)
+            if not paths[param].is_dir():
+                raise not_found(param, name, "there is no such folder")
+        return paths["model"]
+
     def switch_to(self, key: ModelKey) -> None:
         """Load the weights of ``key`` unless they are (generation thread)."""
         if key == self.model_key:
             return
+        self._locate(key)
         logging.info(f"Loading {key[0]}")
         try:
             _, tokenizer = self.load(*key)

@@ -66,6 +66,48 @@ class Request:
     finished: bool = False
     events: SimpleQueue = field(default_factory=SimpleQueue)
 
+    def check_tokens(self) -> None:
+        """Refuse token ids that the model lacks: MLX would read beyond its arrays."""
+        n = self.model.vocabulary_size
+        fields = {
+            "prompt": self.prompt,
+            "logit_bias": self.args.logits.logit_bias or (),
+        }
+        for name, ids in fields.items():
+            if any(not 0 <= i < n for i in ids):
+                raise RequestError(
+                    400, f"token ids of {name} must be from 0 to {n - 1}", name
+                )
+        # Upstream's top-k takes no more than there are.
+        if self.args.sampling.top_k >= n:
+            self.args.sampling.top_k = 0
+
+    def fit_to_context(self, max_tokens_is_default: bool) -> None:
+        """Refuse a prompt or a ``max_tokens`` for which the model has no room.
+
+        A ``max_tokens`` that nobody asked for shrinks instead.
+        """
+        prompt_field = "messages" if self.completion.messages else "prompt"
+        n_prompt, limit = len(self.prompt), self.model.context_length
+        if not n_prompt:
+            raise RequestError(400, f"{prompt_field} gives no tokens", prompt_field)
+        if limit is None:
+            return
+        room = limit - n_prompt
+        if room < 1:
+            message = f"the prompt has {n_prompt} tokens; the model takes {limit}"
+            raise RequestError(400, message, prompt_field, "context_length_exceeded")
+        if self.args.max_tokens > room and max_tokens_is_default:
+            self.args.max_tokens = room
+        if self.args.max_tokens > room:
+            raise RequestError(
+                400,
+                f"max_tokens is {self.args.max_tokens}, and after {n_prompt} tokens of "
+                f"prompt the model has room for {room}",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+
     def cancel(self) -> None:
         """Leave the waiting list or the batch at the next step (any thread)."""
         self.cancelled = True

@@ -8,7 +8,6 @@ from mlx_lm_ext import blas
 
 blas.load()
 
-import json
 import re
 import subprocess
 import sys
@@ -17,11 +16,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-
 import tiny_models
-from mlx_lm_ext.api import BatchAPIHandler, BatchHTTPServer
+
+from mlx_lm_ext.api import BatchAPIHandler
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.http_server import BatchHTTPServer
 from mlx_lm_ext.model_provider import BatchModelProvider
 from mlx_lm_ext.prompt_cache import PromptCache
 
@@ -88,20 +88,19 @@ def start_server(start_engine):
 def server_process(*argv):
     """A started ``mlx_lm.batch_server`` process; gives its port and its output."""
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines = []
-    try:
-        for line in process.stderr:
-            lines.append(line)
-            if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
-                break
-        else:
-            raise RuntimeError("".join(lines))
-        # An unread pipe would block the server once it is full.
-        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
-        reader.start()
-        yield int(match[1]), lines, process
-    finally:
-        process.terminate()
-        process.wait()
-    reader.join()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
+                    break
+            else:
+                raise RuntimeError("".join(lines))
+            # An unread pipe would block the server once it is full.
+            reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+            reader.start()
+            yield int(match[1]), lines, process
+        finally:
+            process.terminate()
+        reader.join()

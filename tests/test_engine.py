@@ -3,11 +3,14 @@
 import threading
 
 import pytest
-
 from helpers import Reference, read, submit, texts
+from mlx_lm.generate import StopSequences
+from tiny_models import CONFIGS
+
+from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
-from tiny_models import CONFIGS
+from mlx_lm_ext.request import ResumedStopSequences
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -38,7 +41,7 @@ def test_batch_never_exceeds_its_size(start_engine):
         largest = 0
 
         def step(self):
-            self.largest = max(self.largest, len(self.active))
+            self.largest = max(self.largest, len(self.batch))
             super().step()
 
     engine = start_engine("llama", "--batch-size", "3", make_engine=Watched)
@@ -52,16 +55,16 @@ def test_cancelled_request_leaves_at_the_next_step(start_engine):
         left = threading.Event()
 
         def drop_cancelled(self):
-            before = len(self.active)
+            before = len(self.batch)
             super().drop_cancelled()
-            if len(self.active) < before:
-                self.left_at = self.steps
+            if len(self.batch) < before:
+                self.left_at = self.batch.steps
                 self.left.set()
 
     engine = start_engine(make_engine=Watched)
     job = submit(engine, "hello", max_tokens=4000)
     job.receive(timeout=60)
-    cancelled_at = engine.steps
+    cancelled_at = engine.batch.steps
     job.cancel()
     assert engine.left.wait(60)
     assert engine.left_at - cancelled_at <= 1
@@ -78,7 +81,7 @@ def test_waiting_request_can_be_cancelled(start_engine):
     assert second.generated == []
 
 
-class FaultyEngine(Engine):
+class FaultyBatch(Batch):
     """Requests for 13 tokens have a sampler that raises."""
 
     def sampler(self, args):
@@ -89,6 +92,10 @@ class FaultyEngine(Engine):
             raise ArithmeticError("a fault of this request")
 
         return raise_error
+
+
+class FaultyEngine(Engine):
+    batch_class = FaultyBatch
 
 
 @pytest.mark.parametrize("culprits", [[0], [3], [2, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
@@ -112,7 +119,7 @@ def test_failed_step_costs_only_the_requests_at_fault(
 def test_rows_that_fail_only_together_end_in_smaller_batches(
     model_folder, start_engine
 ):
-    class SmallEngine(Engine):
+    class SmallBatch(Batch):
         def sampler(self, args):
             greedy = super().sampler(args)
 
@@ -125,6 +132,9 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
             self.shared = getattr(self, "shared", sample)
             return self.shared
 
+    class SmallEngine(Engine):
+        batch_class = SmallBatch
+
     reference = Reference(model_folder())
     engine = start_engine(make_engine=SmallEngine)
     prompts = texts(8)
@@ -133,11 +143,7 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
         assert read(job) == reference.tokens(prompt, 12)
 
 
-def test_stop_token_is_found_after_a_failed_step(start_engine):
-    from mlx_lm.generate import StopSequences
-
-    from mlx_lm_ext.request import ResumedStopSequences
-
+def test_stop_token_is_found_after_a_failed_step():
     matcher = ResumedStopSequences(StopSequences([(1, 2, 3)]), [9, 1, 2]).matcher()
     assert matcher.advance(3)
 
@@ -161,7 +167,7 @@ def test_what_upstream_serves_alone_is_served_alone(
     for prompt, job in zip(texts(3), jobs):
         assert read(job) == reference.tokens(prompt, 10)
     # One step here is one step of a batch.
-    assert engine.steps == 0
+    assert engine.batch.steps == 0
 
 
 def test_request_alone_waits_for_the_batch_and_keeps_the_order(
@@ -241,7 +247,7 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
 
 def test_stopping_ends_every_request(start_engine):
     engine = start_engine("llama", "--batch-size", "1")
-    jobs = [submit(engine, p, max_tokens=4000) for p in texts(3)]
+    jobs = [submit(engine, p, max_tokens=3000) for p in texts(3)]
     jobs[0].receive(timeout=60)
     engine.stop_and_join()
     for job in jobs:
@@ -256,8 +262,13 @@ def test_cached_tokens_equal_those_from_cold(architecture, model_folder, start_e
     reference = Reference(model_folder(architecture))
     engine = start_engine(architecture, "--use-prompt-cache")
     prompt = texts(1, longest=80, seed=3)[0] + "!"
+    cached = []
     for text in (prompt, prompt, prompt + " and more", prompt[:5] + "?"):
-        assert read(submit(engine, text, max_tokens=20)) == reference.tokens(text, 20)
+        job = submit(engine, text, max_tokens=20)
+        assert read(job) == reference.tokens(text, 20)
+        cached.append(job.n_cached)
+    assert cached[0] == 0
+    assert 0 < cached[1] < len(prompt)
 
 
 def test_exact_repeat_is_taken_from_the_cache(model_folder, start_engine):

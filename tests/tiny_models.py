@@ -98,15 +98,20 @@ def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     # Larger than the default, so that the likely tokens stand apart.
-    weights = [(k, v * 3 if v.ndim > 1 else v) for k, v in
-               tree_flatten(model.parameters())]
+    weights = [
+        (k, v * 3 if v.ndim > 1 else v) for k, v in tree_flatten(model.parameters())
+    ]
     folder.mkdir(parents=True)
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(weights), metadata={"format": "mlx"}
     )
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(
-        folder, tokens, [], special=SPECIAL, chat_template=TEMPLATE,
+        folder,
+        tokens,
+        [],
+        special=SPECIAL,
+        chat_template=TEMPLATE,
         eos_token="<|im_end|>",
     )
     return folder

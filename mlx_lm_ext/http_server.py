@@ -1,0 +1,182 @@
+"""HTTP/1.1 on Python's ``http.server``: bodies, responses and event streams.
+
+Rules:
+1. Every response but a stream has a length, and every error is OpenAI's JSON.
+2. A connection serves another request only after a body that was read whole.
+3. A client that is gone is no error: nothing is written, nothing is logged.
+"""
+
+import json
+import logging
+import select
+import socket
+import time
+from http.server import ThreadingHTTPServer
+from typing import Any, Callable, Dict
+
+from ._upstream import APIHandlerBase
+from .errors import RequestError
+
+# Bytes of a request body; images come inside it.
+MAX_BODY = 64 << 20
+
+
+class BatchHTTPServer(ThreadingHTTPServer):
+    """A thread for each connection, and room for bursts of new ones.
+
+    Args:
+        address (Tuple[str, int]): Host name or address, and port; 0 takes a free one.
+        handler (Callable): Makes the handler of a connection.
+    """
+
+    request_queue_size = 512
+    daemon_threads = False
+
+    def __init__(self, address, handler):
+        infos = socket.getaddrinfo(
+            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        self.address_family, _, _, _, address = infos[0]
+        self.connections = set()
+        super().__init__(address, handler)
+
+    def process_request_thread(self, request, client_address):
+        self.connections.add(request)
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connections.discard(request)
+
+    def server_close(self):
+        """Let the open answers end, and idle connections close."""
+        for connection in list(self.connections):
+            try:
+                connection.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass  # it has just ended
+        super().server_close()
+
+    def handle_error(self, request, client_address):
+        logging.exception(f"A connection from {client_address[0]} failed")
+
+
+class HTTPHandler(APIHandlerBase):
+    """A connection. A subclass answers with ``get`` and ``post``."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    # Seconds for a client to send its request, or to take what is sent to it.
+    timeout = 60
+
+    def get(self) -> None:
+        """Answer a GET request."""
+        raise NotImplementedError
+
+    def post(self) -> None:
+        """Answer a POST request."""
+        raise NotImplementedError
+
+    def do_GET(self):
+        self.respond(self.get)
+
+    def do_POST(self):
+        self.respond(self.post)
+
+    def respond(self, method: Callable[[], None]) -> None:
+        """Answer one request; what is raised becomes an error response."""
+        self.created = int(time.time())
+        try:
+            method()
+        except RequestError as e:
+            self.send_json(e.status, e.to_json())
+        except ConnectionError:
+            self.close_connection = True
+        except Exception:
+            logging.exception("A request failed")
+            error = RequestError(500, "the server failed; its log says why")
+            self.send_json(error.status, error.to_json())
+
+    def read_body(self) -> bytes:
+        """Read the whole body, so that the connection can serve another request."""
+        # Until it is read, nothing after it can be.
+        self.close_connection = True
+        length = self.headers.get("Content-Length")
+        if length is None:
+            raise RequestError(411, "the Content-Length header is required")
+        if not (length.isascii() and length.isdigit()):
+            raise RequestError(400, "the Content-Length header must be a number")
+        if int(length) > MAX_BODY:
+            raise RequestError(413, f"the body may have {MAX_BODY} bytes at most")
+        try:
+            raw = self.rfile.read(int(length))
+        except TimeoutError:
+            raise RequestError(408, "the body did not arrive in time")
+        if len(raw) < int(length):
+            message = f"the body was cut short after {len(raw)} of {length} bytes"
+            raise RequestError(400, message)
+        connection = self.headers.get("Connection", "").lower()
+        self.close_connection = connection == "close" or (
+            self.request_version == "HTTP/1.0" and connection != "keep-alive"
+        )
+        return raw
+
+    def client_is_gone(self) -> bool:
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+
+    def send_json(self, status: int, content: Dict[str, Any]) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        if status == 503:
+            self.send_header("Retry-After", "1")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.send_cors_headers()
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def start_events(self) -> None:
+        """Send the headers of a stream of server-sent events."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.chunked = self.request_version == "HTTP/1.1"
+        if self.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.close_connection = True
+        self.send_cors_headers()
+        self.end_headers()
+
+    def send_event(self, data: str) -> None:
+        self.write(f"data: {data}\n\n".encode())
+
+    def send_keepalive(self) -> None:
+        """Send a comment, which clients ignore."""
+        self.write(b": keepalive\n\n")
+
+    def end_events(self) -> None:
+        if self.chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def write(self, raw: bytes) -> None:
+        if self.chunked:
+            raw = b"%x\r\n%b\r\n" % (len(raw), raw)
+        self.wfile.write(raw)
+
+    def send_error(self, code, message=None, explain=None):
+        """What ``http.server`` refuses by itself, in OpenAI's shape."""
+        if code == 501:
+            code, message = 405, f"the method {self.command} is not supported"
+        self.close_connection = True
+        self.headers = getattr(self, "headers", None) or {}
+        error = RequestError(code, message or explain or "the request is not HTTP")
+        self.send_json(error.status, error.to_json())
+
+    def log_message(self, format, *args):
+        # Escaped, since a client chooses what it says.
+        message = (format % args).encode("unicode_escape").decode()
+        logging.info(f"{self.address_string()} {message}")

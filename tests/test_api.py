@@ -1,0 +1,465 @@
+"""HTTP: routes, answers, streams, bad input, and clients that go away."""
+
+import http.client
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import Reference, call, complete, stream, streamed_text, texts
+from tiny_models import CONFIGS
+
+from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.engine import Engine
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_32_prompts_at_once_get_the_text_of_generate(
+    architecture, model_folder, start_server
+):
+    reference = Reference(model_folder(architecture))
+    _, port = start_server(architecture)
+    prompts = texts(32)
+    expected = [reference.text(p, 24) for p in prompts]
+    with ThreadPoolExecutor(32) as pool:
+        for answer in (complete, streamed_text):
+            got = pool.map(lambda p: answer(port, p, max_tokens=24), prompts)
+            assert list(got) == expected
+
+
+def test_200_requests_from_64_clients_all_end(start_server):
+    _, port = start_server()
+    with ThreadPoolExecutor(64) as pool:
+        answers = pool.map(
+            lambda p: complete(port, p, max_tokens=8), texts(200, longest=40)
+        )
+        assert len(list(answers)) == 200
+
+
+def test_chat_completion_has_the_shape_of_openai(start_server):
+    _, port = start_server()
+    status, answer = call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 5})
+    assert status == 200
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] == "length"
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 5
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 5
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_chat_route_without_version_is_the_same(start_server):
+    _, port = start_server()
+    body = {"messages": HELLO, "max_tokens": 5}
+    answers = [call(port, "POST", p, body)[1] for p in (CHAT, "/chat/completions")]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_stream_gives_usage_when_asked(start_server):
+    _, port = start_server()
+    body = dict(messages=HELLO, max_tokens=6)
+    *chunks, last = stream(port, CHAT, stream_options={"include_usage": True}, **body)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert {c["object"] for c in [*chunks, last]} == {"chat.completion.chunk"}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    for options in ({}, {"include_usage": False}):
+        events = stream(port, CHAT, stream_options=options, **body)
+        assert all("usage" not in e for e in events)
+
+
+def test_cached_tokens_are_those_of_the_prompt_that_were_not_run(start_server):
+    _, port = start_server("llama", "--use-prompt-cache")
+    body = {"messages": [*HELLO, {"role": "user", "content": "x" * 50}]}
+    body["max_tokens"] = 3
+    details = []
+    for _ in range(2):
+        usage = call(port, "POST", CHAT, body)[1]["usage"]
+        details.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert details == [0, usage["prompt_tokens"] - 1]
+
+
+def test_logprobs_are_the_same_streamed_and_not(start_server):
+    _, port = start_server()
+    body = dict(messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=2)
+    _, answer = call(port, "POST", CHAT, body)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == 5
+    for entry in content:
+        # Greedy: the token is the likeliest one.
+        assert entry["logprob"] == max(t["logprob"] for t in entry["top_logprobs"])
+        assert len(entry["top_logprobs"]) == 2
+    events = stream(port, CHAT, **body)
+    streamed = [
+        entry for e in events for entry in e["choices"][0]["logprobs"]["content"]
+    ]
+    # Batches of other sizes give other roundings.
+    assert [e["id"] for e in streamed] == [e["id"] for e in content]
+    assert [e["logprob"] for e in streamed] == pytest.approx(
+        [e["logprob"] for e in content], abs=1e-4
+    )
+
+
+def test_text_completion_has_logprobs_of_its_own_shape(start_server):
+    _, port = start_server()
+    body = {"prompt": "hello", "max_tokens": 4, "logprobs": 2}
+    _, answer = call(port, "POST", "/v1/completions", body)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 4
+    assert all(len(top) <= 2 for top in logprobs["top_logprobs"])
+
+
+def test_prompt_may_be_token_ids(model_folder, start_server):
+    _, port = start_server()
+    tokens = Reference(model_folder()).tokenizer.encode("hello")
+    by_text, by_list, by_ids = (
+        complete(port, p, max_tokens=8) for p in ("hello", ["hello"], tokens)
+    )
+    assert by_text == by_list == by_ids
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_word_ends_the_answer_before_it(streamed, start_server):
+    _, port = start_server("deepseek_v2")
+    answer = streamed_text if streamed else complete
+    whole = answer(port, "hello", max_tokens=40)
+    # Two tokens of the middle: no token of its own.
+    word = whole[len(whole) // 2 :][:2]
+    text = answer(port, "hello", max_tokens=40, stop=["never", word])
+    assert text == whole[: whole.index(word)]
+
+
+def test_model_names_of_the_command_line_mean_the_served_model(start_server):
+    engine, port = start_server()
+    answers = [
+        complete(port, "hello", max_tokens=5, model=m)
+        for m in ("default_model", engine.cli_args.model_id)
+    ]
+    assert answers[0] == answers[1]
+    _, models = call(port, "GET", "/v1/models")
+    assert models["data"][0]["id"] == engine.cli_args.model_id
+    status, model = call(port, "GET", f"/v1/models/{engine.cli_args.model_id}")
+    assert (status, model) == (200, models["data"][0])
+    assert call(port, "GET", "/v1/models/nobody/nothing")[0] == 404
+
+
+def test_health_tells_whether_the_engine_serves(start_server):
+    engine, port = start_server()
+    assert call(port, "GET", "/health") == (200, {"status": "ok"})
+    engine.loaded.clear()
+    assert call(port, "GET", "/health") == (503, {"status": "loading"})
+    assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
+    engine.loaded.set()
+    engine.stop_and_join()
+    assert call(port, "GET", "/health") == (503, {"status": "unavailable"})
+    assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
+
+
+def test_answer_shrinks_to_the_context_unless_more_was_asked_for(start_server):
+    _, port = start_server("llama", "--max-tokens", "4096")
+    prompt = "x" * 4090
+    _, answer = call(port, "POST", "/v1/completions", {"prompt": prompt})
+    assert answer["usage"]["completion_tokens"] <= 6
+    body = {"prompt": prompt, "max_tokens": 7}
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "max_tokens")
+    assert answer["error"]["code"] == "context_length_exceeded"
+
+
+def chat(**fields):
+    return json.dumps({"messages": HELLO, "max_tokens": 2, **fields}).encode()
+
+
+def message(**fields):
+    return chat(messages=[fields])
+
+
+# Body, and the field that the error must name.
+BAD_BODIES = [
+    (b"not json", None),
+    (b"\xff\xfe", None),
+    (b"", None),
+    (b"[" * 100000, None),
+    (b"[1, 2]", None),
+    (b'"text"', None),
+    (b"{}", "messages"),
+    (chat(messages=[]), "messages"),
+    (chat(messages="hello"), "messages"),
+    (chat(messages=["hello"]), "messages[0]"),
+    (message(role="wizard", content="x"), "messages[0].role"),
+    (message(content="x"), "messages[0].role"),
+    (message(role="user"), "messages[0].content"),
+    (message(role="user", content=7), "messages[0].content"),
+    (message(role="user", content=["x"]), "messages[0].content[0]"),
+    (message(role="user", content=[{"text": "x"}]), "messages[0].content[0].type"),
+    (message(role="user", content=[{"type": "text"}]), "messages[0].content[0].text"),
+    (
+        message(role="user", content=[{"type": "image_url", "image_url": "data:,"}]),
+        "messages",
+    ),
+    (
+        message(role="user", content=[{"type": "video", "video": "x"}]),
+        "messages",
+    ),
+    (chat(max_tokens=0), "max_tokens"),
+    (chat(max_tokens=-1), "max_tokens"),
+    (chat(max_tokens=100000), "max_tokens"),
+    (chat(max_tokens=10**400), "max_tokens"),
+    (chat(max_tokens=1.5), "max_tokens"),
+    (chat(max_tokens="2"), "max_tokens"),
+    (chat(max_tokens=True), "max_tokens"),
+    (chat(max_completion_tokens=0), "max_completion_tokens"),
+    (chat(stream="yes"), "stream"),
+    (chat(stream_options=True), "stream_options"),
+    (chat(model=7), "model"),
+    (chat(model="nobody/nothing"), "model"),
+    (chat(adapters="nowhere"), "adapters"),
+    (chat(temperature=-1), "temperature"),
+    (chat(temperature="hot"), "temperature"),
+    (chat(temperature=float("nan")), "temperature"),
+    (chat(temperature=float("inf")), "temperature"),
+    (chat(top_p=1.1), "top_p"),
+    (chat(top_k=-1), "top_k"),
+    (chat(min_p=2), "min_p"),
+    (chat(xtc_probability=2), "xtc_probability"),
+    (chat(xtc_threshold=0.6), "xtc_threshold"),
+    (chat(repetition_penalty=-1), "repetition_penalty"),
+    (chat(presence_penalty="x"), "presence_penalty"),
+    (chat(seed="x"), "seed"),
+    (chat(seed=2**64), "seed"),
+    (chat(stop=7), "stop"),
+    (chat(stop=[""]), "stop"),
+    (chat(logit_bias=[1]), "logit_bias"),
+    (chat(logit_bias={"x": 1}), "logit_bias"),
+    (chat(logit_bias={"1": "x"}), "logit_bias"),
+    (chat(logit_bias={"100000": 1}), "logit_bias"),
+    (chat(logit_bias={"-1": 1}), "logit_bias"),
+    (chat(logprobs="x"), "logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (chat(top_logprobs=2), "top_logprobs"),
+    (chat(tools={}), "tools"),
+    (chat(tools=["x"]), "tools[0]"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tool_choice="required"), "tool_choice"),
+    (chat(n=2), "n"),
+    (chat(n=0), "n"),
+    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
+]
+
+BAD_PROMPTS = [
+    ({}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [1, "b"]}, "prompt"),
+    ({"prompt": [1, 100000]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "x" * 5000}, "prompt"),
+    ({"prompt": "x", "echo": True}, "echo"),
+    ({"prompt": "x", "suffix": "y"}, "suffix"),
+    ({"prompt": "x", "best_of": 2}, "best_of"),
+]
+
+
+def assert_is_error(answer, param):
+    error = answer["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+def test_bad_input_names_its_field_and_the_next_request_is_served(start_server):
+    _, port = start_server()
+    bodies = [(CHAT, raw, param) for raw, param in BAD_BODIES] + [
+        ("/v1/completions", json.dumps(body).encode(), param)
+        for body, param in BAD_PROMPTS
+    ]
+    for path, raw, param in bodies:
+        status, answer = call(port, "POST", path, raw)
+        assert status in (400, 404), raw[:80]
+        assert_is_error(answer, param)
+        assert (status == 404) == (answer["error"]["code"] == "model_not_found")
+    assert complete(port, "hello", max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/nothing", 404),
+        ("GET", CHAT, 405),
+        ("POST", "/health", 405),
+        ("PUT", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+    ],
+)
+def test_unknown_route_is_an_error_object(method, path, status, start_server):
+    _, port = start_server()
+    got, answer = call(port, method, path, chat() if method != "GET" else None)
+    assert got == status
+    assert_is_error(answer, None)
+
+
+def send_raw(port, raw, shut=True):
+    """Send bytes, end the sending side, and read until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(raw)
+        if shut:
+            s.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: s.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    "headers, body, status",
+    [
+        ("Content-Length: 100", b'{"messages"', 400),
+        ("Content-Length: x", b"{}", 400),
+        ("Content-Length: -5", b"{}", 400),
+        ("X-Nothing: 1", b"", 411),
+        (f"Content-Length: {10**12}", b"{}", 413),
+    ],
+)
+def test_broken_body_is_an_error_and_the_next_request_is_served(
+    headers, body, status, start_server
+):
+    _, port = start_server()
+    answer = send_raw(
+        port, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n".encode() + body
+    )
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert_is_error(json.loads(content), None)
+    assert complete(port, "hello", max_tokens=2)
+
+
+def test_what_is_not_http_is_an_error_object(start_server):
+    _, port = start_server()
+    assert b"invalid_request_error" in send_raw(port, b"hello there you\r\n\r\n")
+    assert complete(port, "hello", max_tokens=2)
+
+
+def test_connection_is_kept_for_the_next_request(start_server):
+    _, port = start_server()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    bodies = [chat(), chat(stream=True), b"{}", chat()]
+    statuses, sockets = [], set()
+    for body in bodies:
+        connection.request("POST", CHAT, body)
+        sockets.add(connection.sock)
+        response = connection.getresponse()
+        response.read()
+        statuses.append(response.status)
+    connection.close()
+    assert statuses == [200, 200, 400, 200]
+    assert len(sockets) == 1
+
+
+def test_client_of_http_1_0_gets_a_stream_without_chunks(start_server):
+    _, port = start_server()
+    body = chat(stream=True)
+    head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    answer = send_raw(port, head + body, shut=False)
+    assert b"Transfer-Encoding" not in answer
+    assert answer.endswith(b"data: [DONE]\n\n")
+
+
+class WatchedEngine(Engine):
+    """Tells when a request was cancelled, and when its row was free."""
+
+    def __init__(self, *args):
+        self.left = threading.Event()
+        super().__init__(*args)
+
+    def drop_cancelled(self):
+        before = len(self.batch)
+        super().drop_cancelled()
+        if len(self.batch) < before:
+            self.left.set()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_client_that_goes_away_frees_its_row(streamed, start_server):
+    engine, port = start_server(make_engine=WatchedEngine)
+    body = chat(max_tokens=4000, stream=streamed)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        s.sendall(head.encode() + body)
+        if streamed:
+            s.recv(1000)
+    assert engine.left.wait(60)
+    assert complete(port, "hello", max_tokens=2)
+
+
+def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server):
+    events = []
+
+    class RecordingEngine(WatchedEngine):
+        def generate(self, *args):
+            job = super().generate(*args)
+            cancel = job.cancel
+
+            def recorded_cancel():
+                events.append(self.batch.steps)
+                cancel()
+
+            job.cancel = recorded_cancel
+            return job
+
+        def drop_cancelled(self):
+            super().drop_cancelled()
+            if self.left.is_set():
+                events.append(self.batch.steps)
+
+    engine, port = start_server(make_engine=RecordingEngine)
+    body = chat(max_tokens=4000, stream=True)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        s.sendall(head.encode() + body)
+        s.recv(1000)
+    assert engine.left.wait(60)
+    complete(port, "after", max_tokens=1)
+    cancelled, left, *_ = events
+    assert left - cancelled <= 1
+
+
+def test_failure_in_a_stream_is_an_event(start_server):
+    class FailingBatch(Batch):
+        def sampler(self, args):
+            raise ArithmeticError("a secret of the server")
+
+    class FailingEngine(Engine):
+        batch_class = FailingBatch
+
+    _, port = start_server(make_engine=FailingEngine)
+    status, answer = call(port, "POST", CHAT, chat())
+    assert status == 500
+    assert answer["error"]["type"] == "server_error"
+    assert "secret" not in answer["error"]["message"]
+    body = chat(stream=True)
+    head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    raw = send_raw(port, head + body, shut=False)
+    event = json.loads(raw.split(b"data: ")[1])
+    assert event["error"]["type"] == "server_error"
+    assert b"[DONE]" not in raw
+
+
+def test_browser_origin_gets_cors_headers(start_server):
+    _, port = start_server("llama", "--allowed-origins", "http://a.test,http://b.test")
+    for origin, allowed in (
+        ("http://b.test", "http://b.test"),
+        ("http://c.test", None),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/health", headers={"Origin": origin})
+        response = connection.getresponse()
+        assert response.getheader("Access-Control-Allow-Origin") == allowed
+        connection.close()

@@ -1,0 +1,108 @@
+"""From tokens to text: the same pieces whatever piles up."""
+
+from types import SimpleNamespace
+
+import pytest
+from mlx_lm.server import CompletionRequest
+from mlx_lm.utils import load_tokenizer
+
+from mlx_lm_ext.delivery import Delivery
+from mlx_lm_ext.request import Token
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder):
+    return load_tokenizer(model_folder())
+
+
+class ToolTokenizer:
+    """A tokenizer whose model thinks and calls tools."""
+
+    has_thinking = has_tool_calling = True
+    think_start, think_end = "<think>", "</think>"
+    tool_call_start, tool_call_end = "<tool>", "</tool>"
+    structural_markers = ()
+    response_transitions = {}
+
+    def __init__(self, tokenizer):
+        self.encode = tokenizer.encode
+        self.detokenizer = tokenizer.detokenizer
+
+    @staticmethod
+    def tool_parser(text, tools):
+        if not text.startswith("call "):
+            raise ValueError("no call")
+        return {"name": text[5:], "arguments": {"x": 1}}
+
+
+def deliver(tokenizer, text, pile=1, stop=(), finish_reason="stop"):
+    """Feed a text in piles of tokens; gives the joined answer."""
+    request = SimpleNamespace(
+        model=SimpleNamespace(tokenizer=tokenizer),
+        completion=CompletionRequest("chat", "", [], None, None),
+        args=SimpleNamespace(stop_words=list(stop)),
+        initial_state="normal",
+    )
+    tokens = [Token(i) for i in tokenizer.encode(text)]
+    if finish_reason == "stop":
+        tokens.append(Token(0, finish_reason="stop"))
+    elif finish_reason:
+        tokens[-1] = Token(tokens[-1].id, finish_reason=finish_reason)
+    delivery = Delivery(request, stream=False)
+    answer = SimpleNamespace(text="", reasoning="", calls=[], n_tokens=0, end=None)
+    for i in range(0, len(tokens), pile):
+        delta = delivery.feed(tokens[i : i + pile])
+        answer.text += delta.text
+        answer.reasoning += delta.reasoning
+        answer.calls += delta.tool_calls
+        answer.n_tokens += len(delta.tokens)
+        answer.end = delta.finish_reason
+        if answer.end:
+            break
+    return answer
+
+
+@pytest.mark.parametrize("pile", [1, 3, 1000])
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+def test_text_arrives_whole(tokenizer, pile, finish_reason):
+    text = "plain text, \u00e9\u4e16\U0001f600 and more"
+    answer = deliver(tokenizer, text, pile, finish_reason=finish_reason)
+    assert (answer.text, answer.end) == (text, finish_reason)
+
+
+@pytest.mark.parametrize("pile", [1, 3, 1000])
+def test_stop_word_across_tokens_and_piles_ends_the_answer(tokenizer, pile):
+    answer = deliver(tokenizer, "one two three two", pile, stop=["zzz", "two"])
+    assert (answer.text, answer.end) == ("one ", "stop")
+    # The same count however many tokens had piled up.
+    assert answer.n_tokens == len("one two")
+
+
+def test_start_of_a_stop_word_at_the_end_is_text(tokenizer):
+    assert deliver(tokenizer, "half a st", stop=["stop"]).text == "half a st"
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+def test_reasoning_and_tool_calls_are_set_apart(tokenizer, pile):
+    text = "<think>hm, <x</think>so<tool>call f</tool><tool>call g</tool> end"
+    answer = deliver(ToolTokenizer(tokenizer), text, pile)
+    assert answer.reasoning == "hm, <x"
+    assert answer.text == "so end"
+    assert [c["function"]["name"] for c in answer.calls] == ["f", "g"]
+    assert answer.end == "tool_calls"
+
+
+def test_marker_cut_off_at_the_end_is_text(tokenizer):
+    assert deliver(ToolTokenizer(tokenizer), "a <thi").text == "a <thi"
+
+
+@pytest.mark.parametrize("ending", ["</tool>", ""])
+def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending):
+    answer = deliver(ToolTokenizer(tokenizer), "so<tool>nonsense" + ending)
+    assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
+
+
+def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):
+    text = "<think>stop</think>go on stop here"
+    answer = deliver(ToolTokenizer(tokenizer), text, stop=["stop"])
+    assert (answer.reasoning, answer.text) == ("stop", "go on ")
