@@ -7,6 +7,7 @@ Rules:
 """
 
 import json
+import logging
 from typing import Any, Dict, Iterator, Optional
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +17,7 @@ from mlx_lm.server import CompletionRequest
 
 from ._upstream import image_parts
 from .delivery import Delivery, Delta, chat_logprobs, text_logprobs
-from .errors import RequestError
+from .errors import RequestError, internal_error
 from .http_server import HTTPHandler
 from .request import Request
 from .validation import (
@@ -58,17 +59,20 @@ class BatchAPIHandler(HTTPHandler):
         self.requested_model = self.body.get("model", "default_model")
         if self.requested_model == self.model_id:
             self.body["model"] = "default_model"
+        self.args = parse_arguments(self.body, self.response_generator.cli_args)
         if path == "/v1/completions":
             request = self.handle_text_completions()
         else:
             request = self.handle_chat_completions()
-        args = parse_arguments(self.body, self.response_generator.cli_args)
         asked = "max_tokens" in self.body or "max_completion_tokens" in self.body
-        job = self.response_generator.generate(request, args, not asked)
-        if self.stream:
-            self.send_stream(job)
-        else:
-            self.send_answer(job)
+        job = self.response_generator.generate(request, self.args, not asked)
+        try:
+            if self.stream:
+                self.send_stream(job)
+            else:
+                self.send_answer(job)
+        finally:
+            job.cancel()
 
     def wrong_route(self, path: str) -> RequestError:
         if path in POST_ROUTES + GET_ROUTES:
@@ -79,10 +83,11 @@ class BatchAPIHandler(HTTPHandler):
     def handle_chat_completions(self) -> CompletionRequest:
         messages = parse_messages(self.body)
         self.body["tools"] = parse_tools(self.body)
-        processor = self.response_generator.model_provider.processor
-        if self.body.get("model", "default_model") == "default_model":
-            if processor is None and any(image_parts(messages)):
-                raise RequestError(400, "the model takes no images", "messages")
+        provider = self.response_generator.model_provider
+        loaded = provider.model_key == provider.resolve(self.args.model)
+        # Before upstream fetches them.
+        if loaded and provider.processor is None and any(image_parts(messages)):
+            raise RequestError(400, "the model takes no images", "messages")
         return super().handle_chat_completions()
 
     def handle_text_completions(self) -> CompletionRequest:
@@ -96,25 +101,22 @@ class BatchAPIHandler(HTTPHandler):
 
         Raises:
             ConnectionError: If the client is gone.
-            Exception: What ended the request on the generation thread.
+            RequestError: What ended the request on the generation thread.
         """
         delivery = None
-        try:
-            while True:
-                tokens = job.receive(timeout=HEARTBEAT)
-                if self.client_is_gone():
-                    raise ConnectionResetError("the client is gone")
-                if not tokens:
-                    self.response_generator.check_available()
-                    yield None
-                    continue
-                delivery = delivery or Delivery(job, self.stream)
-                delta = delivery.feed(tokens)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            job.cancel()
+        while True:
+            tokens = job.receive(timeout=HEARTBEAT)
+            if self.client_is_gone():
+                raise ConnectionResetError("the client is gone")
+            if not tokens:
+                self.response_generator.check_available()
+                yield None
+                continue
+            delivery = delivery or Delivery(job, self.stream)
+            delta = delivery.feed(tokens)
+            yield delta
+            if delta.finish_reason is not None:
+                return
 
     def send_answer(self, job: Request) -> None:
         """Answer in one piece."""
@@ -134,14 +136,13 @@ class BatchAPIHandler(HTTPHandler):
         self.start_events()
         try:
             self.send_events(job)
-        except TimeoutError:
-            raise ConnectionResetError("the client takes nothing")
-        except ConnectionError:
-            raise
-        except Exception as e:
-            if not isinstance(e, RequestError):
-                e = RequestError(500, "the server failed; its log says why")
+        except RequestError as e:
             self.send_event(json.dumps(e.to_json()))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            logging.exception("A stream failed")
+            self.send_event(json.dumps(internal_error().to_json()))
         self.end_events()
 
     def send_events(self, job: Request) -> None:

@@ -6,6 +6,7 @@ Rules:
    rows may be half way through a step.
 """
 
+import logging
 from dataclasses import astuple
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -85,9 +86,13 @@ class Batch:
         """Drop all rows and their KV, and what belongs to the model."""
         self.active.clear()
         self.samplers.clear()
-        if self.generator is not None:
-            self.generator.close()
-            self.generator = None
+        generator, self.generator = self.generator, None
+        if generator is not None:
+            try:
+                generator.close()
+            except Exception:
+                # It waits for the device, which can have failed.
+                logging.exception("A batch could not be closed")
 
     def step(self) -> int:
         """Run one step and hand out its tokens; gives how many requests it ended."""

@@ -22,7 +22,7 @@ from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from ._upstream import ResponseGeneratorBase, image_parts
 from .batching import Batch
-from .errors import RequestError
+from .errors import RequestError, internal_error
 from .model_provider import BatchModelProvider
 from .prompt_cache import PromptCache
 from .request import Request, SingleQueue
@@ -87,6 +87,9 @@ class Engine(ResponseGeneratorBase):
                 job.prompt, job.segments, job.segment_types, job.initial_state = (
                     self.tokenize(model.tokenizer, request, generation_args)
                 )
+                # Arguments of a request's template can ask for other things.
+                if not isinstance(job.prompt, list):
+                    raise ValueError("it gives no list of tokens")
             except (KeyError, TypeError, ValueError, TemplateError) as e:
                 message = f"the chat template cannot render the messages: {e}"
                 raise RequestError(400, message, "messages")
@@ -192,7 +195,7 @@ class Engine(ResponseGeneratorBase):
         # Stop words are found in the text, on the handler's thread.
         args = replace(request.args, stop_words=[])
         stream = mx.default_stream(mx.default_device())
-        queue = SingleQueue(request, is_stopping=lambda: self.stopping)
+        queue = SingleQueue(request, lambda: self.stopping, self.fail)
         self.serve_single((queue, request.completion, args), stream)
 
     # When a step fails
@@ -235,6 +238,10 @@ class Engine(ResponseGeneratorBase):
         self.batch.close()
 
     def fail(self, request: Request, error: Exception) -> None:
+        if type(error) is ValueError and not request.segments:
+            # Upstream's answer to images that it cannot use.
+            error = RequestError(400, str(error), "messages")
         if not isinstance(error, RequestError):
             logging.error("A request failed", exc_info=error)
+            error = internal_error()
         request.put(error)

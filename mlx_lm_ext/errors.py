@@ -37,3 +37,8 @@ class RequestError(Exception):
                 "code": self.code,
             }
         }
+
+
+def internal_error() -> RequestError:
+    """The 500 for what a client neither caused nor may read."""
+    return RequestError(500, "the server failed; its log says why")

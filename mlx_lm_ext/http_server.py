@@ -15,7 +15,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Dict
 
 from ._upstream import APIHandlerBase
-from .errors import RequestError
+from .errors import RequestError, internal_error
 
 # Bytes of a request body; images come inside it.
 MAX_BODY = 64 << 20
@@ -77,7 +77,12 @@ class HTTPHandler(APIHandlerBase):
         raise NotImplementedError
 
     def do_GET(self):
+        self.ignore_body()
         self.respond(self.get)
+
+    def do_OPTIONS(self):
+        self.ignore_body()
+        super().do_OPTIONS()
 
     def do_POST(self):
         self.respond(self.post)
@@ -86,26 +91,35 @@ class HTTPHandler(APIHandlerBase):
         """Answer one request; what is raised becomes an error response."""
         self.created = int(time.time())
         try:
-            method()
-        except RequestError as e:
-            self.send_json(e.status, e.to_json())
-        except ConnectionError:
+            try:
+                method()
+            except RequestError as e:
+                self.send_json(e.status, e.to_json())
+            except (ConnectionError, TimeoutError):
+                raise
+            except Exception:
+                logging.exception("A request failed")
+                error = internal_error()
+                self.send_json(error.status, error.to_json())
+        except (ConnectionError, TimeoutError):
             self.close_connection = True
-        except Exception:
-            logging.exception("A request failed")
-            error = RequestError(500, "the server failed; its log says why")
-            self.send_json(error.status, error.to_json())
+
+    def ignore_body(self) -> None:
+        """A body of a request that takes none is not the next request."""
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True
 
     def read_body(self) -> bytes:
         """Read the whole body, so that the connection can serve another request."""
         # Until it is read, nothing after it can be.
-        self.close_connection = True
+        close, self.close_connection = self.close_connection, True
         length = self.headers.get("Content-Length")
-        if length is None:
-            raise RequestError(411, "the Content-Length header is required")
+        if length is None or "Transfer-Encoding" in self.headers:
+            raise RequestError(411, "send the body whole, with its Content-Length")
         if not (length.isascii() and length.isdigit()):
             raise RequestError(400, "the Content-Length header must be a number")
-        if int(length) > MAX_BODY:
+        # The count of digits first: Python refuses to read very long numbers.
+        if len(length) > 15 or int(length) > MAX_BODY:
             raise RequestError(413, f"the body may have {MAX_BODY} bytes at most")
         try:
             raw = self.rfile.read(int(length))
@@ -114,10 +128,7 @@ class HTTPHandler(APIHandlerBase):
         if len(raw) < int(length):
             message = f"the body was cut short after {len(raw)} of {length} bytes"
             raise RequestError(400, message)
-        connection = self.headers.get("Connection", "").lower()
-        self.close_connection = connection == "close" or (
-            self.request_version == "HTTP/1.0" and connection != "keep-alive"
-        )
+        self.close_connection = close
         return raw
 
     def client_is_gone(self) -> bool:
@@ -175,6 +186,10 @@ class HTTPHandler(APIHandlerBase):
         self.headers = getattr(self, "headers", None) or {}
         error = RequestError(code, message or explain or "the request is not HTTP")
         self.send_json(error.status, error.to_json())
+
+    def log_error(self, format, *args):
+        # An idle connection that times out, or an error that was answered.
+        logging.debug(format, *args)
 
     def log_message(self, format, *args):
         # Escaped, since a client chooses what it says.

@@ -2,7 +2,7 @@
 
 Rules:
 1. Plain Python only: no arrays, nothing that owns one.
-2. A request's events end with one token that has a finish reason, or one exception.
+2. A request's events end with a token that has a finish reason, or a RequestError.
 """
 
 from dataclasses import dataclass, field
@@ -112,8 +112,8 @@ class Request:
         """Leave the waiting list or the batch at the next step (any thread)."""
         self.cancelled = True
 
-    def put(self, event: Union[Token, Exception]) -> None:
-        """Hand an event to the handler thread; an exception is the last one."""
+    def put(self, event: Union[Token, RequestError]) -> None:
+        """Hand an event to the handler thread; an error is the last one."""
         if isinstance(event, Token):
             self.generated.append(event.id)
             self.finished = event.finish_reason is not None
@@ -125,7 +125,7 @@ class Request:
         """All tokens that have piled up, at least one unless the time runs out.
 
         Raises:
-            Exception: What ended the request on the generation thread.
+            RequestError: What ended the request on the generation thread.
         """
         tokens = []
         try:
@@ -141,15 +141,21 @@ class Request:
 class SingleQueue:
     """What upstream's single path takes for its response queue."""
 
-    def __init__(self, request: Request, is_stopping: Callable[[], bool]):
+    def __init__(
+        self,
+        request: Request,
+        is_stopping: Callable[[], bool],
+        fail: Callable[[Request, Exception], None],
+    ):
         self.request = request
         self.is_stopping = is_stopping
+        self.fail = fail
         self.context = None
 
     def put(self, item: Any) -> None:
         request = self.request
         if isinstance(item, Exception):
-            request.put(bad_request(item))
+            self.fail(request, item)
         elif request.cancelled or self.is_stopping():
             # Upstream puts this exception back here, and ends.
             raise RequestError(503, "the request was cancelled")
@@ -161,11 +167,6 @@ class SingleQueue:
             request.n_cached = max(0, self.context.prompt_cache_count)
             top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)
             request.put(Token(item.token, item.logprob, top, item.finish_reason))
-
-
-def bad_request(error: Exception) -> Exception:
-    """Upstream raises ValueError for what a client did wrong."""
-    return RequestError(400, str(error)) if type(error) is ValueError else error
 
 
 class ResumedStopSequences(StopSequences):

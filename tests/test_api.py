@@ -10,6 +10,7 @@ import pytest
 from helpers import Reference, call, complete, stream, streamed_text, texts
 from tiny_models import CONFIGS
 
+from mlx_lm_ext.api import BatchAPIHandler
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 
@@ -252,6 +253,8 @@ BAD_BODIES = [
     (chat(n=0), "n"),
     (chat(response_format={"type": "json_object"}), "response_format"),
     (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
+    (chat(chat_template_kwargs={"return_tensors": "np"}), "messages"),
+    (chat(chat_template_kwargs={"tokenize": False}), "messages"),
 ]
 
 BAD_PROMPTS = [
@@ -325,6 +328,8 @@ def send_raw(port, raw, shut=True):
         ("Content-Length: x", b"{}", 400),
         ("Content-Length: -5", b"{}", 400),
         ("X-Nothing: 1", b"", 411),
+        ("Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n", 411),
+        ("Content-Length: " + "9" * 5000, b"{}", 413),
         (f"Content-Length: {10**12}", b"{}", 413),
     ],
 )
@@ -339,6 +344,14 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
     assert head.startswith(f"HTTP/1.1 {status} ".encode())
     assert_is_error(json.loads(content), None)
     assert complete(port, "hello", max_tokens=2)
+
+
+def test_body_of_a_get_is_not_taken_for_a_request(start_server):
+    _, port = start_server()
+    hidden = b"GET /nothing HTTP/1.1\r\n\r\n"
+    head = f"GET /health HTTP/1.1\r\nContent-Length: {len(hidden)}\r\n\r\n"
+    answer = send_raw(port, head.encode() + hidden, shut=False)
+    assert answer.count(b"HTTP/1.1 ") == 1
 
 
 def test_what_is_not_http_is_an_error_object(start_server):
@@ -387,7 +400,7 @@ class WatchedEngine(Engine):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_client_that_goes_away_frees_its_row(streamed, start_server):
+def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
     engine, port = start_server(make_engine=WatchedEngine)
     body = chat(max_tokens=4000, stream=streamed)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
@@ -397,6 +410,7 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server):
             s.recv(1000)
     assert engine.left.wait(60)
     assert complete(port, "hello", max_tokens=2)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
 def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server):
@@ -429,6 +443,19 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
     complete(port, "after", max_tokens=1)
     cancelled, left, *_ = events
     assert left - cancelled <= 1
+
+
+def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
+    def start_events(self):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(BatchAPIHandler, "start_events", start_events)
+    engine, port = start_server(make_engine=WatchedEngine)
+    body = chat(max_tokens=4000, stream=True)
+    head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    assert send_raw(port, head + body, shut=False) == b""
+    complete(port, "after", max_tokens=1)
+    assert len(engine.batch) == 0
 
 
 def test_failure_in_a_stream_is_an_event(start_server):

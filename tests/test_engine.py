@@ -109,8 +109,9 @@ def test_failed_step_costs_only_the_requests_at_fault(
     jobs = [submit(engine, p, max_tokens=n) for p, n in zip(prompts, lengths)]
     for i, (prompt, job) in enumerate(zip(prompts, jobs)):
         if i in culprits:
-            with pytest.raises(ArithmeticError):
+            with pytest.raises(RequestError) as error:
                 read(job)
+            assert error.value.status == 500
         else:
             assert read(job) == reference.tokens(prompt, 40)
     assert read(submit(engine, "after", max_tokens=4)) == reference.tokens("after", 4)
