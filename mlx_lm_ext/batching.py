@@ -56,12 +56,11 @@ class Batch:
                 stream=mx.default_stream(mx.default_device()),
             )
         segments, cache, n_cached = self.fetch(request)
-        tokens = request.prompt + request.generated
         (uid,) = self.generator.insert_segments(
             segments=[segments],
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[cache],
-            all_tokens=[tokens[:n_cached]],
+            all_tokens=[request.prompt[:n_cached]],
             samplers=[self.sampler(request.args)],
             logits_processors=[make_logits_processors(request.args)],
             stop_sequences=[

@@ -36,14 +36,15 @@ class ToolTokenizer:
 
 
 def deliver(tokenizer, text, pile=1, stop=(), finish_reason="stop"):
-    """Feed a text in piles of tokens; gives the joined answer."""
+    """Feed a text, or its tokens, in piles; gives the joined answer."""
     request = SimpleNamespace(
         model=SimpleNamespace(tokenizer=tokenizer),
         completion=CompletionRequest("chat", "", [], None, None),
         args=SimpleNamespace(stop_words=list(stop)),
         initial_state="normal",
     )
-    tokens = [Token(i) for i in tokenizer.encode(text)]
+    ids = tokenizer.encode(text) if isinstance(text, str) else text
+    tokens = [Token(i) for i in ids]
     if finish_reason == "stop":
         tokens.append(Token(0, finish_reason="stop"))
     elif finish_reason:
@@ -76,6 +77,12 @@ def test_stop_word_across_tokens_and_piles_ends_the_answer(tokenizer, pile):
     assert (answer.text, answer.end) == ("one ", "stop")
     # The same count however many tokens had piled up.
     assert answer.n_tokens == len("one two")
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
+    tokens = tokenizer.encode("caf\u00e9")[:-1]
+    answer = deliver(tokenizer, tokens, finish_reason="length")
+    assert answer.text == tokenizer.decode(tokens) == "caf\ufffd"
 
 
 def test_start_of_a_stop_word_at_the_end_is_text(tokenizer):

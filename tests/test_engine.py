@@ -70,15 +70,25 @@ def test_cancelled_request_leaves_at_the_next_step(start_engine):
     assert engine.left_at - cancelled_at <= 1
 
 
-def test_waiting_request_can_be_cancelled(start_engine):
-    engine = start_engine("llama", "--batch-size", "1")
+def test_waiting_request_that_is_cancelled_never_starts(start_engine):
+    started = []
+
+    class RecordingBatch(Batch):
+        def add(self, request):
+            started.append(request)
+            super().add(request)
+
+    class RecordingEngine(Engine):
+        batch_class = RecordingBatch
+
+    engine = start_engine("llama", "--batch-size", "1", make_engine=RecordingEngine)
     first = submit(engine, "hello", max_tokens=4000)
     second = submit(engine, "there", max_tokens=4000)
     third = submit(engine, "you", max_tokens=2)
     second.cancel()
     first.cancel()
     assert len(read(third)) == 2
-    assert second.generated == []
+    assert second not in started
 
 
 class FaultyBatch(Batch):
@@ -135,6 +145,11 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
 
     class SmallEngine(Engine):
         batch_class = SmallBatch
+        failures = 0
+
+        def recover(self, error):
+            self.failures += 1
+            super().recover(error)
 
     reference = Reference(model_folder())
     engine = start_engine(make_engine=SmallEngine)
@@ -142,6 +157,8 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
     jobs = [submit(engine, p, max_tokens=12) for p in prompts]
     for prompt, job in zip(prompts, jobs):
         assert read(job) == reference.tokens(prompt, 12)
+    # Not one for each of the 12 tokens.
+    assert engine.failures < 8
 
 
 def test_stop_token_is_found_after_a_failed_step():
@@ -285,17 +302,34 @@ def test_exact_repeat_is_taken_from_the_cache(model_folder, start_engine):
 
 
 def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
-    engine = start_engine("llama", "--use-prompt-cache")
-    prompt = "a prompt whose client goes away"
+    # With one row, the second starts after the cancelled one has left.
+    engine = start_engine("llama", "--use-prompt-cache", "--batch-size", "1")
+    prompt = Reference(engine.cli_args.model).tokenizer.encode("its client goes away")
     job = submit(engine, prompt, max_tokens=4000)
-    job.receive(timeout=60)
+    while len(job.generated) < 20:
+        job.receive(timeout=60)
     job.cancel()
-    # Served after the cancelled one has left, as there is one row.
-    retry = submit(engine, prompt, max_tokens=2)
+    retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
     read(retry)
-    last = submit(engine, prompt + " again", max_tokens=2)
-    read(last)
-    assert last.n_cached >= len(prompt)
+    assert retry.n_cached == len(prompt) + 19
+
+
+def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
+    class CancellingBatch(Batch):
+        def step(self):
+            if self.steps == 3:
+                self.requests[0].cancel()
+            return super().step()
+
+    class CancellingEngine(Engine):
+        batch_class = CancellingBatch
+
+    argv = ["--use-prompt-cache", "--batch-size", "1", "--prefill-step-size", "8"]
+    engine = start_engine("llama", *argv, make_engine=CancellingEngine)
+    submit(engine, "x" * 300, max_tokens=5)
+    retry = submit(engine, "x" * 300, max_tokens=2)
+    read(retry)
+    assert retry.n_cached == 8 * 4
 
 
 def test_nothing_is_kept_without_a_prompt_cache(start_engine):
