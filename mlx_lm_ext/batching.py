@@ -8,13 +8,18 @@ Rules:
 
 import logging
 from dataclasses import astuple
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.server import GenerationArguments
 
-from ._upstream import format_top_logprobs, make_logits_processors, make_sampler
+from ._upstream import (
+    LeanBatchGenerator,
+    format_top_logprobs,
+    make_logits_processors,
+    make_sampler,
+)
 from .model_provider import BatchModelProvider
 from .prompt_cache import PromptCache
 from .request import Request, ResumedStopSequences, Token
@@ -32,7 +37,7 @@ class Batch:
         self.model_provider = model_provider
         self.prompt_cache = prompt_cache
         self.caching = prompt_cache.max_size > 0
-        self.generator: Optional[BatchGenerator] = None
+        self.generator: Optional[LeanBatchGenerator] = None
         self.active: Dict[int, Request] = {}
         self.samplers: Dict[Tuple, Any] = {}
         self.steps = 0
@@ -48,7 +53,7 @@ class Batch:
         """Add a request. It goes on after the tokens that it has already."""
         if self.generator is None:
             args = self.model_provider.cli_args
-            self.generator = BatchGenerator(
+            self.generator = LeanBatchGenerator(
                 self.model_provider.model,
                 completion_batch_size=args.batch_size,
                 prefill_batch_size=min(args.batch_size, args.prompt_concurrency),
@@ -136,11 +141,13 @@ class Batch:
 
     def sampler(self, args: GenerationArguments) -> Any:
         """Rows with equal parameters share a sampler, so they sample in one call."""
-        key = astuple(args.sampling)
+        key = (astuple(args.sampling), args.logprobs)
         if key not in self.samplers:
             if len(self.samplers) >= 256:
                 self.samplers.clear()
-            self.samplers[key] = make_sampler(args, self.model_provider.tokenizer)
+            sampler = make_sampler(args, self.model_provider.tokenizer)
+            # Rows with upstream's own greedy sampler get no log probabilities.
+            self.samplers[key] = partial(sampler) if args.logprobs else sampler
         return self.samplers[key]
 
     def store_segments(self, prompt_responses: List[Any]) -> None:

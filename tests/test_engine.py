@@ -36,6 +36,29 @@ def test_requests_join_and_leave_a_running_batch(model_folder, start_engine):
     first.cancel()
 
 
+def test_rows_with_and_without_log_probabilities_share_a_batch(
+    model_folder, start_engine
+):
+    reference = Reference(model_folder())
+    engine = start_engine()
+    plain = submit(engine, "a" * 50, max_tokens=60)
+    tokens = plain.receive(timeout=60)
+    wanting = submit(engine, "zq", max_tokens=5, logprobs=True, top_logprobs=3)
+    sampled = submit(engine, "zq", max_tokens=5, temperature=1.0)
+    expected = reference.responses("zq", 5)
+    events = []
+    while not events or events[-1].finish_reason is None:
+        events += wanting.receive(timeout=60)
+    assert [e.id for e in events] == [r.token for r in expected]
+    assert [e.logprob for e in events] == pytest.approx(
+        [r.logprobs[r.token].item() for r in expected], abs=1e-4
+    )
+    assert all(len(e.top) == 3 for e in events)
+    assert len(read(sampled)) == 5
+    rest = [t.id for t in tokens] + read(plain)
+    assert rest == reference.tokens("a" * 50, 60)
+
+
 def test_batch_never_exceeds_its_size(start_engine):
     class Watched(Engine):
         largest = 0
