@@ -112,6 +112,12 @@ class ResponseGeneratorBase(ResponseGenerator):
         """The prompt, its segments, their types, and the initial text state."""
         return self._tokenize(tokenizer, request, args)[:4]
 
+    def _tokenize(self, tokenizer, request, args):
+        # Upstream takes no prompt that is token ids already.
+        if isinstance(request.prompt, list):
+            return request.prompt, [request.prompt], ["assistant"], "normal", None
+        return super()._tokenize(tokenizer, request, args)
+
     def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
         """Serve ``(queue, request, args)`` alone, on the calling thread."""
         self._serve_single(request, stream)

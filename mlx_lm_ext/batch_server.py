@@ -19,6 +19,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Callable, Dict, List, Optional
 
+from jinja2 import Environment, TemplateSyntaxError
+
 from . import __version__, blas, demo_model
 
 
@@ -72,12 +74,17 @@ def chat_template(text: str) -> str:
     """An argument type: a chat template, or the path of a file that holds one."""
     try:
         if text and Path(text).is_file():
-            return Path(text).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        pass
-    # Every template has a {{ }} or a {% %}.
-    if text and "{" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no file and no template")
+            text = Path(text).read_text(encoding="utf-8")
+        # Every template has a {{ }} or a {% %}.
+        elif text and "{" not in text:
+            raise argparse.ArgumentTypeError(f"{text!r} is no file and no template")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError) as e:
+        raise argparse.ArgumentTypeError(f"the file cannot be read: {e}")
+    except TemplateSyntaxError as e:
+        # Transformers has tags of its own.
+        if "unknown tag" not in str(e):
+            raise argparse.ArgumentTypeError(f"the template is wrong: {e}")
     return text
 
 
@@ -295,9 +302,10 @@ def serve(args: argparse.Namespace) -> None:
         raise OSError(f"cannot listen on {args.host} port {args.port}: {e.strerror}")
     size = args.radix_cache_size
     cache = PromptCache(1 << 30, size) if args.use_prompt_cache else None
+    fingerprint = get_system_fingerprint()
     engine = Engine(BatchModelProvider(args), cache)
     httpd.RequestHandlerClass = partial(
-        BatchAPIHandler, engine, system_fingerprint=get_system_fingerprint()
+        BatchAPIHandler, engine, system_fingerprint=fingerprint
     )
     accepting = Thread(target=httpd.serve_forever)
     try:

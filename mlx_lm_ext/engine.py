@@ -79,10 +79,7 @@ class Engine(ResponseGeneratorBase):
         self.check_available()
         model = self.model_provider.describe(generation_args.model)
         job = Request(model=model, completion=request, args=generation_args)
-        if isinstance(request.prompt, list):
-            job.prompt, job.segments = request.prompt, [request.prompt]
-            job.segment_types = ["assistant"]
-        elif not any(image_parts(request.messages)):
+        if not any(image_parts(request.messages)):
             try:
                 job.prompt, job.segments, job.segment_types, job.initial_state = (
                     self.tokenize(model.tokenizer, request, generation_args)
@@ -90,7 +87,13 @@ class Engine(ResponseGeneratorBase):
                 # Arguments of a request's template can ask for other things.
                 if not isinstance(job.prompt, list):
                     raise ValueError("it gives no list of tokens")
-            except (KeyError, TypeError, ValueError, TemplateError) as e:
+            except (
+                AttributeError,
+                KeyError,
+                TypeError,
+                ValueError,
+                TemplateError,
+            ) as e:
                 message = f"the chat template cannot render the messages: {e}"
                 raise RequestError(400, message, "messages")
         job.check_tokens()
@@ -203,7 +206,7 @@ class Engine(ResponseGeneratorBase):
     def recover(self, error: Exception) -> None:
         """Fail the requests whose part of a step raises; requeue the others."""
         suspects = [r for r in self.batch.requests if not r.finished]
-        logging.exception(f"A step of {len(suspects)} requests failed", exc_info=error)
+        logging.error(f"A step of {len(suspects)} requests failed", exc_info=error)
         self.isolate(suspects, error)
         innocent = [r for r in suspects if not r.finished]
         if innocent and len(innocent) == len(suspects):

@@ -25,7 +25,7 @@ class ServedModel:
     Args:
         key (ModelKey): The paths of model, adapter and draft model.
         tokenizer (TokenizerWrapper): Shared by all threads, never changed.
-        vocabulary_size (int): Token ids are below it.
+        vocabulary_size (int): Rows of the embedding; token ids are below it.
         context_length (Optional[int]): Tokens of prompt and answer together.
         end_of_text (StopSequences): The end-of-text tokens.
     """
@@ -76,7 +76,7 @@ class BatchModelProvider(ModelProviderBase):
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
-            vocabulary_size=len(tokenizer),
+            vocabulary_size=text_config.get("vocab_size", len(tokenizer)),
             context_length=text_config.get("max_position_embeddings"),
             end_of_text=make_stop_sequences(tokenizer),
         )

@@ -67,10 +67,14 @@ class Request:
     events: SimpleQueue = field(default_factory=SimpleQueue)
 
     def check_tokens(self) -> None:
-        """Refuse token ids that the model lacks: MLX would read beyond its arrays."""
+        """Refuse a client's token ids that the model lacks.
+
+        MLX would read or write beyond its arrays.
+        """
         n = self.model.vocabulary_size
+        prompt = self.completion.prompt
         fields = {
-            "prompt": self.prompt,
+            "prompt": prompt if isinstance(prompt, list) else (),
             "logit_bias": self.args.logits.logit_bias or (),
         }
         for name, ids in fields.items():
@@ -156,9 +160,6 @@ class SingleQueue:
         request = self.request
         if isinstance(item, Exception):
             self.fail(request, item)
-        elif request.cancelled or self.is_stopping():
-            # Upstream puts this exception back here, and ends.
-            raise RequestError(503, "the request was cancelled")
         elif isinstance(item, GenerationContext):
             self.context = item
             request.prompt = item.prompt
@@ -167,6 +168,11 @@ class SingleQueue:
             request.n_cached = max(0, self.context.prompt_cache_count)
             top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)
             request.put(Token(item.token, item.logprob, top, item.finish_reason))
+            if request.cancelled or self.is_stopping():
+                self.context.stop()
+        elif item is not None and (request.cancelled or self.is_stopping()):
+            # Progress of the prompt: upstream puts this exception back, and ends.
+            raise RequestError(503, "the request was cancelled")
 
 
 class ResumedStopSequences(StopSequences):

@@ -232,6 +232,20 @@ def test_request_alone_can_be_cancelled(start_engine):
     assert len(job.generated) < 4000
 
 
+def test_request_alone_leaves_its_kv_however_it_ends(start_engine):
+    engine = start_engine("llama", "--use-prompt-cache")
+    prompt = Reference(engine.cli_args.model).tokenizer.encode("served alone")
+    for max_tokens in (4000, 25):
+        job = submit(engine, prompt, max_tokens=max_tokens, seed=1)
+        while len(job.generated) < 20:
+            job.receive(timeout=60)
+        job.cancel()
+        retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
+        read(retry)
+        assert retry.n_cached >= len(prompt) + 19
+        prompt = prompt[::-1]
+
+
 def test_seed_gives_the_same_tokens_again(start_engine):
     engine = start_engine()
     body = dict(max_tokens=30, seed=11, temperature=1.0)
