@@ -241,9 +241,6 @@ class Engine(ResponseGeneratorBase):
         self.batch.close()
 
     def fail(self, request: Request, error: Exception) -> None:
-        if type(error) is ValueError and not request.segments:
-            # Upstream's answer to images that it cannot use.
-            error = RequestError(400, str(error), "messages")
         if not isinstance(error, RequestError):
             logging.error("A request failed", exc_info=error)
             error = internal_error()

@@ -159,6 +159,9 @@ class SingleQueue:
     def put(self, item: Any) -> None:
         request = self.request
         if isinstance(item, Exception):
+            if self.context is None and isinstance(item, (OSError, ValueError)):
+                message = f"the images cannot be used: {item}"
+                item = RequestError(400, message, "messages")
             self.fail(request, item)
         elif isinstance(item, GenerationContext):
             self.context = item

@@ -1,13 +1,17 @@
 """HTTP: routes, answers, streams, bad input, and clients that go away."""
 
+import base64
 import http.client
+import io
 import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import pytest
 from helpers import Reference, call, complete, stream, streamed_text, texts
+from PIL import Image
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.api import BatchAPIHandler
@@ -135,6 +139,37 @@ def test_stop_word_ends_the_answer_before_it(streamed, start_server):
     word = whole[len(whole) // 2 :][:2]
     text = answer(port, "hello", max_tokens=40, stop=["never", word])
     assert text == whole[: whole.index(word)]
+
+
+def test_images_are_served_by_upstream(start_server):
+    class Processor:
+        """Adds one token for the images; they change nothing."""
+
+        image_token = "<|endoftext|>"
+
+        def __call__(self, text, images):
+            assert [image.shape for image in images] == [(2, 3, 3)]
+            return text + self.image_token, [mx.zeros(1)]
+
+    engine, port = start_server()
+    provider = engine.model_provider
+    provider.processor = Processor()
+    provider.model.embed_inputs = lambda tokens, pixel_values: (
+        provider.model.model.embed_tokens(tokens)
+    )
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
+    body = {"messages": [{"role": "user", "content": [image]}], "max_tokens": 4}
+    status, answer = call(port, "POST", CHAT, body)
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["usage"]["prompt_tokens"] > 1
+    assert engine.batch.steps == 0
+    image["image_url"]["url"] = "data:image/png;base64,AAAA"
+    status, answer = call(port, "POST", CHAT, body)
+    assert (status, answer["error"]["param"]) == (400, "messages")
 
 
 def test_model_names_of_the_command_line_mean_the_served_model(start_server):

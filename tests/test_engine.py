@@ -190,20 +190,21 @@ def test_stop_token_is_found_after_a_failed_step():
 
 
 @pytest.mark.parametrize(
-    "argv, body",
+    "architecture, argv, body",
     [
-        ([], {"seed": 7}),
-        (["--kv-bits", "8", "--quantized-kv-start", "1000"], {}),
-        (["--draft-model", "SAME"], {}),
+        ("llama", [], {"seed": 7}),
+        ("llama", ["--kv-bits", "8", "--quantized-kv-start", "1000"], {}),
+        ("llama", ["--draft-model", "SAME"], {}),
+        ("llama4", [], {}),
     ],
 )
 def test_what_upstream_serves_alone_is_served_alone(
-    argv, body, model_folder, start_engine
+    architecture, argv, body, model_folder, start_engine
 ):
-    folder = model_folder()
+    folder = model_folder(architecture)
     reference = Reference(folder)
     argv = [str(folder) if a == "SAME" else a for a in argv]
-    engine = start_engine("llama", *argv)
+    engine = start_engine(architecture, *argv)
     jobs = [submit(engine, p, max_tokens=10, **body) for p in texts(3)]
     for prompt, job in zip(texts(3), jobs):
         assert read(job) == reference.tokens(prompt, 10)

@@ -82,6 +82,30 @@ CONFIGS = {
     ),
 }
 
+# ChunkedKVCache, which upstream cannot batch.
+UNBATCHABLE = {
+    "llama4": dict(
+        model_type="llama4",
+        text_config=dict(
+            COMMON,
+            model_type="llama4_text",
+            vocab_size=259,
+            attention_bias=False,
+            attention_chunk_size=64,
+            head_dim=16,
+            interleave_moe_layer_step=2,
+            intermediate_size_mlp=128,
+            num_experts_per_tok=1,
+            num_hidden_layers=4,
+            num_local_experts=2,
+            rms_norm_eps=1e-5,
+            rope_scaling=None,
+            rope_theta=10000.0,
+            use_qk_norm=True,
+        ),
+    )
+}
+
 
 def byte_tokens():
     """The 256 bytes in the spelling of byte-level BPE, after the special tokens."""
@@ -91,7 +115,7 @@ def byte_tokens():
 def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
     """Write a model of random weights, with one token a byte."""
     tokens = byte_tokens()
-    config = CONFIGS[architecture] | dict(
+    config = (CONFIGS | UNBATCHABLE)[architecture] | dict(
         vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
     )
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
