@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any, Callable, Dict
 
 from ._upstream import APIHandlerBase
@@ -39,6 +40,10 @@ class BatchHTTPServer(ThreadingHTTPServer):
         self.address_family, _, _, _, address = infos[0]
         self.connections = set()
         super().__init__(address, handler)
+
+    def server_bind(self):
+        # HTTPServer's own asks a name server for the host's full name, and waits.
+        TCPServer.server_bind(self)
 
     def process_request_thread(self, request, client_address):
         self.connections.add(request)
