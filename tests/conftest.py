@@ -41,8 +41,12 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def start_engine(model_folder):
-    """Starts engines with arguments as on the command line."""
+def start_engine(model_folder, caplog):
+    """Starts engines with arguments as on the command line.
+
+    A failed step is made good so well that a test of answers alone would not see it:
+    no step of an engine as it is may fail.
+    """
     engines = []
 
     def start(architecture="llama", *argv, make_engine=Engine):
@@ -62,6 +66,11 @@ def start_engine(model_folder):
     yield start
     for engine in engines:
         engine.stop_and_join()
+    if all(type(engine) is Engine for engine in engines):
+        errors = [
+            r.message for r in caplog.get_records("call") if r.levelname == "ERROR"
+        ]
+        assert not errors
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The command line: defaults, and one line for whatever is wrong."""
 
 import argparse
+import http.client
+import json
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from conftest import server_process
 from helpers import complete
 from mlx_lm.server import ModelDescription
+from tiny_models import SPECIAL
 
 from mlx_lm_ext.batch_server import make_parser
 
@@ -175,6 +178,26 @@ def test_signal_ends_the_server_with_0_after_requests(name, model_folder):
         process.send_signal(getattr(signal, name))
         assert process.wait(60) == 0
     assert "Traceback" not in "".join(lines)
+
+
+def test_signal_tells_the_client_of_a_running_stream(model_folder):
+    with server_process("--model", str(model_folder())) as (port, _, process):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
+        # Not before the signal: no end-of-text token.
+        body["logit_bias"] = {SPECIAL.index("<|im_end|>"): -1000}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        process.send_signal(signal.SIGTERM)
+        *_, last = [e for e in response.read().split(b"\n\n") if e]
+        connection.close()
+        assert process.wait(60) == 0
+    error = json.loads(last.removeprefix(b"data: "))["error"]
+    assert (error["type"], error["message"]) == (
+        "server_error",
+        "the server is stopping",
+    )
 
 
 def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):
