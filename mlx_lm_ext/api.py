@@ -8,8 +8,9 @@ Rules:
 
 import json
 import logging
+from http.client import HTTPException
 from typing import Any, Dict, Iterator, Optional
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
@@ -41,7 +42,7 @@ class BatchAPIHandler(HTTPHandler):
     # Requests
 
     def get(self) -> None:
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if path == "/health":
             self.handle_health_check()
         elif path == "/v1/models" or path.startswith("/v1/models/"):
@@ -51,7 +52,7 @@ class BatchAPIHandler(HTTPHandler):
 
     def post(self) -> None:
         raw = self.read_body()
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if path not in POST_ROUTES:
             raise self.wrong_route(path)
         self.body = parse_body(raw)
@@ -88,7 +89,10 @@ class BatchAPIHandler(HTTPHandler):
         # Before upstream fetches them.
         if loaded and provider.processor is None and any(image_parts(messages)):
             raise RequestError(400, "the model takes no images", "messages")
-        return super().handle_chat_completions()
+        try:
+            return super().handle_chat_completions()
+        except (OSError, ValueError, AttributeError, HTTPException) as e:
+            raise RequestError(400, f"an image cannot be fetched: {e}", "messages")
 
     def handle_text_completions(self) -> CompletionRequest:
         self.body["prompt"] = parse_prompt(self.body)
@@ -214,7 +218,9 @@ class BatchAPIHandler(HTTPHandler):
             {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
             for i in dict.fromkeys(ids)
         ]
-        wanted = unquote(urlsplit(self.path).path.removeprefix("/v1/models").strip("/"))
+        wanted = unquote(
+            self.path.partition("?")[0].removeprefix("/v1/models").strip("/")
+        )
         if not wanted:
             self.send_json(200, {"object": "list", "data": models})
             return

@@ -56,6 +56,8 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size; write bytes, or 512MB, or 2GB"
         )
+    if len(text) > 20:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is too large")
     return int(float(match[1]) * units[match[2]])
 
 
@@ -73,7 +75,11 @@ def json_object(text: str) -> Dict[str, Any]:
 def chat_template(text: str) -> str:
     """An argument type: a chat template, or the path of a file that holds one."""
     try:
-        if text and Path(text).is_file():
+        is_file = text and Path(text).is_file()
+    except (OSError, ValueError):
+        is_file = False  # a text that can be no path
+    try:
+        if is_file:
             text = Path(text).read_text(encoding="utf-8")
         # Every template has a {{ }} or a {% %}.
         elif text and "{" not in text:
@@ -298,8 +304,9 @@ def serve(args: argparse.Namespace) -> None:
 
     try:
         httpd = BatchHTTPServer((args.host, args.port), None)
-    except OSError as e:
-        raise OSError(f"cannot listen on {args.host} port {args.port}: {e.strerror}")
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
     size = args.radix_cache_size
     cache = PromptCache(1 << 30, size) if args.use_prompt_cache else None
     fingerprint = get_system_fingerprint()

@@ -6,6 +6,7 @@ Rules:
 3. Stop words are found in the text, however they were tokenised.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional
 
@@ -125,7 +126,12 @@ class Delivery:
         text, self.tool_text = self.tool_text, ""
         if not text:
             return
-        calls = self.format_tool_calls([text])
+        try:
+            calls = self.format_tool_calls([text])
+        except Exception as e:
+            # Upstream's parsers raise more than the ValueError that it expects.
+            logging.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
+            calls = []
         if calls:
             self.made_tool_call = True
             delta.tool_calls += calls

@@ -17,7 +17,6 @@ from threading import Event
 from typing import List, Optional
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from ._upstream import ResponseGeneratorBase, image_parts
@@ -87,15 +86,10 @@ class Engine(ResponseGeneratorBase):
                 # Arguments of a request's template can ask for other things.
                 if not isinstance(job.prompt, list):
                     raise ValueError("it gives no list of tokens")
-            except (
-                AttributeError,
-                KeyError,
-                TypeError,
-                ValueError,
-                TemplateError,
-            ) as e:
-                message = f"the chat template cannot render the messages: {e}"
-                raise RequestError(400, message, "messages")
+            except Exception as e:
+                # Templates and their arguments are code, and can raise anything.
+                name = "messages" if request.messages else "prompt"
+                raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
         job.check_tokens()
         if job.segments:
             job.fit_to_context(max_tokens_is_default)
@@ -111,7 +105,9 @@ class Engine(ResponseGeneratorBase):
 
     @property
     def is_healthy(self) -> bool:
-        return self.loaded.is_set() and self.generation_available()
+        return (
+            self.loaded.is_set() and self.generation_available() and not self.stopping
+        )
 
     def stop_and_join(self) -> None:
         """Fail what is unfinished and end the generation thread."""
@@ -152,8 +148,6 @@ class Engine(ResponseGeneratorBase):
                 if request is not None:
                     self.waiting.append(request)
                 block = False
-                if self.stopping:
-                    return
         except Empty:
             pass
 
@@ -168,7 +162,7 @@ class Engine(ResponseGeneratorBase):
 
     def admit(self) -> None:
         """Start waiting requests in order of arrival, as long as there is room."""
-        while self.waiting and len(self.batch) < self.limit:
+        while self.waiting and len(self.batch) < self.limit and not self.stopping:
             request = self.waiting[0]
             other_model = request.model.key != self.model_provider.model_key
             if self.batch and (other_model or not self.is_batchable(request)):
@@ -200,6 +194,8 @@ class Engine(ResponseGeneratorBase):
         stream = mx.default_stream(mx.default_device())
         queue = SingleQueue(request, lambda: self.stopping, self.fail)
         self.serve_single((queue, request.completion, args), stream)
+        if not request.finished:
+            request.put(RequestError(503, "the server is stopping"))
 
     # When a step fails
 

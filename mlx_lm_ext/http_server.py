@@ -10,6 +10,7 @@ import json
 import logging
 import select
 import socket
+import sys
 import time
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
@@ -62,6 +63,8 @@ class BatchHTTPServer(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request, client_address):
+        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            return
         logging.exception(f"A connection from {client_address[0]} failed")
 
 
@@ -118,7 +121,9 @@ class HTTPHandler(APIHandlerBase):
         """Read the whole body, so that the connection can serve another request."""
         # Until it is read, nothing after it can be.
         close, self.close_connection = self.close_connection, True
-        length = self.headers.get("Content-Length")
+        length, *others = self.headers.get_all("Content-Length") or [None]
+        if any(other != length for other in others):
+            raise RequestError(400, "the Content-Length headers differ")
         if length is None or "Transfer-Encoding" in self.headers:
             raise RequestError(411, "send the body whole, with its Content-Length")
         if not (length.isascii() and length.isdigit()):

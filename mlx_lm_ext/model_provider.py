@@ -89,10 +89,10 @@ class BatchModelProvider(ModelProviderBase):
                 continue
             try:
                 paths[param] = Path(name) if param == "adapters" else download(name)
+                if not paths[param].is_dir():
+                    raise FileNotFoundError("there is no such folder")
             except Exception as e:
                 raise not_found(param, name, e)
-            if not paths[param].is_dir():
-                raise not_found(param, name, "there is no such folder")
         return paths["model"]
 
     def switch_to(self, key: ModelKey) -> None:

@@ -10,11 +10,16 @@ from mlx_lm.models.cache import (
 
 
 class PromptCache(LRUPromptCache):
-    """Upstream's cache, except that a hit always leaves a token to run.
+    """Upstream's cache, except that a hit is right and leaves a token to run.
 
-    Upstream answers an exact hit with no tokens, from which nothing can be
-    generated.
+    Upstream answers an exact hit with no tokens, from which nothing can be generated.
     """
+
+    def insert_cache(self, model: Any, tokens: List[int], prompt_cache, **kwargs):
+        # Speculative decoding ends with KV for fewer tokens than it says.
+        n = len(tokens)
+        if all(getattr(c, "offset", n) == n for c in prompt_cache):
+            super().insert_cache(model, tokens, prompt_cache, **kwargs)
 
     def fetch_nearest_cache(self, model: Any, tokens: List[int]):
         cache, rest = super().fetch_nearest_cache(model, tokens)

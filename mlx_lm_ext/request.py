@@ -175,7 +175,7 @@ class SingleQueue:
                 self.context.stop()
         elif item is not None and (request.cancelled or self.is_stopping()):
             # Progress of the prompt: upstream puts this exception back, and ends.
-            raise RequestError(503, "the request was cancelled")
+            raise RequestError(503, "the server is stopping")
 
 
 class ResumedStopSequences(StopSequences):

@@ -83,6 +83,8 @@ def test_chat_template_may_be_a_file(tmp_path):
     for value in (str(path), "{{ messages }}"):
         args = make_parser().parse_args(["--chat-template", value])
         assert args.chat_template == "{{ messages }}"
+    long = "{{ messages }}" * 100
+    assert make_parser().parse_args(["--chat-template", long]).chat_template == long
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,14 @@ def test_marker_cut_off_at_the_end_is_text(tokenizer):
 
 
 @pytest.mark.parametrize("ending", ["</tool>", ""])
-def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending):
-    answer = deliver(ToolTokenizer(tokenizer), "so<tool>nonsense" + ending)
+@pytest.mark.parametrize("error", [ValueError, KeyError, AttributeError])
+def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
+    def tool_parser(text, tools):
+        raise error("no call")
+
+    tokenizer = ToolTokenizer(tokenizer)
+    tokenizer.tool_parser = tool_parser
+    answer = deliver(tokenizer, "so<tool>nonsense" + ending)
     assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
 
 

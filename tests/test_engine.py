@@ -5,7 +5,7 @@ import threading
 import pytest
 from helpers import Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, make_model
 
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
@@ -247,6 +247,19 @@ def test_request_alone_leaves_its_kv_however_it_ends(start_engine):
         prompt = prompt[::-1]
 
 
+def test_draft_model_leaves_no_wrong_kv_in_the_cache(
+    model_folder, start_engine, tmp_path
+):
+    draft = make_model(tmp_path / "draft", "llama", seed=5)
+    reference = Reference(model_folder())
+    argv = ["--use-prompt-cache", "--draft-model", str(draft)]
+    engine = start_engine("llama", *argv)
+    for text in texts(6, longest=40):
+        prompt = reference.tokenizer.encode(text)
+        prompt += read(submit(engine, prompt, max_tokens=9)) + [50]
+        assert read(submit(engine, prompt, max_tokens=9)) == reference.tokens(prompt, 9)
+
+
 def test_seed_gives_the_same_tokens_again(start_engine):
     engine = start_engine()
     body = dict(max_tokens=30, seed=11, temperature=1.0)
@@ -299,6 +312,16 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
         read(submit(engine, "hello", model=str(tmp_path)))
     expected = Reference(model_folder()).tokens("hello", 5)
     assert read(submit(engine, "hello", max_tokens=5)) == expected
+
+
+def test_stopping_ends_a_request_served_alone_and_those_behind_it(start_engine):
+    engine = start_engine()
+    jobs = [submit(engine, p, max_tokens=3000, seed=1) for p in texts(4)]
+    jobs[0].receive(timeout=60)
+    engine.stop_and_join()
+    for job in jobs:
+        with pytest.raises(RequestError, match="stopping"):
+            read(job)
 
 
 def test_stopping_ends_every_request(start_engine):
