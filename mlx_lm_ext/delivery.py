@@ -49,9 +49,10 @@ class Delivery:
         self.format_tool_calls = ToolCallFormatter(
             tokenizer.tool_parser, request.completion.tools, stream
         )
-        self.state = make_text_state_machine(tokenizer).make_state(
-            request.initial_state
-        )
+        # A text completion is all text.
+        is_chat = request.completion.request_type == "chat"
+        machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
+        self.state = machine.make_state(request.initial_state)
         self.stop_words = request.args.stop_words
         # The state None ends the answer.
         stops = [(word, None) for word in self.stop_words]

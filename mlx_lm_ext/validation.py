@@ -1,7 +1,8 @@
 """What a request body may hold: types, ranges, and what is not supported.
 
 Rules:
-1. Nothing invalid or unsupported is ignored: it is a 400 that names the field.
+1. What is invalid, or in OpenAI's API and not supported, is a 400 that names the
+   field. Fields of other servers are ignored.
 2. A field that is absent or null takes the default of the command line.
 """
 
@@ -127,6 +128,9 @@ def check_supported(body: Dict[str, Any]) -> None:
         "response_format": body.get("response_format", {}).get("type", "text")
         != "text",
         "tool_choice": choice not in ("auto", "none"),
+        "functions": bool(body.get("functions")),
+        "audio": bool(body.get("audio")),
+        "modalities": body.get("modalities", ["text"]) != ["text"],
     }
     for name, refused in unsupported.items():
         if refused:

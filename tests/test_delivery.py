@@ -35,11 +35,13 @@ class ToolTokenizer:
         return {"name": text[5:], "arguments": {"x": 1}}
 
 
-def deliver(tokenizer, text, pile=1, stop=(), finish_reason="stop"):
+def deliver(
+    tokenizer, text, pile=1, stop=(), finish_reason="stop", request_type="chat"
+):
     """Feed a text, or its tokens, in piles; gives the joined answer."""
     request = SimpleNamespace(
         model=SimpleNamespace(tokenizer=tokenizer),
-        completion=CompletionRequest("chat", "", [], None, None),
+        completion=CompletionRequest(request_type, "", [], None, None),
         args=SimpleNamespace(stop_words=list(stop)),
         initial_state="normal",
     )
@@ -97,6 +99,12 @@ def test_reasoning_and_tool_calls_are_set_apart(tokenizer, pile):
     assert answer.text == "so end"
     assert [c["function"]["name"] for c in answer.calls] == ["f", "g"]
     assert answer.end == "tool_calls"
+
+
+def test_text_completion_is_all_text(tokenizer):
+    text = "<think>hm</think>so<tool>call f</tool>"
+    answer = deliver(ToolTokenizer(tokenizer), text, request_type="text")
+    assert (answer.text, answer.reasoning, answer.calls) == (text, "", [])
 
 
 def test_marker_cut_off_at_the_end_is_text(tokenizer):
