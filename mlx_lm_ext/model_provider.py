@@ -58,11 +58,12 @@ class BatchModelProvider(ModelProviderBase):
         """
         key = self.resolve(model)
         if key not in self._served:
-            self._served[key] = self._describe(key)
+            self._served[key] = self._describe(key, self._locate(key))
         return self._served[key]
 
-    def _describe(self, key: ModelKey, tokenizer: Any = None) -> ServedModel:
-        path = self._locate(key)
+    def _describe(
+        self, key: ModelKey, path: Path, tokenizer: Any = None
+    ) -> ServedModel:
         try:
             config = load_config(path)
             eos_token_ids = config.get("eos_token_id")
@@ -99,13 +100,13 @@ class BatchModelProvider(ModelProviderBase):
         """Load the weights of ``key`` unless they are (generation thread)."""
         if key == self.model_key:
             return
-        self._locate(key)
+        path = self._locate(key)
         logging.info(f"Loading {key[0]}")
         try:
             _, tokenizer = self.load(*key)
         except Exception as e:
             raise not_found("model", key[0], e)
-        self._served[key] = self._describe(key, tokenizer)
+        self._served[key] = self._describe(key, path, tokenizer)
 
 
 def not_found(param: str, name: str, reason: Any) -> RequestError:
