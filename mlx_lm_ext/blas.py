@@ -8,6 +8,7 @@ searched first, so its ``cblas_*`` symbols serve MLX too.
 import ctypes
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Optional
 
 # Debian and most others; Fedora's threaded build; a development link.
 LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
@@ -28,6 +29,22 @@ def is_needed() -> bool:
         return False
 
 
+def find() -> Optional[str]:
+    """Load a better BLAS than MLX's own, and give the name of its library.
+
+    Returns:
+        ``None`` where MLX needs none, and where there is none.
+    """
+    if is_needed():
+        for name in LIBRARIES:
+            try:
+                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            except OSError:
+                continue
+            return name
+    return None
+
+
 def load() -> str:
     """Load OpenBLAS where MLX needs it. Call this before ``mlx`` is imported.
 
@@ -41,10 +58,5 @@ def load() -> str:
         return ""
     if "mlx.core" in sys.modules:
         raise RuntimeError("blas.load() must run before mlx is imported.")
-    for name in LIBRARIES:
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        return f"CPU BLAS: OpenBLAS ({name})."
-    return ADVICE
+    name = find()
+    return ADVICE if name is None else f"CPU BLAS: OpenBLAS ({name})."

@@ -159,6 +159,11 @@ class Engine(ResponseGeneratorBase):
     def step(self) -> None:
         finished = self.batch.step()
         self.limit = min(self.limit + finished, self.cli_args.batch_size)
+        if finished and self.batch.caching and not (self.batch or self.waiting):
+            cache = self.prompt_cache
+            logging.info(
+                f"Prompt Cache: {len(cache)} sequences, {cache.nbytes / 1e6:.1f} MB"
+            )
 
     def admit(self) -> None:
         """Start waiting requests in order of arrival, as long as there is room."""

@@ -1,0 +1,1 @@
+"""Tools that measure a server; they need the ``bench`` extra."""

@@ -1,0 +1,260 @@
+"""Measure an OpenAI-compatible server as its users see it.
+
+    mlx_lm.batch_server &
+    mlx_lm.batch_benchmark --concurrency 8 --requests 40 --stream --plot run.png
+
+Rules:
+1. The seed alone decides what is asked; the server decides how long it takes.
+2. Nothing is tried twice: a request that fails is reported.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from mlx_lm_ext.batch_server import ArgumentParser, number
+from mlx_lm_ext.examples import timings, words
+from mlx_lm_ext.examples.timings import Timing
+
+try:
+    import openai
+    from tqdm import tqdm
+except ImportError as e:
+    raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
+
+
+class Question(NamedTuple):
+    """What one request asks, and how long its user waits before the next."""
+
+    prompt: str
+    max_tokens: int
+    delay: float
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="mlx_lm.batch_benchmark",
+        description="Send chats to an OpenAI-compatible server and time the answers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add_server_arguments(parser)
+    add("--requests", type=number(int, 1), default=20, help="requests in all")
+    add("--stream", action="store_true", help="stream the answers")
+    add(
+        "--min-delay",
+        type=number(float, 0, 3600),
+        default=0.1,
+        help="least seconds that a user waits between two requests",
+    )
+    add("--max-delay", type=number(float, 0, 3600), default=2.0, help="most seconds")
+    add(
+        "--min-tokens",
+        type=number(int, 1),
+        default=10,
+        help="least max_tokens of a request, which is drawn anew for each",
+    )
+    add("--max-tokens", type=number(int, 1), default=512, help="most max_tokens")
+    add("--seed", type=int, default=0, help="decides prompts, max_tokens and delays")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write all figures and timings, in seconds",
+    )
+    add("--plot", type=plot_file, metavar="FILE", help="draw the run as .png or .svg")
+    return parser
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name the server and how many use it at a time."""
+    add = parser.add_argument
+    add("--base-url", default="http://localhost:8080/v1", help="where the server is")
+    add("--api-key", default="EMPTY", help="key that the server asks for")
+    add("--model", default="default_model", help="model to ask for")
+    add("--concurrency", type=number(int, 1), default=4, help="users at a time")
+
+
+def output_file(text: str) -> Path:
+    """An argument type: a file to write when all is done."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in an existing folder")
+    return path
+
+
+def plot_file(text: str) -> Path:
+    """An argument type: the file of a picture."""
+    path = output_file(text)
+    if path.suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
+    return path
+
+
+def draw(args: argparse.Namespace) -> List[Question]:
+    """What to ask, decided by the seed."""
+    rng = random.Random(args.seed)
+    return [
+        Question(
+            words.story(rng),
+            rng.randint(args.min_tokens, args.max_tokens),
+            rng.uniform(args.min_delay, args.max_delay),
+        )
+        for _ in range(args.requests)
+    ]
+
+
+async def connect(args: argparse.Namespace) -> openai.AsyncOpenAI:
+    """A client of a server that answers.
+
+    Raises:
+        SystemExit: If it does not.
+    """
+    try:
+        client = openai.AsyncOpenAI(
+            base_url=args.base_url, api_key=args.api_key, max_retries=0
+        )
+        await client.models.list()
+    except openai.NotFoundError:
+        pass  # a server without this route
+    except openai.APIConnectionError as e:
+        reason = e.__cause__ or e
+        raise SystemExit(
+            f"error: no server answers at {args.base_url} ({reason}); start one with "
+            "mlx_lm.batch_server, or name another with --base-url"
+        )
+    except openai.OpenAIError as e:
+        raise SystemExit(f"error: the server at {args.base_url} refuses: {cause(e)}")
+    return client
+
+
+def cause(error: openai.OpenAIError) -> str:
+    """Why a request failed, the same text for the same cause."""
+    if isinstance(error, openai.APIStatusError):
+        body = error.body if isinstance(error.body, dict) else {}
+        return f"HTTP {error.status_code}: {body.get('message') or error.message}"
+    return f"{type(error).__name__}: {error}"
+
+
+async def ask(
+    client: openai.AsyncOpenAI,
+    model: str,
+    prompt: str,
+    max_tokens: int,
+    stream: bool,
+    label: str = "",
+) -> Timing:
+    """Send one chat and time its answer; a failure is in ``Timing.error``."""
+    request: Dict[str, Any] = dict(
+        model=model,
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=max_tokens,
+    )
+    timing = Timing(label=label, streamed=stream)
+    error = None
+    try:
+        if stream:
+            events = await client.chat.completions.create(
+                **request, stream=True, stream_options={"include_usage": True}
+            )
+            async for event in events:
+                timing.read(event.to_dict())
+        else:
+            answer = await client.chat.completions.create(**request)
+            timing.read(answer.to_dict())
+    except openai.OpenAIError as e:
+        error = cause(e)
+    timing.close(error)
+    return timing
+
+
+async def run(args: argparse.Namespace) -> List[Timing]:
+    """Let ``--concurrency`` users ask one question after the other."""
+    client = await connect(args)
+    questions = iter(draw(args))
+    done: List[Timing] = []
+
+    async def use(bar: tqdm) -> None:
+        question: Optional[Question] = next(questions, None)
+        while question is not None:
+            done.append(
+                await ask(
+                    client,
+                    args.model,
+                    question.prompt,
+                    question.max_tokens,
+                    args.stream,
+                )
+            )
+            bar.update()
+            delay, question = question.delay, next(questions, None)
+            if question is not None:
+                await asyncio.sleep(delay)
+
+    with tqdm(total=args.requests, unit="request", file=sys.stderr) as bar:
+        await asyncio.gather(*(use(bar) for _ in range(args.concurrency)))
+    return done
+
+
+def report(summary: Dict[str, Any], streamed: bool) -> str:
+    """The figures of a run as text."""
+    lines = [
+        f"Successful requests:    {summary['successful_requests']} of "
+        f"{summary['requests']}",
+        f"Total tokens generated: {summary['generated_tokens']}",
+        f"Total duration:         {summary['duration']:.2f} s",
+        f"Throughput (TPS):       {summary['throughput']:.2f} tokens/s",
+    ]
+    figures = [("latency", 1, "s"), ("ttft", 1, "s"), ("itl", 1000, "ms")]
+    for name, scale, unit in figures:
+        if values := summary[name]:
+            title = name if name == "latency" else name.upper()
+            percentiles = ", ".join(
+                f"{p} {values[p] * scale:.2f}" for p in ("p50", "p95", "p99")
+            )
+            note = ""
+            if name == "itl" and not streamed:
+                note = " latency / tokens, as nothing was streamed"
+            lines.append(
+                f"{f'Average {title}:':<23} {values['mean'] * scale:.2f} {unit} "
+                f"({percentiles}){note}"
+            )
+    for error, n in summary["failures"].items():
+        lines.append(f"Failed:                 {n} with {error}")
+    return "\n".join(lines)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Measure, and exit with 1 if a request failed."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for kind in ("delay", "tokens"):
+        if getattr(args, f"min_{kind}") > getattr(args, f"max_{kind}"):
+            parser.error(f"argument --min-{kind}: must be at most --max-{kind}")
+    try:
+        done = asyncio.run(run(args))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")
+    summary = timings.summarize(done)
+    print(report(summary, args.stream))
+    if args.json:
+        content = {
+            "settings": {k: v for k, v in vars(args).items() if k != "api_key"},
+            "summary": summary,
+            "requests": [vars(t) for t in done],
+        }
+        args.json.write_text(json.dumps(content, indent=2, default=str))
+    if args.plot:
+        from mlx_lm_ext.examples import plots
+
+        plots.save_run(done, args.plot)
+    if summary["failures"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""Compare this server with another one, on the same model, in the same hour.
+
+    mlx_lm.batch_compare --plot comparison.svg
+
+Rules:
+1. The two take turns on the same requests: A B A B. Each workload gets a fresh server.
+2. What counts is the ratio within a turn; it is printed with its spread.
+3. A workload in which a request failed, or the answers differed in length, has no
+   figures.
+"""
+
+import argparse
+import asyncio
+import json
+import shlex
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional
+
+from mlx_lm_ext import demo_model
+from mlx_lm_ext.batch_server import ArgumentParser, number
+from mlx_lm_ext.examples import servers, timings
+from mlx_lm_ext.examples.benchmark_client import output_file, plot_file
+from mlx_lm_ext.examples.servers import Server
+from mlx_lm_ext.examples.workloads import (
+    SWEEP_FIGURES,
+    SWEEPS,
+    WORKLOADS,
+    Client,
+    Figure,
+    Outcome,
+    Plan,
+    Run,
+)
+
+try:
+    import aiohttp
+    from tqdm import tqdm
+except ImportError as e:
+    raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
+
+
+class Contender(NamedTuple):
+    """A server to compare: its name, how to run it, and the model it is asked for."""
+
+    name: str
+    serve: Callable[[], ContextManager[Server]]
+    model: str = "default_model"
+
+
+def names(known: Dict[str, Any]) -> Callable[[str], List[str]]:
+    """An argument type: names with commas between them, ``all`` or ``none``."""
+
+    def parse(text: str) -> List[str]:
+        if text in ("all", "none"):
+            return list(known) if text == "all" else []
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(sorted(unknown))} is none of {', '.join(known)}"
+            )
+        return chosen
+
+    return parse
+
+
+def counts(text: str) -> List[int]:
+    """An argument type: numbers of clients with commas between them."""
+    return [number(int, 1)(part) for part in text.split(",")]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="mlx_lm.batch_compare",
+        description="Compare mlx_lm.batch_server with another OpenAI-compatible server.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help=f"path of the model; without it, {demo_model.NAME}")
+    add(
+        "--server",
+        default=servers.OURS,
+        metavar="COMMAND",
+        help="command of this server; it gets --model and --port as well",
+    )
+    add(
+        "--other",
+        default=servers.THEIRS,
+        metavar="COMMAND",
+        help="command of the other server; it gets them too, unless {model} and {port} "
+        "in it say where they go",
+    )
+    add(
+        "--against",
+        metavar="URL",
+        help="compare with a server that runs already, at this base URL",
+    )
+    add("--other-model", default="default_model", help="model to ask the other for")
+    add("--api-key", default="EMPTY", help="key that the other server asks for")
+    add(
+        "--workloads",
+        type=names(WORKLOADS),
+        default="all",
+        help=f"all, none, or some of {','.join(WORKLOADS)}",
+    )
+    add(
+        "--sweeps",
+        type=names(SWEEPS),
+        default="none",
+        help=f"all, none, or some of {','.join(SWEEPS)}: how cost grows",
+    )
+    add("--rounds", type=number(int, 1), default=2, help="turns of each server")
+    add("--clients", type=counts, default="1,8,32", help="clients with short chats")
+    add("--max-tokens", type=number(int, 2), default=64, help="tokens of their answers")
+    add("--seed", type=int, default=0, help="decides all prompts")
+    add(
+        "--markdown", type=output_file, metavar="FILE", help="write the table there too"
+    )
+    add("--json", type=output_file, metavar="FILE", help="write all figures")
+    add("--plot", type=plot_file, metavar="FILE", help="draw them as .png or .svg")
+    return parser
+
+
+# Measuring
+
+
+async def check(url: str, key: str) -> None:
+    """Leave with one line if no server is at ``url``."""
+    try:
+        async with session(key) as s, s.get(f"{url}/models") as response:
+            if response.status in (401, 403):
+                raise SystemExit(
+                    f"error: {url} refuses the key: HTTP {response.status}"
+                )
+    except (aiohttp.ClientError, OSError) as e:
+        raise SystemExit(f"error: no server answers at {url} ({e})")
+
+
+def session(key: str) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {key}"},
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(None),
+    )
+
+
+async def measure(
+    server: Server, model: str, key: str, plan: Plan, run: Run, seed: str
+) -> Outcome:
+    """Run one workload on a server that is up."""
+    async with session(key) as s:
+        client = Client(s, server.url, model)
+        hello = [{"role": "user", "content": "Hello"}]
+        await client.chat(hello, 2)  # the model may still be loading
+        outcome = await run(plan, client, Random(seed))
+        # Upstream logs the size of its cache when a request comes.
+        await client.chat(hello, 2)
+        outcome.cache_bytes = server.cache_bytes()
+        return outcome
+
+
+def take_turns(
+    contenders: List[Contender], key: str, plan: Plan, run: Run, seed: str
+) -> List[Outcome]:
+    """The outcomes of one workload, for each contender on a fresh server.
+
+    Raises:
+        RuntimeError: If they cannot be compared.
+    """
+    outcomes = []
+    for contender in contenders:
+        with contender.serve() as server:
+            outcomes.append(
+                asyncio.run(measure(server, contender.model, key, plan, run, seed))
+            )
+    if reason := objection([c.name for c in contenders], outcomes):
+        raise RuntimeError(reason)
+    return outcomes
+
+
+def objection(names: List[str], outcomes: List[Outcome]) -> Optional[str]:
+    """Why the outcomes of one turn cannot be compared, or ``None`` if they can."""
+    for name, outcome in zip(names, outcomes):
+        if errors := [t.error for t in outcome.timings if t.error is not None]:
+            n = len(outcome.timings)
+            return f"{len(errors)} of {n} requests to {name} failed: {errors[0]}"
+    lengths = [timings.generated_tokens(o.timings) for o in outcomes]
+    if len(set(lengths)) > 1:
+        told = " and ".join(f"{n} from {name}" for name, n in zip(names, lengths))
+        return f"different numbers of tokens: {told}"
+    return None
+
+
+def run_bare(model: str, clients: List[int], max_tokens: int, seed: str) -> Dict:
+    """Run ``bare_engine.py`` in a process of its own."""
+    command = [sys.executable, "-m", "mlx_lm_ext.examples.bare_engine"]
+    command += ["--model", model, "--max-tokens", str(max_tokens), "--seed", seed]
+    command += ["--clients", *map(str, clients)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
+        reason = process.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError(f"the bare engine cannot run {model}: {reason[-1]}")
+    return json.loads(process.stdout)
+
+
+def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Contender):
+    """Run all that was asked for; gives the report as plain values for JSON.
+
+    Raises:
+        RuntimeError: If the model cannot be run.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    about = run_bare(model, [], 2, "")
+    plan = Plan(
+        args.clients,
+        args.max_tokens,
+        load_tokenizer(model),
+        about["bytes_per_token"],
+    )
+    if plan.tokenizer.chat_template is None:
+        raise RuntimeError(f"{model} has no chat template")
+    report = {
+        "servers": {"ours": ours.name, "theirs": theirs.name},
+        "model": Path(model).name,
+        "rounds": args.rounds,
+        "command": shlex.join(["mlx_lm.batch_compare", *sys.argv[1:]]),
+        **{key: about[key] for key in ("device", "blas", "versions")},
+        "workloads": [],
+        "sweeps": [],
+    }
+    n_sizes = sum(len(SWEEPS[name].sizes) for name in args.sweeps)
+    bar = tqdm(
+        total=(len(args.workloads) + n_sizes) * args.rounds,
+        unit="turn",
+        file=sys.stderr,
+    )
+
+    def turns(name: str, run: Run, and_then: Callable[[str], None] = lambda seed: None):
+        """The outcomes of each round, or why there are none."""
+        outcomes = []
+        bar.set_description(name)
+        for i in range(args.rounds):
+            seed = f"{args.seed} {name} {i}"
+            try:
+                outcomes.append(
+                    take_turns([ours, theirs], args.api_key, plan, run, seed)
+                )
+                and_then(seed)
+            except RuntimeError as e:
+                bar.update(args.rounds - i)
+                return [], str(e)
+            bar.update()
+        return outcomes, None
+
+    with bar:
+        for name in args.workloads:
+            workload = WORKLOADS[name]
+            figures, bare = workload.figures(plan), []
+
+            def ceiling(seed: str) -> None:
+                if any(f.bare for f in figures):
+                    result = run_bare(model, args.clients, args.max_tokens, seed)
+                    bare.append(result["throughput"])
+
+            outcomes, refused = turns(name, workload.run, ceiling)
+            rows = [] if refused else tabulate(figures, outcomes, bare)
+            report["workloads"].append(
+                {"title": workload.title, "refused": refused, "figures": rows}
+            )
+        for name in args.sweeps:
+            sweep = SWEEPS[name]
+            points = []
+            for size in sweep.sizes:
+                run = partial(sweep.run, n=size)
+                outcomes, refused = turns(f"{name} {size}", run)
+                rows = [] if refused else tabulate(SWEEP_FIGURES, outcomes, [])
+                points.append({"size": size, "refused": refused, "figures": rows})
+            report["sweeps"].append({"title": sweep.title, "points": points})
+    return report
+
+
+# Reporting
+
+
+def tabulate(
+    figures: List[Figure], turns: List[List[Outcome]], bare: List[Dict[str, float]]
+) -> List[Dict[str, Any]]:
+    """The figures of a workload.
+
+    Args:
+        turns (List[List[Outcome]]): For each round, ours and theirs.
+        bare (List[Dict[str, float]]): For each round, the bare engine's throughputs.
+    """
+    rows = []
+    for figure in figures:
+        ours, theirs = ([figure.of(o) for o in side] for side in zip(*turns))
+        row = {"figure": figure.name, "unit": figure.unit}
+        row |= {"ours": ours, "theirs": theirs, "gain": []}
+        # A server that runs already does not say what its cache holds.
+        if None not in ours + theirs:
+            row["gain"] = [
+                timings.gain(a, b, figure.higher_is_better)
+                for a, b in zip(ours, theirs)
+            ]
+        if figure.bare is not None:
+            row["bare"] = [speeds[figure.bare] for speeds in bare]
+            row["of_bare"] = [a / b for a, b in zip(ours, row["bare"])]
+        rows.append(row)
+    return rows
+
+
+def markdown(report: Dict[str, Any]) -> str:
+    """The tables of a comparison, and below them what they were made with."""
+    header = [
+        "| | {theirs} | {ours} | gain | bare engine |".format(**report["servers"]),
+        "|---|---|---|---|---|",
+    ]
+    lines = list(header) if report["workloads"] else []
+    for part in report["workloads"]:
+        lines += table_rows(part["title"], part)
+    for sweep in report["sweeps"]:
+        lines += ["", *header]
+        for part in sweep["points"]:
+            lines += table_rows(f"{part['size']} {sweep['title']}", part)
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    lines += [
+        "",
+        f"Medians of {report['rounds']} turns of each server, with the lowest and the "
+        f"highest gain; above 1, {report['servers']['ours']} is better. "
+        f"{report['model']} on {report['device']}; {versions}. {report['blas']}",
+        "",
+        f"    {report['command']}",
+    ]
+    return "\n".join(lines)
+
+
+def table_rows(title: str, part: Dict[str, Any]) -> List[str]:
+    if part["refused"]:
+        return [f"| {title} | | | not compared: {part['refused']} | |"]
+    rows = []
+    for row in part["figures"]:
+        name = f"{row['figure']} ({row['unit']})" if row["unit"] else row["figure"]
+        gain = "unknown"
+        if row["gain"]:
+            gain = "**{:.2f}** ({:.2f} to {:.2f})".format(*timings.spread(row["gain"]))
+        bare = ""
+        if "bare" in row:
+            bare = (
+                f"{digits(row['bare'])} (here {timings.spread(row['of_bare'])[0]:.0%})"
+            )
+        cells = [f"{title}: {name}", digits(row["theirs"]), digits(row["ours"]), gain]
+        rows.append(f"| {' | '.join(cells)} | {bare} |")
+    return rows
+
+
+def digits(values: List[Optional[float]]) -> str:
+    """The median with three digits."""
+    if None in values:
+        return "unknown"
+    median = timings.spread(values)[0]
+    return f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Compare, and exit with 1 if something could not be compared."""
+    args = make_parser().parse_args(argv)
+    model = args.model
+    if model is None:
+        import mlx.core as mx
+
+        model = str(demo_model.ensure(mx.default_device() != mx.cpu))
+    ours = Contender(
+        f"mlx_lm.batch_server {version('mlx-lm-ext')}",
+        partial(servers.start, args.server, model),
+    )
+    theirs = Contender(
+        f"mlx_lm.server {version('mlx-lm')}",
+        partial(servers.start, args.other, model),
+        args.other_model,
+    )
+    if args.against:
+        asyncio.run(check(args.against, args.api_key))
+        running = Server(args.against)
+        theirs = theirs._replace(name=args.against, serve=lambda: nullcontext(running))
+    elif args.other != servers.THEIRS:
+        theirs = theirs._replace(name=shlex.split(args.other)[0])
+    try:
+        report = compare(args, model, ours, theirs)
+    except (RuntimeError, OSError) as e:
+        raise SystemExit(f"error: {e}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")
+    table = markdown(report)
+    print(table)
+    if args.markdown:
+        args.markdown.write_text(table + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        from mlx_lm_ext.examples import plots
+
+        plots.save_comparison(report, args.plot)
+    parts = report["workloads"] + [p for s in report["sweeps"] for p in s["points"]]
+    if any(part["refused"] for part in parts):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

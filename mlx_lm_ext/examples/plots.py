@@ -1,0 +1,122 @@
+"""The pictures of a run and of a comparison."""
+
+from pathlib import Path
+from textwrap import fill
+from typing import Any, Dict, List
+
+from mlx_lm_ext.examples import timings
+from mlx_lm_ext.examples.timings import Timing
+
+try:
+    import matplotlib
+except ImportError as e:
+    raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
+
+matplotlib.use("agg")  # needs no screen
+import matplotlib.pyplot as plt
+import numpy as np
+
+OURS, THEIRS = "tab:blue", "tab:orange"
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    # The same figures give the same file.
+    plt.rcParams["svg.hashsalt"] = "mlx-lm-ext"
+    figure.savefig(
+        path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else {}
+    )
+    plt.close(figure)
+
+
+def save_run(run: List[Timing], path: Path) -> None:
+    """Draw throughput and running requests over time, and how TTFT and ITL vary."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    (speed, ttft), (running, itl) = axes
+
+    edges, rates = timings.throughput_over_time(run)
+    speed.stairs(rates, edges, fill=True, color=OURS)
+    speed.set(title="Throughput", xlabel="seconds", ylabel="tokens / s", ylim=(0, None))
+    times, counts = timings.running_over_time(run)
+    running.step(times, counts, where="post", color=OURS)
+    running.set(
+        title="Running requests", xlabel="seconds", ylabel="requests", ylim=(0, None)
+    )
+
+    done = timings.succeeded(run)
+    for axis, name, of, scale, unit in (
+        (ttft, "TTFT", lambda t: t.ttft, 1, "seconds"),
+        (itl, "ITL", lambda t: t.itl, 1000, "milliseconds"),
+    ):
+        values = [of(t) * scale for t in done if of(t) is not None]
+        axis.set(title=name, xlabel=unit, ylabel="requests")
+        if values:
+            axis.hist(values, bins=20, color=OURS)
+        else:
+            axis.text(0.5, 0.5, "not seen without --stream", ha="center")
+            axis.set(xticks=[], yticks=[])
+    save(figure, path)
+
+
+def save_comparison(report: Dict[str, Any], path: Path) -> None:
+    """Draw the gains of all figures as bars, and each sweep as a column of curves."""
+    rows = [
+        (fill(f"{part['title']}: {row['figure']}", 48), timings.spread(row["gain"]))
+        for part in report["workloads"]
+        for row in part["figures"]
+        if row["gain"]
+    ]
+    sweeps = report["sweeps"]
+    heights = [1 + 0.4 * len(rows)] * bool(rows) + [7] * bool(sweeps)
+    figure = plt.figure(figsize=(10, sum(heights) or 1), layout="constrained")
+    parts = list(
+        figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
+    )
+    if rows:
+        draw_gains(parts.pop(0).subplots(), rows, report["servers"])
+    if sweeps:
+        draw_sweeps(parts.pop(0), sweeps, report["servers"])
+    save(figure, path)
+
+
+def draw_gains(axis: plt.Axes, rows: List[Any], servers: Dict[str, str]) -> None:
+    names, spreads = zip(*reversed(rows))
+    medians = [median for median, _, _ in spreads]
+    errors = [
+        [median - low for median, low, _ in spreads],
+        [high - median for median, _, high in spreads],
+    ]
+    axis.barh(names, [m - 1 for m in medians], left=1, xerr=errors, color=OURS)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set(
+        xscale="log",
+        xlabel=f"gain over {servers['theirs']} (right of 1: better)",
+    )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+
+
+def draw_sweeps(figure: Any, sweeps: List[Any], servers: Dict[str, str]) -> None:
+    n_figures = max(len(p["figures"]) for s in sweeps for p in s["points"])
+    axes = figure.subplots(n_figures, len(sweeps), squeeze=False)
+    for column, sweep in enumerate(sweeps):
+        points = [p for p in sweep["points"] if not p["refused"]]
+        sizes = [p["size"] for p in points]
+        for row in range(n_figures if points else 0):
+            axis = axes[row][column]
+            curves = [p["figures"][row] for p in points]
+            for side, color in (("theirs", THEIRS), ("ours", OURS)):
+                # An unknown value leaves a hole in the curve.
+                values = [
+                    np.median([np.nan if v is None else v for v in c[side]])
+                    for c in curves
+                ]
+                axis.plot(sizes, values, "o-", color=color, label=servers[side])
+            axis.set(
+                xscale="log",
+                ylim=(0, None),
+                xlabel=sweep["title"],
+                ylabel=f"{curves[0]['figure']} ({curves[0]['unit']})",
+            )
+            axis.set_xticks(sizes, [str(s) for s in sizes])
+            axis.minorticks_off()
+    axes[0][0].legend()

@@ -1,0 +1,93 @@
+"""See whether an OpenAI-compatible server reuses the KV of shared prefixes.
+
+    mlx_lm.batch_server --use-prompt-cache &
+    python mlx_lm_ext/examples/test_prompt_cache.py
+
+Each of ``--concurrency`` threads of chat sends a prompt of its own, then the same
+with a suffix, then the same with another. This is a tool: pytest has no part in it.
+"""
+
+import argparse
+import asyncio
+import random
+from typing import List, Optional
+
+from mlx_lm_ext.batch_server import ArgumentParser
+from mlx_lm_ext.examples import timings, words
+from mlx_lm_ext.examples.benchmark_client import add_server_arguments, ask, connect
+from mlx_lm_ext.examples.timings import Timing
+
+N_WORDS = 1270  # some 1,500 tokens, as tokenizers go
+MAX_TOKENS = 16
+ROUNDS = {
+    "1: a unique prompt": "",
+    "2: the same and a suffix": " Who is the hero of this story?",
+    "3: the same and another": " Where does this story take place?",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="test_prompt_cache.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_server_arguments(parser)
+    return parser
+
+
+async def run(args: argparse.Namespace) -> List[List[Timing]]:
+    """The timings of each round; all threads end a round before the next begins."""
+    client = await connect(args)
+    # A prompt that an earlier run has sent would be in the cache.
+    rng = random.Random()
+    prompts = [words.text(rng, N_WORDS) for _ in range(args.concurrency)]
+    return [
+        await asyncio.gather(
+            *(
+                ask(client, args.model, p + suffix, MAX_TOKENS, stream=True)
+                for p in prompts
+            )
+        )
+        for suffix in ROUNDS.values()
+    ]
+
+
+def report(rounds: List[List[Timing]]) -> str:
+    """TTFT and cached tokens of each round as a table."""
+    lines = [
+        f"{'round':<26}{'median TTFT':>12}{'cached / prompt tokens':>26}{'gain':>9}"
+    ]
+    for name, done, speed_up in zip(ROUNDS, rounds, speed_ups(rounds)):
+        cached = sum(t.cached_tokens for t in done)
+        prompt = sum(t.prompt_tokens for t in done)
+        ttft = timings.median(done, lambda t: t.ttft)
+        lines.append(
+            f"{name:<26}{ttft:>10.2f} s{f'{cached} / {prompt}':>26}{speed_up:>8.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def speed_ups(rounds: List[List[Timing]]) -> List[float]:
+    """How many times sooner the median first token came than in the first round."""
+    ttfts = [timings.median(done, lambda t: t.ttft) for done in rounds]
+    return [ttfts[0] / ttft for ttft in ttfts]
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Measure, and exit with 1 if a request failed or nothing was reused."""
+    args = make_parser().parse_args(argv)
+    try:
+        rounds = asyncio.run(run(args))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")
+    for error in {t.error for done in rounds for t in done if t.error}:
+        raise SystemExit(f"error: a request failed with {error}")
+    print(report(rounds))
+    reused = all(any(t.cached_tokens for t in done) for done in rounds[1:])
+    if not reused or min(speed_ups(rounds)[1:]) <= 1:
+        raise SystemExit("no speed-up: the server does not reuse prefixes")
+
+
+if __name__ == "__main__":
+    main()

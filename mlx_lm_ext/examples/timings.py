@@ -1,0 +1,181 @@
+"""What a client saw of its requests, and every figure that is made of it.
+
+Rules:
+1. Times are seconds on one clock that never goes back.
+2. Tokens are what the server counts in ``usage``, never pieces of a stream.
+3. A request that failed counts as a failure and is in no other figure.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+
+import numpy as np
+
+TEXT_FIELDS = ("content", "text", "reasoning", "reasoning_content", "tool_calls")
+
+
+@dataclass
+class Timing:
+    """One request.
+
+    Args:
+        label (str): What tells it from others in the same run.
+        streamed (bool): The answer came in pieces.
+        start (float): When it was sent.
+        arrivals (List[float]): When each piece of the answer came; one without
+          streaming.
+        end (float): When it was over.
+        error (Optional[str]): Why it failed.
+    """
+
+    label: str = ""
+    streamed: bool = False
+    start: float = field(default_factory=time.perf_counter)
+    arrivals: List[float] = field(default_factory=list)
+    end: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: Optional[str] = None
+    text: str = field(default="", repr=False)
+
+    def read(self, event: Dict[str, Any]) -> None:
+        """Take in an answer, or one event of a streamed one, that came just now."""
+        now = time.perf_counter()
+        if event.get("error"):
+            self.error = str(event["error"])
+        if usage := event.get("usage"):
+            self.prompt_tokens = usage["prompt_tokens"]
+            self.completion_tokens = usage["completion_tokens"]
+            details = usage.get("prompt_tokens_details") or {}
+            self.cached_tokens = details.get("cached_tokens") or 0
+        for choice in event.get("choices", ()):
+            piece = choice.get("delta") or choice.get("message") or choice
+            # The end counts as well: an answer may have no text at all.
+            if choice.get("finish_reason") or any(piece.get(f) for f in TEXT_FIELDS):
+                self.arrivals.append(now)
+                self.text += piece.get("content") or piece.get("text") or ""
+
+    def close(self, error: Optional[str] = None) -> None:
+        """The request is over, and failed if there is an ``error``."""
+        self.end = time.perf_counter()
+        self.error = self.error or error
+        if self.error is None and not self.completion_tokens:
+            self.error = "the answer has no usage, so its tokens cannot be counted"
+        if self.error is None and not self.arrivals:
+            self.error = "the answer is empty"
+
+    @property
+    def latency(self) -> float:
+        return self.end - self.start
+
+    @property
+    def ttft(self) -> Optional[float]:
+        """Time to the first token; only a stream shows it."""
+        return self.arrivals[0] - self.start if self.streamed else None
+
+    @property
+    def itl(self) -> Optional[float]:
+        """Inter-token latency: the mean time from one token to the next.
+
+        Without streaming the start of the answer is not seen, and this is the whole
+        latency for each token.
+        """
+        if not self.streamed:
+            return self.latency / self.completion_tokens
+        # All in one piece shows no time between tokens.
+        if self.completion_tokens < 2 or len(self.arrivals) < 2:
+            return None
+        return (self.arrivals[-1] - self.arrivals[0]) / (self.completion_tokens - 1)
+
+    def longest_gap(self, since: float = 0.0) -> float:
+        """The longest time without a new piece that ended after ``since``."""
+        gaps = zip(self.arrivals, self.arrivals[1:])
+        return max((b - a for a, b in gaps if b > since), default=0.0)
+
+
+def succeeded(timings: Iterable[Timing]) -> List[Timing]:
+    return [t for t in timings if t.error is None]
+
+
+def duration(timings: List[Timing]) -> float:
+    """Seconds from the first request's start to the last one's end."""
+    return max(t.end for t in timings) - min(t.start for t in timings)
+
+
+def generated_tokens(timings: List[Timing]) -> int:
+    return sum(t.completion_tokens for t in succeeded(timings))
+
+
+def throughput(timings: List[Timing]) -> float:
+    """Generated tokens per second of all requests together."""
+    return generated_tokens(timings) / duration(timings)
+
+
+def distribution(values: Iterable[Optional[float]]) -> Optional[Dict[str, float]]:
+    """The mean and percentiles of what is known; ``None`` if nothing is."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    p50, p95, p99 = np.percentile(known, [50, 95, 99]).tolist()
+    return {"mean": float(np.mean(known)), "p50": p50, "p95": p95, "p99": p99}
+
+
+def median(timings: List[Timing], of: Callable[[Timing], Optional[float]]) -> float:
+    return float(np.median([of(t) for t in succeeded(timings)]))
+
+
+def summarize(timings: List[Timing]) -> Dict[str, Any]:
+    """All figures of a run, in seconds and tokens."""
+    done = succeeded(timings)
+    return {
+        "requests": len(timings),
+        "successful_requests": len(done),
+        "failures": dict(Counter(t.error for t in timings if t.error is not None)),
+        "prompt_tokens": sum(t.prompt_tokens for t in done),
+        "cached_tokens": sum(t.cached_tokens for t in done),
+        "generated_tokens": generated_tokens(timings),
+        "duration": duration(timings),
+        "throughput": throughput(timings),
+        "latency": distribution(t.latency for t in done),
+        "ttft": distribution(t.ttft for t in done),
+        "itl": distribution(t.itl for t in done),
+    }
+
+
+def running_over_time(timings: List[Timing]) -> Tuple[List[float], List[int]]:
+    """When the number of running requests changed, from 0 on, and what it became."""
+    origin = min(t.start for t in timings)
+    changes = [(t.start - origin, 1) for t in timings]
+    changes += [(t.end - origin, -1) for t in timings]
+    changes.sort()
+    return [when for when, _ in changes], np.cumsum([n for _, n in changes]).tolist()
+
+
+def throughput_over_time(
+    timings: List[Timing], n_bins: int = 60
+) -> Tuple[List[float], List[float]]:
+    """The edges of equal spans of the run, and the tokens per second in each.
+
+    The pieces of an answer share its tokens equally.
+    """
+    origin = min(t.start for t in timings)
+    done = succeeded(timings)
+    when = [a - origin for t in done for a in t.arrivals]
+    tokens = [t.completion_tokens / len(t.arrivals) for t in done for _ in t.arrivals]
+    counts, edges = np.histogram(
+        when, bins=n_bins, range=(0, duration(timings)), weights=tokens
+    )
+    return edges.tolist(), (counts / np.diff(edges)).tolist()
+
+
+def gain(ours: float, theirs: float, higher_is_better: bool) -> float:
+    """How many times better ``ours`` is; below 1 it is worse."""
+    return ours / theirs if higher_is_better else theirs / ours
+
+
+def spread(values: List[float]) -> Tuple[float, float, float]:
+    """The median, the lowest and the highest."""
+    return float(np.median(values)), min(values), max(values)

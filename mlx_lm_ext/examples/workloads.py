@@ -1,0 +1,406 @@
+"""What is asked of a server to compare it: the workloads and their figures.
+
+Rules:
+1. A workload asks the same of every server: its generator of prompts decides all.
+2. Answers are streamed, and of a length that no end of text cuts short.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Any, Awaitable, Callable, Dict, Iterable, List, Optional
+
+from mlx_lm_ext.examples import timings, words
+from mlx_lm_ext.examples.timings import Timing
+
+try:
+    import aiohttp
+except ImportError as e:
+    raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
+
+Messages = List[Dict[str, str]]
+
+GREEDY = {"temperature": 0.0}
+SAMPLED = {"temperature": 0.7, "top_p": 0.95}
+SAMPLING = {"greedy": GREEDY, "sampled": SAMPLED}
+
+
+class Client:
+    """Sends chats. It costs little beside a server on the same machine."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str):
+        self.session = session
+        self.url = f"{url}/chat/completions"
+        self.model = model
+
+    async def chat(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        timing: Optional[Timing] = None,
+        **sampling: float,
+    ) -> Timing:
+        """Stream one answer and time it.
+
+        Args:
+            timing (Optional[Timing]): Filled in while the answer comes.
+        """
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **(sampling or GREEDY),
+        }
+        timing = timing or Timing()
+        timing.streamed, timing.start = True, time.perf_counter()
+        error = None
+        try:
+            async with self.session.post(self.url, json=body) as response:
+                if response.status != 200:
+                    answer = " ".join((await response.text()).split())
+                    error = f"HTTP {response.status}: {answer[:200]}"
+                else:
+                    async for line in response.content:
+                        if line.startswith(b"data: {"):
+                            timing.read(json.loads(line[6:]))
+        except (aiohttp.ClientError, OSError, ValueError) as e:
+            error = f"{type(e).__name__}: {e}"
+        timing.close(error)
+        return timing
+
+
+class Prefixes:
+    """The token sequences that some request has computed, as a tree."""
+
+    def __init__(self):
+        self.root: Dict[int, Any] = {}
+        self.n_tokens = 0
+
+    def match(self, tokens: List[int]) -> int:
+        """How many of the first ``tokens`` need no computing; one has to run."""
+        node, n = self.root, 0
+        while n < len(tokens) - 1 and tokens[n] in node:
+            node = node[tokens[n]]
+            n += 1
+        return n
+
+    def add(self, tokens: List[int]) -> None:
+        node = self.root
+        for token in tokens:
+            if token not in node:
+                node[token] = {}
+                self.n_tokens += 1
+            node = node[token]
+
+
+@dataclass
+class Outcome:
+    """What a workload has shown of one server.
+
+    Args:
+        timings (List[Timing]): Its measured requests.
+        ideal_cached_tokens (int): Prompt tokens that an earlier request had computed.
+        distinct_tokens (int): All that were computed, shared prefixes once.
+        cache_bytes (Optional[int]): What the server's prompt cache holds at the end.
+    """
+
+    timings: List[Timing] = field(default_factory=list)
+    ideal_cached_tokens: int = 0
+    distinct_tokens: int = 0
+    cache_bytes: Optional[int] = None
+
+    def part(self, label: str) -> List[Timing]:
+        return [t for t in self.timings if t.label == label]
+
+    def throughput(self, label: str) -> float:
+        return timings.throughput(self.part(label))
+
+    @property
+    def cache_megabytes(self) -> Optional[float]:
+        return None if self.cache_bytes is None else self.cache_bytes / 1e6
+
+    @property
+    def cached_share(self) -> float:
+        """Cached prompt tokens / those that an ideal cache would have had."""
+        cached = sum(t.cached_tokens for t in timings.succeeded(self.timings))
+        return cached / self.ideal_cached_tokens
+
+    @property
+    def median_ttft(self) -> float:
+        return timings.median(self.timings, lambda t: t.ttft)
+
+    @property
+    def stall(self) -> float:
+        """The longest gap in a running stream after the late request was sent."""
+        (late,) = self.part("late")
+        return max(t.longest_gap(late.start) for t in self.part("stream"))
+
+    @property
+    def late_ttft(self) -> float:
+        return self.part("late")[0].ttft
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the workloads and what is known of the model.
+
+    Args:
+        clients (List[int]): How many clients send short chats at a time.
+        max_tokens (int): The length of the answers to short chats.
+        tokenizer: The model's Hugging Face tokenizer.
+        bytes_per_token (float): KV bytes of one token.
+    """
+
+    clients: List[int]
+    max_tokens: int
+    tokenizer: Any
+    bytes_per_token: float
+
+    def tokens(self, messages: Messages) -> List[int]:
+        """The tokens of a prompt."""
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a workload's outcome.
+
+    Args:
+        of (Callable): Gives it, in ``unit``; ``None`` if the server does not say.
+        bare (Optional[str]): Which run of the bare engine bounds it.
+    """
+
+    name: str
+    unit: str
+    of: Callable[[Outcome], Optional[float]]
+    higher_is_better: bool = True
+    bare: Optional[str] = None
+
+
+Run = Callable[[Plan, Client, Random], Awaitable[Outcome]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests to send to a server, and the figures to make of the answers."""
+
+    title: str
+    run: Run
+    figures: Callable[[Plan], List[Figure]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A workload whose parameter ``n`` takes several sizes."""
+
+    title: str
+    sizes: List[int]
+    run: Run
+
+
+async def at_most(n: int, requests: Iterable[Awaitable[Timing]]) -> List[Timing]:
+    """Send all requests, ``n`` at a time, in their order."""
+    gate = asyncio.Semaphore(n)
+
+    async def one(request):
+        async with gate:
+            return await request
+
+    return await asyncio.gather(*(one(r) for r in requests))
+
+
+def short_chats(rng: Random, n: int) -> List[Messages]:
+    """Short chats with nothing in common, so that no cache helps with them."""
+    return [
+        [
+            {"role": "system", "content": f"You are {words.phrase(rng)}."},
+            {"role": "user", "content": words.story(rng)},
+        ]
+        for _ in range(n)
+    ]
+
+
+async def wave(
+    plan: Plan,
+    client: Client,
+    rng: Random,
+    n: int,
+    label: str = "",
+    sampling: Dict[str, float] = GREEDY,
+) -> Outcome:
+    """``n`` clients ask at the same time. They do so once before, to warm up."""
+
+    async def send(max_tokens):
+        chats = short_chats(rng, n)
+        return await at_most(
+            n, (client.chat(c, max_tokens, Timing(label), **sampling) for c in chats)
+        )
+
+    await send(2)
+    return Outcome(await send(plan.max_tokens))
+
+
+async def short(plan: Plan, client: Client, rng: Random) -> Outcome:
+    """Each number of clients in turn, greedy and sampled."""
+    outcome = Outcome()
+    for n in plan.clients:
+        for kind, sampling in SAMPLING.items():
+            part = await wave(plan, client, rng, n, f"{n} {kind}", sampling)
+            outcome.timings += part.timings
+    return outcome
+
+
+def short_figures(plan: Plan) -> List[Figure]:
+    def speed(label):
+        return lambda outcome: outcome.throughput(label)
+
+    def quotient(label, by):
+        return lambda outcome: outcome.throughput(label) / outcome.throughput(by)
+
+    first, *others = plan.clients
+    figures = [
+        Figure(f"{n} at a time, {kind}", "tok/s", speed(label), bare=label)
+        for n in plan.clients
+        for kind in SAMPLING
+        for label in [f"{n} {kind}"]
+    ]
+    figures += [
+        Figure(
+            f"{n} at a time / {first}", "", quotient(f"{n} greedy", f"{first} greedy")
+        )
+        for n in others
+    ]
+    figures += [
+        Figure(
+            f"sampled / greedy, {n} at a time",
+            "",
+            quotient(f"{n} sampled", f"{n} greedy"),
+        )
+        for n in others
+    ]
+    return figures
+
+
+async def shared_prefix(
+    plan: Plan, client: Client, rng: Random, n: int = 400
+) -> Outcome:
+    """16 requests with one system prompt of ``n`` words, 8 at a time."""
+    system = {"role": "system", "content": words.text(rng, n)}
+    questions = [{"role": "user", "content": words.story(rng)} for _ in range(16)]
+    return Outcome(await at_most(8, (client.chat([system, q], 16) for q in questions)))
+
+
+async def conversations(
+    plan: Plan,
+    client: Client,
+    rng: Random,
+    n: int,
+    turns: int = 2,
+    system_words: int = 100,
+) -> Outcome:
+    """``n`` chats over one system prompt, 8 requests at a time.
+
+    All have their first turn, then all their second: between two turns of a chat come
+    those of all others. Each turn sends the whole chat again.
+    """
+    known, outcome = Prefixes(), Outcome()
+    system = {"role": "system", "content": words.text(rng, system_words)}
+    chats = [[system] for _ in range(n)]
+
+    async def turn(chat, question):
+        chat.append({"role": "user", "content": question})
+        prompt = plan.tokens(chat)
+        outcome.ideal_cached_tokens += known.match(prompt)
+        timing = await client.chat(chat, 16)
+        outcome.timings.append(timing)
+        answer = plan.tokenizer.encode(timing.text, add_special_tokens=False)
+        # The last token of an answer is never run.
+        known.add(prompt + answer[: max(0, timing.completion_tokens - 1)])
+        chat.append({"role": "assistant", "content": timing.text})
+
+    # The first goes ahead, so that the others find the system prompt.
+    await turn(chats[0], words.story(rng))
+    for i in range(turns):
+        waiting = chats[1:] if i == 0 else chats
+        await at_most(8, [turn(chat, words.story(rng)) for chat in waiting])
+    outcome.distinct_tokens = known.n_tokens
+    return outcome
+
+
+async def late_prompt(
+    plan: Plan, client: Client, rng: Random, n_words: int = 3000
+) -> Outcome:
+    """A long prompt comes while 4 streams run."""
+    streams = [Timing("stream") for _ in range(4)]
+    running = [
+        asyncio.ensure_future(client.chat(chat, 128, timing))
+        for chat, timing in zip(short_chats(rng, 4), streams)
+    ]
+    while any(len(t.arrivals) < 8 and not t.end for t in streams):
+        await asyncio.sleep(0.01)
+    question = f"{words.text(rng, n_words)} {words.story(rng)}"
+    late = Timing("late")
+    await client.chat([{"role": "user", "content": question}], 8, late)
+    await asyncio.gather(*running)
+    return Outcome([*streams, late])
+
+
+CACHED = Figure("cached / ideal tokens", "", lambda o: o.cached_share)
+
+
+def bytes_figures(plan: Plan) -> List[Figure]:
+    def share(outcome):
+        if outcome.cache_bytes is None:
+            return None
+        return outcome.cache_bytes / (outcome.distinct_tokens * plan.bytes_per_token)
+
+    return [CACHED, Figure("cache bytes / distinct", "", share, False)]
+
+
+WORKLOADS = {
+    "short": Workload("short chats", short, short_figures),
+    "prefix": Workload(
+        "16 requests share a 400-word prefix",
+        shared_prefix,
+        lambda plan: [Figure("median TTFT", "s", lambda o: o.median_ttft, False)],
+    ),
+    "conversations": Workload(
+        "32 conversations of 4 turns",
+        partial(conversations, n=32, turns=4),
+        lambda plan: [CACHED],
+    ),
+    "late": Workload(
+        "a 3,000-word prompt joins 4 streams",
+        late_prompt,
+        lambda plan: [
+            Figure("longest gap in a stream", "s", lambda o: o.stall, False),
+            Figure("TTFT of the long prompt", "s", lambda o: o.late_ttft, False),
+        ],
+    ),
+    "bytes": Workload(
+        "64 conversations on a system prompt of 1,000 tokens",
+        partial(conversations, n=64, system_words=830),
+        bytes_figures,
+    ),
+}
+
+SWEEPS = {
+    "concurrency": Sweep("clients", [1, 2, 4, 8, 16, 32, 64], wave),
+    "prefix": Sweep("words of shared prefix", [50, 200, 800], shared_prefix),
+    "conversations": Sweep("conversations", [4, 16, 64], conversations),
+}
+
+SWEEP_FIGURES = [
+    Figure("throughput", "tok/s", lambda o: timings.throughput(o.timings)),
+    Figure("median TTFT", "s", lambda o: o.median_ttft, False),
+    Figure("cache", "MB", lambda o: o.cache_megabytes, False),
+]
