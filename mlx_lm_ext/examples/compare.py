@@ -112,9 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--sweeps",
         type=names(SWEEPS),
         default="none",
-        help=f"all, none, or some of {','.join(SWEEPS)}: how cost grows",
+        help=f"all, none, or some of {','.join(SWEEPS)}: how cost grows, in one turn",
     )
-    add("--rounds", type=number(int, 1), default=2, help="turns of each server")
+    add(
+        "--rounds",
+        type=number(int, 1),
+        default=2,
+        help="turns of each server with a workload",
+    )
     add("--clients", type=counts, default="1,8,32", help="clients with short chats")
     add("--max-tokens", type=number(int, 2), default=64, help="tokens of their answers")
     add("--seed", type=int, default=0, help="decides all prompts")
@@ -235,52 +240,38 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
         "sweeps": [],
     }
     n_sizes = sum(len(SWEEPS[name].sizes) for name in args.sweeps)
-    bar = tqdm(
-        total=(len(args.workloads) + n_sizes) * args.rounds,
-        unit="turn",
-        file=sys.stderr,
-    )
+    n_turns = len(args.workloads) * args.rounds + n_sizes
+    bar = tqdm(total=n_turns, unit="turn", file=sys.stderr)
 
-    def turns(name: str, run: Run, and_then: Callable[[str], None] = lambda seed: None):
-        """The outcomes of each round, or why there are none."""
-        outcomes = []
+    def take(name: str, run: Run, figures: List[Figure], rounds: int) -> Dict[str, Any]:
+        """The figures of some turns, or why there are none."""
+        turns, bare = [], []
         bar.set_description(name)
-        for i in range(args.rounds):
+        for i in range(rounds):
             seed = f"{args.seed} {name} {i}"
             try:
-                outcomes.append(
-                    take_turns([ours, theirs], args.api_key, plan, run, seed)
-                )
-                and_then(seed)
+                turns.append(take_turns([ours, theirs], args.api_key, plan, run, seed))
+                if any(f.bare for f in figures):
+                    result = run_bare(model, args.clients, args.max_tokens, seed)
+                    bare.append(result["throughput"])
             except RuntimeError as e:
-                bar.update(args.rounds - i)
-                return [], str(e)
+                bar.update(rounds - i)
+                return {"refused": str(e), "figures": []}
             bar.update()
-        return outcomes, None
+        return {"refused": None, "figures": tabulate(figures, turns, bare)}
 
     with bar:
         for name in args.workloads:
             workload = WORKLOADS[name]
-            figures, bare = workload.figures(plan), []
-
-            def ceiling(seed: str) -> None:
-                if any(f.bare for f in figures):
-                    result = run_bare(model, args.clients, args.max_tokens, seed)
-                    bare.append(result["throughput"])
-
-            outcomes, refused = turns(name, workload.run, ceiling)
-            rows = [] if refused else tabulate(figures, outcomes, bare)
-            report["workloads"].append(
-                {"title": workload.title, "refused": refused, "figures": rows}
-            )
+            part = take(name, workload.run, workload.figures(plan), args.rounds)
+            report["workloads"].append({"title": workload.title, **part})
         for name in args.sweeps:
             sweep = SWEEPS[name]
             points = []
             for size in sweep.sizes:
                 run = partial(sweep.run, n=size)
-                outcomes, refused = turns(f"{name} {size}", run)
-                rows = [] if refused else tabulate(SWEEP_FIGURES, outcomes, [])
-                points.append({"size": size, "refused": refused, "figures": rows})
+                part = take(f"{name} {size}", run, SWEEP_FIGURES, rounds=1)
+                points.append({"size": size, **part})
             report["sweeps"].append({"title": sweep.title, "points": points})
     return report
 

@@ -239,10 +239,15 @@ async def wave(
 ) -> Outcome:
     """``n`` clients ask at the same time. They do so once before, to warm up."""
 
+    async def ask(i, chat, max_tokens):
+        # Upstream resets some connections of many that come at one moment.
+        await asyncio.sleep(i * 0.002)
+        return await client.chat(chat, max_tokens, Timing(label), **sampling)
+
     async def send(max_tokens):
         chats = short_chats(rng, n)
-        return await at_most(
-            n, (client.chat(c, max_tokens, Timing(label), **sampling) for c in chats)
+        return await asyncio.gather(
+            *(ask(i, chat, max_tokens) for i, chat in enumerate(chats))
         )
 
     await send(2)
