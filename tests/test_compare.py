@@ -1,0 +1,262 @@
+"""The comparison: its figures on recorded outcomes, and all of it on tiny models."""
+
+import asyncio
+import json
+import shlex
+import sys
+from functools import partial
+from random import Random
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+from test_timings import FAILED, FIRST, SECOND, stream
+
+from mlx_lm_ext.examples import compare, servers
+from mlx_lm_ext.examples.servers import Server
+from mlx_lm_ext.examples.workloads import (
+    SWEEPS,
+    WORKLOADS,
+    Client,
+    Figure,
+    Outcome,
+    Plan,
+    Prefixes,
+    Sweep,
+    Workload,
+    conversations,
+    late_prompt,
+    short_chats,
+    short_figures,
+    wave,
+)
+
+
+def outcome(*throughputs, **kwargs):
+    """Tokens per second by label, of requests that take ten seconds."""
+    requests = [
+        stream(0.0, 1.0, 9.5, tokens=speed * 10, label=label)
+        for label, speed in throughputs
+    ]
+    return Outcome(requests, **kwargs)
+
+
+PLAN = Plan(clients=[1, 8], max_tokens=4, tokenizer=None, bytes_per_token=10)
+
+
+def test_figures_of_short_chats():
+    ours = outcome(("1 greedy", 10), ("1 sampled", 8), ("8 greedy", 50), ("8 sampled", 40))
+    figures = short_figures(PLAN)
+    assert [figure.of(ours) for figure in figures] == [10, 8, 50, 40, 5, 0.8]
+    assert [figure.bare for figure in figures][:4] == [t.label for t in ours.timings]
+
+
+def test_figures_of_a_late_prompt():
+    streams = [
+        stream(0.0, 1.0, 2.0, 7.0, label="stream"),
+        stream(0.0, 1.0, 4.0, 8.0, label="stream"),
+    ]
+    late = stream(3.0, 6.0, label="late")
+    figures = WORKLOADS["late"].figures(PLAN)
+    assert [figure.of(Outcome([*streams, late])) for figure in figures] == [5.0, 3.0]
+
+
+def test_figures_of_the_cache():
+    ours = Outcome([FIRST, SECOND], 4, distinct_tokens=20, cache_bytes=300)
+    figures = WORKLOADS["bytes"].figures(PLAN)
+    assert [figure.of(ours) for figure in figures] == [0.75, 1.5]
+    ours.cache_bytes = None
+    assert figures[1].of(ours) is None
+    (median_ttft,) = WORKLOADS["prefix"].figures(PLAN)
+    assert median_ttft.of(ours) == 1.5
+
+
+def test_prefixes_know_what_is_computed():
+    known = Prefixes()
+    assert known.match([1, 2, 3]) == 0
+    known.add([1, 2, 3])
+    known.add([1, 2, 4, 5])
+    assert known.n_tokens == 5
+    assert known.match([1, 2, 4, 9]) == 3
+    # One token has to run.
+    assert known.match([1, 2, 3]) == 2
+
+
+def test_failures_are_not_compared():
+    reason = compare.objection(["A", "B"], [Outcome([FIRST]), Outcome([FIRST, FAILED])])
+    assert reason == "1 of 2 requests to B failed: HTTP 429: busy"
+
+
+def test_answers_of_other_lengths_are_not_compared():
+    both = [Outcome([FIRST]), Outcome([SECOND])]
+    reason = compare.objection(["A", "B"], both)
+    assert reason == "different numbers of tokens: 3 from A and 5 from B"
+    assert compare.objection(["A", "B"], [both[0], both[0]]) is None
+
+
+SPEED = Figure("speed", "tok/s", lambda o: o.throughput("x"), bare="x")
+TTFT = Figure("TTFT", "s", lambda o: o.median_ttft, higher_is_better=False)
+
+
+def test_gains_are_those_within_a_turn():
+    turns = [
+        [outcome(("x", 20)), outcome(("x", 10))],
+        [outcome(("x", 30)), outcome(("x", 10))],
+    ]
+    speed, ttft = compare.tabulate([SPEED, TTFT], turns, [{"x": 40}, {"x": 40}])
+    assert (speed["ours"], speed["theirs"]) == ([20, 30], [10, 10])
+    assert speed["gain"] == [2, 3]
+    assert speed["of_bare"] == [0.5, 0.75]
+    assert ttft["gain"] == [1, 1] and "bare" not in ttft
+
+
+def test_what_a_server_does_not_say_is_unknown():
+    figure = Figure("bytes", "", lambda o: o.cache_bytes, False)
+    (row,) = compare.tabulate([figure], [[Outcome(cache_bytes=5), Outcome()]], [])
+    (line,) = compare.table_rows("cache", {"refused": None, "figures": [row]})
+    assert line == "| cache: bytes | unknown | 5 | unknown |  |"
+
+
+def test_table():
+    turns = [[outcome(("x", 20)), outcome(("x", 1234))]] * 2
+    part = {"refused": None, "figures": compare.tabulate([SPEED], turns, [{"x": 40}] * 2)}
+    assert compare.table_rows("chats", part) == [
+        "| chats: speed (tok/s) | 1,234 | 20 | **0.02** (0.02 to 0.02) | 40 (here 50%) |"
+    ]
+    refused = {"refused": "it failed", "figures": []}
+    assert compare.table_rows("chats", refused) == [
+        "| chats | | | not compared: it failed | |"
+    ]
+
+
+def test_bytes_of_the_cache_are_the_last_that_was_logged(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO - Prompt Cache: 3 sequences, 1.25 GB\n- user: 1 sequences, 0.50 GB\n"
+    )
+    assert Server("", log).cache_bytes() == 1_250_000_000
+    with log.open("a") as f:
+        f.write("INFO - Prompt Cache: 2 sequences, 17.5 MB\n")
+    assert Server("", log).cache_bytes() == 17_500_000
+    assert Server("").cache_bytes() is None
+
+
+def test_short_chats_share_nothing_and_follow_the_seed():
+    chats = short_chats(Random("a"), 16)
+    assert chats == short_chats(Random("a"), 16) != short_chats(Random("b"), 16)
+    assert len({chat[1]["content"] for chat in chats}) == 16
+
+
+def ask(port, folder, workload, **sizes):
+    """Run a workload on a server of this process."""
+
+    async def run():
+        async with compare.session("EMPTY") as session:
+            client = Client(session, f"http://127.0.0.1:{port}/v1", "default_model")
+            plan = Plan([1], 4, load_tokenizer(str(folder)), 1.0)
+            return await workload(plan, client, Random(0), **sizes)
+
+    return asyncio.run(run())
+
+
+def test_conversations_find_nearly_all_that_was_computed(start_server, model_folder):
+    engine, port = start_server("llama", "--use-prompt-cache")
+    done = ask(port, model_folder(), conversations, n=3, turns=2, system_words=20)
+    assert len(done.timings) == 6 and not any(t.error for t in done.timings)
+    assert done.distinct_tokens < sum(t.prompt_tokens for t in done.timings)
+    assert 0.9 < done.cached_share <= 1.02
+
+
+def test_without_a_cache_conversations_find_nothing(start_server, model_folder):
+    engine, port = start_server()
+    done = ask(port, model_folder(), conversations, n=2, turns=2, system_words=20)
+    assert done.cached_share == 0
+
+
+def test_a_late_prompt_comes_while_streams_run(start_server, model_folder):
+    engine, port = start_server()
+    done = ask(port, model_folder(), late_prompt, n_words=20)
+    (late,) = done.part("late")
+    streams = done.part("stream")
+    assert len(streams) == 4
+    assert late.error is None and late.prompt_tokens > 100
+    assert all(t.start < late.start for t in streams)
+
+
+def run_compare(folder, *argv):
+    """Exit code of the tool with workloads that fit a tiny model."""
+    with pytest.raises(SystemExit) as exit:
+        compare.main(["--model", str(folder), "--rounds", "2", "--max-tokens", "3", *argv])
+        raise SystemExit(0)
+    return exit.value.code
+
+
+@pytest.fixture
+def tiny_workloads(monkeypatch):
+    figure = Figure("speed", "tok/s", lambda o: o.throughput("2 greedy"), bare="2 greedy")
+    run = partial(wave, n=2, label="2 greedy")
+    workload = Workload("two chats", run, lambda plan: [figure])
+    monkeypatch.setitem(WORKLOADS, "short", workload)
+    few = partial(conversations, system_words=5)
+    monkeypatch.setitem(SWEEPS, "conversations", Sweep("chats", [1, 2], few))
+
+
+def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, capsys):
+    files = [tmp_path / name for name in ("table.md", "report.json", "plot.png")]
+    argv = ["--workloads", "short", "--sweeps", "conversations", "--clients", "2"]
+    for option, file in zip(("--markdown", "--json", "--plot"), files):
+        argv += [option, str(file)]
+    assert run_compare(model_folder(), *argv) == 0
+    table = capsys.readouterr().out
+    assert files[0].read_text() == table
+    assert "| two chats: speed (tok/s) |" in table and "| 2 chats: cache (MB) |" in table
+    report = json.loads(files[1].read_text())
+    (row,) = report["workloads"][0]["figures"]
+    assert len(row["ours"]) == len(row["theirs"]) == len(row["bare"]) == 2
+    assert report["servers"]["theirs"].startswith("mlx_lm.server 0.32")
+    assert len(report["sweeps"][0]["points"]) == 2
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_against_a_server_that_runs(tiny_workloads, model_folder, start_server, capsys):
+    engine, port = start_server()
+    url = f"http://127.0.0.1:{port}/v1"
+    argv = ["--workloads", "short", "--clients", "2", "--rounds", "1", "--against", url]
+    assert run_compare(model_folder(), *argv) == 0
+    assert url in capsys.readouterr().out
+
+
+def test_against_a_stopped_server(model_folder):
+    url = f"http://127.0.0.1:{servers.free_port()}/v1"
+    code = run_compare(model_folder(), "--against", url)
+    assert code.startswith(f"error: no server answers at {url}")
+
+
+def test_a_server_that_does_not_start_is_not_compared(
+    tiny_workloads, model_folder, capsys
+):
+    command = shlex.join([sys.executable, "-c", "raise SystemExit('it is broken')"])
+    argv = ["--workloads", "short", "--clients", "2", "--other", command + " {model}"]
+    assert run_compare(model_folder(), *argv) == 1
+    assert "did not start: it is broken" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_run_is_one_line(tmp_path):
+    code = run_compare(tmp_path, "--workloads", "short")
+    assert code.startswith(f"error: the bare engine cannot run {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--workloads", "nothing"], "nothing is none of short, prefix"),
+        (["--plot", "plot.pdf"], "must end in .png or .svg"),
+        (["--json", "no/such/folder/file"], "no file in an existing folder"),
+        (["--rounds", "0"], "must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        compare.main(argv)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
