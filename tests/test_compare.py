@@ -44,7 +44,9 @@ PLAN = Plan(clients=[1, 8], max_tokens=4, tokenizer=None, bytes_per_token=10)
 
 
 def test_figures_of_short_chats():
-    ours = outcome(("1 greedy", 10), ("1 sampled", 8), ("8 greedy", 50), ("8 sampled", 40))
+    ours = outcome(
+        ("1 greedy", 10), ("1 sampled", 8), ("8 greedy", 50), ("8 sampled", 40)
+    )
     figures = short_figures(PLAN)
     assert [figure.of(ours) for figure in figures] == [10, 8, 50, 40, 5, 0.8]
     assert [figure.bare for figure in figures][:4] == [t.label for t in ours.timings]
@@ -118,7 +120,10 @@ def test_what_a_server_does_not_say_is_unknown():
 
 def test_table():
     turns = [[outcome(("x", 20)), outcome(("x", 1234))]] * 2
-    part = {"refused": None, "figures": compare.tabulate([SPEED], turns, [{"x": 40}] * 2)}
+    part = {
+        "refused": None,
+        "figures": compare.tabulate([SPEED], turns, [{"x": 40}] * 2),
+    }
     assert compare.table_rows("chats", part) == [
         "| chats: speed (tok/s) | 1,234 | 20 | **0.02** (0.02 to 0.02) | 40 (here 50%) |"
     ]
@@ -185,14 +190,18 @@ def test_a_late_prompt_comes_while_streams_run(start_server, model_folder):
 def run_compare(folder, *argv):
     """Exit code of the tool with workloads that fit a tiny model."""
     with pytest.raises(SystemExit) as exit:
-        compare.main(["--model", str(folder), "--rounds", "2", "--max-tokens", "3", *argv])
+        compare.main(
+            ["--model", str(folder), "--rounds", "2", "--max-tokens", "3", *argv]
+        )
         raise SystemExit(0)
     return exit.value.code
 
 
 @pytest.fixture
 def tiny_workloads(monkeypatch):
-    figure = Figure("speed", "tok/s", lambda o: o.throughput("2 greedy"), bare="2 greedy")
+    figure = Figure(
+        "speed", "tok/s", lambda o: o.throughput("2 greedy"), bare="2 greedy"
+    )
     run = partial(wave, n=2, label="2 greedy")
     workload = Workload("two chats", run, lambda plan: [figure])
     monkeypatch.setitem(WORKLOADS, "short", workload)
@@ -208,7 +217,9 @@ def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, ca
     assert run_compare(model_folder(), *argv) == 0
     table = capsys.readouterr().out
     assert files[0].read_text() == table
-    assert "| two chats: speed (tok/s) |" in table and "| 2 chats: cache (MB) |" in table
+    assert (
+        "| two chats: speed (tok/s) |" in table and "| 2 chats: cache (MB) |" in table
+    )
     report = json.loads(files[1].read_text())
     (row,) = report["workloads"][0]["figures"]
     assert len(row["ours"]) == len(row["theirs"]) == len(row["bare"]) == 2
