@@ -13,8 +13,9 @@ import asyncio
 import json
 import random
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, AsyncIterator, Dict, List, NamedTuple, Optional
 
 from mlx_lm_ext.batch_server import ArgumentParser, number
 from mlx_lm_ext.examples import timings, words
@@ -108,28 +109,28 @@ def draw(args: argparse.Namespace) -> List[Question]:
     ]
 
 
-async def connect(args: argparse.Namespace) -> openai.AsyncOpenAI:
+@asynccontextmanager
+async def connect(args: argparse.Namespace) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a server that answers.
 
     Raises:
         SystemExit: If it does not.
     """
-    try:
-        client = openai.AsyncOpenAI(
-            base_url=args.base_url, api_key=args.api_key, max_retries=0
-        )
-        await client.models.list()
-    except openai.NotFoundError:
-        pass  # a server without this route
-    except openai.APIConnectionError as e:
-        reason = e.__cause__ or e
-        raise SystemExit(
-            f"error: no server answers at {args.base_url} ({reason}); start one with "
-            "mlx_lm.batch_server, or name another with --base-url"
-        )
-    except openai.OpenAIError as e:
-        raise SystemExit(f"error: the server at {args.base_url} refuses: {cause(e)}")
-    return client
+    async with openai.AsyncOpenAI(
+        base_url=args.base_url, api_key=args.api_key, max_retries=0
+    ) as client:
+        try:
+            await client.models.list()
+        except openai.NotFoundError:
+            pass  # a server without this route
+        except openai.APIConnectionError as e:
+            raise SystemExit(
+                f"error: no server answers at {args.base_url} ({e.__cause__ or e}); "
+                "start one with mlx_lm.batch_server, or name another with --base-url"
+            )
+        except openai.OpenAIError as e:
+            raise SystemExit(f"error: {args.base_url} refuses: {cause(e)}")
+        yield client
 
 
 def cause(error: openai.OpenAIError) -> str:
@@ -174,11 +175,10 @@ async def ask(
 
 async def run(args: argparse.Namespace) -> List[Timing]:
     """Let ``--concurrency`` users ask one question after the other."""
-    client = await connect(args)
     questions = iter(draw(args))
     done: List[Timing] = []
 
-    async def use(bar: tqdm) -> None:
+    async def use(client: openai.AsyncOpenAI, bar: tqdm) -> None:
         question: Optional[Question] = next(questions, None)
         while question is not None:
             done.append(
@@ -195,8 +195,9 @@ async def run(args: argparse.Namespace) -> List[Timing]:
             if question is not None:
                 await asyncio.sleep(delay)
 
-    with tqdm(total=args.requests, unit="request", file=sys.stderr) as bar:
-        await asyncio.gather(*(use(bar) for _ in range(args.concurrency)))
+    async with connect(args) as client:
+        with tqdm(total=args.requests, unit="request", file=sys.stderr) as bar:
+            await asyncio.gather(*(use(client, bar) for _ in range(args.concurrency)))
     return done
 
 

@@ -38,19 +38,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 async def run(args: argparse.Namespace) -> List[List[Timing]]:
     """The timings of each round; all threads end a round before the next begins."""
-    client = await connect(args)
     # A prompt that an earlier run has sent would be in the cache.
     rng = random.Random()
     prompts = [words.text(rng, N_WORDS) for _ in range(args.concurrency)]
-    return [
-        await asyncio.gather(
-            *(
-                ask(client, args.model, p + suffix, MAX_TOKENS, stream=True)
-                for p in prompts
+    rounds = []
+    async with connect(args) as client:
+        for suffix in ROUNDS.values():
+            asked = (
+                ask(client, args.model, prompt + suffix, MAX_TOKENS, stream=True)
+                for prompt in prompts
             )
-        )
-        for suffix in ROUNDS.values()
-    ]
+            rounds.append(await asyncio.gather(*asked))
+    return rounds
 
 
 def report(rounds: List[List[Timing]]) -> str:
