@@ -14,11 +14,11 @@ import json
 import random
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, AsyncIterator, Dict, List, NamedTuple, Optional
 
 from mlx_lm_ext.batch_server import ArgumentParser, number
 from mlx_lm_ext.examples import timings, words
+from mlx_lm_ext.examples.arguments import add_server_arguments, output_file, plot_file
 from mlx_lm_ext.examples.timings import Timing
 
 try:
@@ -69,31 +69,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--plot", type=plot_file, metavar="FILE", help="draw the run as .png or .svg")
     return parser
-
-
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name the server and how many use it at a time."""
-    add = parser.add_argument
-    add("--base-url", default="http://localhost:8080/v1", help="where the server is")
-    add("--api-key", default="EMPTY", help="key that the server asks for")
-    add("--model", default="default_model", help="model to ask for")
-    add("--concurrency", type=number(int, 1), default=4, help="users at a time")
-
-
-def output_file(text: str) -> Path:
-    """An argument type: a file to write when all is done."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file in an existing folder")
-    return path
-
-
-def plot_file(text: str) -> Path:
-    """An argument type: the file of a picture."""
-    path = output_file(text)
-    if path.suffix not in (".png", ".svg"):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
-    return path
 
 
 def draw(args: argparse.Namespace) -> List[Question]:

@@ -25,7 +25,7 @@ from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Option
 from mlx_lm_ext import demo_model
 from mlx_lm_ext.batch_server import ArgumentParser, number
 from mlx_lm_ext.examples import servers, timings
-from mlx_lm_ext.examples.benchmark_client import output_file, plot_file
+from mlx_lm_ext.examples.arguments import counts, names, output_file, plot_file
 from mlx_lm_ext.examples.servers import Server
 from mlx_lm_ext.examples.workloads import (
     SWEEP_FIGURES,
@@ -51,27 +51,6 @@ class Contender(NamedTuple):
     name: str
     serve: Callable[[], ContextManager[Server]]
     model: str = "default_model"
-
-
-def names(known: Dict[str, Any]) -> Callable[[str], List[str]]:
-    """An argument type: names with commas between them, ``all`` or ``none``."""
-
-    def parse(text: str) -> List[str]:
-        if text in ("all", "none"):
-            return list(known) if text == "all" else []
-        chosen = text.split(",")
-        if unknown := set(chosen) - set(known):
-            raise argparse.ArgumentTypeError(
-                f"{', '.join(sorted(unknown))} is none of {', '.join(known)}"
-            )
-        return chosen
-
-    return parse
-
-
-def counts(text: str) -> List[int]:
-    """An argument type: numbers of clients with commas between them."""
-    return [number(int, 1)(part) for part in text.split(",")]
 
 
 def make_parser() -> argparse.ArgumentParser:

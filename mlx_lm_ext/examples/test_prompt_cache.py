@@ -14,7 +14,8 @@ from typing import List, Optional
 
 from mlx_lm_ext.batch_server import ArgumentParser
 from mlx_lm_ext.examples import timings, words
-from mlx_lm_ext.examples.benchmark_client import add_server_arguments, ask, connect
+from mlx_lm_ext.examples.arguments import add_server_arguments
+from mlx_lm_ext.examples.benchmark_client import ask, connect
 from mlx_lm_ext.examples.timings import Timing
 
 N_WORDS = 1270  # some 1,500 tokens, as tokenizers go
