@@ -98,6 +98,11 @@ def test_gain_is_above_one_where_ours_is_better():
     assert timings.gain(2, 5, higher_is_better=False) == 2.5
 
 
+@pytest.mark.parametrize("ours, theirs", [(0.9, 0), (None, 1), (1, None)])
+def test_no_gain_over_nothing(ours, theirs):
+    assert timings.gain(ours, theirs, higher_is_better=True) is None
+
+
 def test_spread():
     assert timings.spread([1.5, 1.0, 4.0]) == (1.5, 1.0, 4.0)
 

@@ -15,6 +15,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -218,6 +219,8 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
         "workloads": [],
         "sweeps": [],
     }
+    # A server that runs on may have seen the prompts of an earlier comparison.
+    salt = time.time_ns() if args.against else ""
     n_sizes = sum(len(SWEEPS[name].sizes) for name in args.sweeps)
     n_turns = len(args.workloads) * args.rounds + n_sizes
     bar = tqdm(total=n_turns, unit="turn", file=sys.stderr)
@@ -227,7 +230,7 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
         turns, bare = [], []
         bar.set_description(name)
         for i in range(rounds):
-            seed = f"{args.seed} {name} {i}"
+            seed = f"{args.seed} {name} {i} {salt}"
             try:
                 turns.append(take_turns([ours, theirs], args.api_key, plan, run, seed))
                 if any(f.bare for f in figures):
@@ -271,13 +274,10 @@ def tabulate(
     for figure in figures:
         ours, theirs = ([figure.of(o) for o in side] for side in zip(*turns))
         row = {"figure": figure.name, "unit": figure.unit}
-        row |= {"ours": ours, "theirs": theirs, "gain": []}
-        # A server that runs already does not say what its cache holds.
-        if None not in ours + theirs:
-            row["gain"] = [
-                timings.gain(a, b, figure.higher_is_better)
-                for a, b in zip(ours, theirs)
-            ]
+        row |= {"ours": ours, "theirs": theirs}
+        row["gain"] = [
+            timings.gain(a, b, figure.higher_is_better) for a, b in zip(ours, theirs)
+        ]
         if figure.bare is not None:
             row["bare"] = [speeds[figure.bare] for speeds in bare]
             row["of_bare"] = [a / b for a, b in zip(ours, row["bare"])]
@@ -316,8 +316,8 @@ def table_rows(title: str, part: Dict[str, Any]) -> List[str]:
     rows = []
     for row in part["figures"]:
         name = f"{row['figure']} ({row['unit']})" if row["unit"] else row["figure"]
-        gain = "unknown"
-        if row["gain"]:
+        gain = ""
+        if None not in row["gain"]:
             gain = "**{:.2f}** ({:.2f} to {:.2f})".format(*timings.spread(row["gain"]))
         bare = ""
         if "bare" in row:

@@ -63,7 +63,7 @@ def save_comparison(report: Dict[str, Any], path: Path) -> None:
         (fill(f"{part['title']}: {row['figure']}", 48), timings.spread(row["gain"]))
         for part in report["workloads"]
         for row in part["figures"]
-        if row["gain"]
+        if None not in row["gain"]
     ]
     sweeps = report["sweeps"]
     heights = [1 + 0.4 * len(rows)] * bool(rows) + [7] * bool(sweeps)

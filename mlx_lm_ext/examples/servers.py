@@ -77,7 +77,10 @@ def start(command: str, model: str) -> Iterator[Server]:
     port = free_port()
     if "{model}" not in command:
         command += " --model {model} --port {port}"
-    words = [w.format(model=model, port=port) for w in shlex.split(command)]
+    words = [
+        word.replace("{model}", model).replace("{port}", str(port))
+        for word in shlex.split(command)
+    ]
     environment = dict(os.environ)
     if library := blas.find():
         # Every server gets the BLAS that this one finds for itself.

@@ -171,9 +171,15 @@ def throughput_over_time(
     return edges.tolist(), (counts / np.diff(edges)).tolist()
 
 
-def gain(ours: float, theirs: float, higher_is_better: bool) -> float:
-    """How many times better ``ours`` is; below 1 it is worse."""
-    return ours / theirs if higher_is_better else theirs / ours
+def gain(
+    ours: Optional[float], theirs: Optional[float], higher_is_better: bool
+) -> Optional[float]:
+    """How many times better ``ours`` is; below 1 it is worse.
+
+    ``None`` if one is unknown, or if there is nothing to measure the better one by.
+    """
+    better, base = (ours, theirs) if higher_is_better else (theirs, ours)
+    return None if better is None or not base else better / base
 
 
 def spread(values: List[float]) -> Tuple[float, float, float]:
