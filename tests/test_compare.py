@@ -12,11 +12,11 @@ from mlx_lm.utils import load_tokenizer
 from test_timings import FAILED, FIRST, SECOND, stream
 
 from mlx_lm_ext.examples import compare, servers
+from mlx_lm_ext.examples.chat_client import Client
 from mlx_lm_ext.examples.servers import Server
 from mlx_lm_ext.examples.workloads import (
     SWEEPS,
     WORKLOADS,
-    Client,
     Figure,
     Outcome,
     Plan,

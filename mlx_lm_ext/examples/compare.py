@@ -27,12 +27,12 @@ from mlx_lm_ext import demo_model
 from mlx_lm_ext.batch_server import ArgumentParser, number
 from mlx_lm_ext.examples import servers, timings
 from mlx_lm_ext.examples.arguments import counts, names, output_file, plot_file
+from mlx_lm_ext.examples.chat_client import Client
 from mlx_lm_ext.examples.servers import Server
 from mlx_lm_ext.examples.workloads import (
     SWEEP_FIGURES,
     SWEEPS,
     WORKLOADS,
-    Client,
     Figure,
     Outcome,
     Plan,
