@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import mlx.core as mx
 from mlx_lm import __version__
 from mlx_lm.generate import BatchGenerator, GenerationBatch
-from mlx_lm.sample_utils import greedy_sampler
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
     APIHandler,
     CompletionRequest,
@@ -23,6 +23,8 @@ from mlx_lm.server import (
     _make_sampler,
 )
 from mlx_lm.utils import _download
+
+from .row_samplers import RowSamplers
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
@@ -48,21 +50,40 @@ def check_version() -> None:
 
 
 class LeanGenerationBatch(GenerationBatch):
-    """``GenerationBatch`` that makes no log probabilities for rows that need none.
+    """``GenerationBatch`` that samples all rows in one call, and makes no log
+    probabilities for those that need none.
 
-    Upstream normalises and copies (B, V) values in every step. The most likely token
-    is the same without that.
+    Upstream normalises and copies (B, V) values in every step, and samples row by row
+    unless the rows share a sampler.
     """
 
+    # Whether a request wants log probabilities.
+    logprobs = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.row_samplers = RowSamplers()
+        super().__init__(*args, **kwargs)
+
+    def extend(self, batch: GenerationBatch) -> None:
+        self.row_samplers.extend(batch.samplers)
+        super().extend(batch)
+        self.samplers = [self.row_samplers] * len(self.uids)
+
+    def filter(self, keep: List[int]) -> None:
+        super().filter(keep)
+        self.row_samplers.filter(keep)
+
     def _step(self) -> Tuple[List[int], List[Optional[mx.array]]]:
-        if any(self.logits_processors) or any(
-            s is not greedy_sampler for s in self.samplers
+        if (
+            self.logprobs
+            or self.row_samplers.needs_logprobs
+            or any(self.logits_processors)
         ):
             return super()._step()
         inputs = self._current_tokens = self._next_tokens
         self._current_logprobs = self._next_logprobs
         logits = self.model(inputs[:, None], cache=self.prompt_cache)
-        self._next_tokens = greedy_sampler(logits[:, -1, :])
+        self._next_tokens = self.row_samplers(logits[:, -1, :])
         self._next_logprobs = [None] * len(self.uids)
         mx.async_eval(self._next_tokens)
         tokens = inputs.tolist()
@@ -72,11 +93,30 @@ class LeanGenerationBatch(GenerationBatch):
 
 
 class LeanBatchGenerator(BatchGenerator):
-    """``BatchGenerator`` on a ``LeanGenerationBatch``."""
+    """``BatchGenerator`` on a ``LeanGenerationBatch``. Its samplers are RowSamplers'."""
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model, **kwargs)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
+
+    @property
+    def generation_batch(self) -> LeanGenerationBatch:
+        return self._generation_batch
+
+
+class LRUPromptCacheBase(LRUPromptCache):
+    """``LRUPromptCache`` whose order of eviction can be another one."""
+
+    def __init__(self, order: LRUPromptCache.CacheOrder, max_bytes: int):
+        super().__init__(1 << 63, max_bytes)
+        self._lru = order
+
+    def remove(self, model: Any, tokens: List[int], reason: str) -> None:
+        """Drop one sequence, and tell the order why."""
+        entry = self._trie.pop(model, tokens)
+        self._lru.remove(model, tokens, reason)
+        self._n_bytes -= entry.nbytes
+        self._n_bytes_by_type[entry.cache_type] -= entry.nbytes
 
 
 class ModelProviderBase(ModelProvider):

@@ -65,15 +65,17 @@ class BatchAPIHandler(HTTPHandler):
             request = self.handle_text_completions()
         else:
             request = self.handle_chat_completions()
-        asked = "max_tokens" in self.body or "max_completion_tokens" in self.body
-        job = self.response_generator.generate(request, self.args, not asked)
+        engine = self.response_generator
+        job = engine.generate(request, self.args, self.body, self.request_id)
+        reason = "error"
         try:
-            if self.stream:
-                self.send_stream(job)
-            else:
-                self.send_answer(job)
+            reason = self.send_stream(job) if self.stream else self.send_answer(job)
+        except (ConnectionError, TimeoutError):
+            reason = "cancelled"
+            raise
         finally:
             job.cancel()
+            engine.policies.request_finished(job, job.stats(reason))
 
     def wrong_route(self, path: str) -> RequestError:
         if path in POST_ROUTES + GET_ROUTES:
@@ -122,8 +124,8 @@ class BatchAPIHandler(HTTPHandler):
             if delta.finish_reason is not None:
                 return
 
-    def send_answer(self, job: Request) -> None:
-        """Answer in one piece."""
+    def send_answer(self, job: Request) -> str:
+        """Answer in one piece; gives the finish reason."""
         answer = Delta()
         for delta in self.receive(job):
             if delta is not None:
@@ -133,13 +135,15 @@ class BatchAPIHandler(HTTPHandler):
                 answer.tokens += delta.tokens
                 answer.finish_reason = delta.finish_reason
         self.send_json(200, self.make_response(job, answer, len(answer.tokens)))
+        return answer.finish_reason
 
-    def send_stream(self, job: Request) -> None:
-        """Answer in server-sent events."""
+    def send_stream(self, job: Request) -> str:
+        """Answer in server-sent events; gives the finish reason."""
         # At once: some clients give up on a silent server.
         self.start_events()
+        reason = "error"
         try:
-            self.send_events(job)
+            reason = self.send_events(job)
         except RequestError as e:
             self.send_event(json.dumps(e.to_json()))
         except (ConnectionError, TimeoutError):
@@ -148,8 +152,9 @@ class BatchAPIHandler(HTTPHandler):
             logging.exception("A stream failed")
             self.send_event(json.dumps(internal_error().to_json()))
         self.end_events()
+        return reason
 
-    def send_events(self, job: Request) -> None:
+    def send_events(self, job: Request) -> str:
         n_tokens = 0
         for delta in self.receive(job):
             if delta is None:
@@ -166,11 +171,12 @@ class BatchAPIHandler(HTTPHandler):
                 self.send_event(json.dumps(self.make_response(job, delta)))
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.completion_usage_response(
-                len(job.prompt), n_tokens, job.n_cached
+                len(job.prompt), n_tokens, job.n_matched
             )
             usage["object"] = self.object_type
             self.send_event(json.dumps(usage))
         self.send_event("[DONE]")
+        return delta.finish_reason
 
     def make_response(
         self, job: Request, delta: Delta, n_tokens: Optional[int] = None
@@ -181,7 +187,7 @@ class BatchAPIHandler(HTTPHandler):
             delta.finish_reason,
             len(job.prompt),
             n_tokens,
-            job.n_cached,
+            job.n_matched,
             tool_calls=delta.tool_calls,
             reasoning_text=delta.reasoning,
         )

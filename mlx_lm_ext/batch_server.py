@@ -3,7 +3,8 @@
 Rules:
 1. A wrong argument ends the start with exit code 2, anything else that keeps the
    server from starting with exit code 1; each says why in one line.
-2. MLX is imported after the arguments are parsed and a fast BLAS is loaded.
+2. MLX is imported after a fast BLAS is loaded, and here after the arguments are parsed:
+   what is wrong with them shows at once.
 """
 
 import argparse
@@ -17,11 +18,12 @@ import sys
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from jinja2 import Environment, TemplateSyntaxError
 
 from . import __version__, blas, demo_model
+from .plugins import KINDS, PluginError, Plugins
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -219,6 +221,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens of a sequence after which its KV is quantized",
     )
 
+    plugin = parser.add_argument_group("plugins").add_argument
+    plugin(
+        "-p",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="plugins",
+        help="load a plugin, the module NAME; no:NAME blocks one that is installed",
+    )
+    plugin(
+        "--list-plugins",
+        action="store_true",
+        help="print the plugins and what they register, and exit",
+    )
+    for kind in KINDS:
+        plugin(kind.flag, default=kind.default, metavar="NAME", help=kind.title)
+
     defaults = parser.add_argument_group("defaults of requests").add_argument
     defaults(
         "--max-tokens",
@@ -243,16 +262,43 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(
+    argv: Optional[List[str]] = None,
+) -> Tuple[argparse.Namespace, Plugins]:
+    """The command line, with the flags of the plugins that it names."""
+    parser = make_parser()
+    first = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("-p", action="append", default=[])
+    try:
+        plugins = Plugins(first.parse_known_args(argv)[0].p)
+        plugins.add_arguments(parser)
+    except PluginError as e:
+        parser.error(str(e))
+    args = parser.parse_args(argv)
+    if args.list_plugins:
+        try:
+            print(plugins.describe())
+        except PluginError as e:
+            parser.error(str(e))
+        parser.exit()
+    return args, plugins
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until SIGINT or SIGTERM, then exit with 0."""
-    args = make_parser().parse_args(argv)
+    # Before plugins, which may import MLX.
+    blas_line = blas.load()
+    args, plugins = parse_arguments(argv)
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    if line := blas.load():
-        logging.info(line)
+    if blas_line:
+        logging.info(blas_line)
     try:
-        serve(args)
+        serve(args, plugins)
+    except PluginError as e:
+        print(f"mlx_lm.batch_server: error: {e}", file=sys.stderr)
+        leave(2)
     except (OSError, RuntimeError) as e:
         print(f"mlx_lm.batch_server: error: {e}", file=sys.stderr)
         leave(1)
@@ -272,11 +318,12 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace, plugins: Plugins) -> None:
     """Load the model and serve it.
 
     Raises:
         OSError: If the address cannot be listened on.
+        PluginError: If a policy cannot be used.
         RuntimeError: If the model cannot be loaded.
         KeyboardInterrupt: On SIGINT or SIGTERM, after the server has stopped.
     """
@@ -291,7 +338,10 @@ def serve(args: argparse.Namespace) -> None:
     from .engine import Engine
     from .http_server import BatchHTTPServer
     from .model_provider import BatchModelProvider
+    from .policies import Policies
     from .prompt_cache import PromptCache
+
+    policies = Policies(plugins, args)
 
     if mx.distributed.init().size() > 1:
         raise RuntimeError("several machines are not supported; use mlx_lm.server")
@@ -307,10 +357,11 @@ def serve(args: argparse.Namespace) -> None:
     except (OSError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
-    size = args.radix_cache_size
-    cache = PromptCache(1 << 30, size) if args.use_prompt_cache else None
+    cache = None
+    if args.use_prompt_cache:
+        cache = PromptCache(args.radix_cache_size, policies)
     fingerprint = get_system_fingerprint()
-    engine = Engine(BatchModelProvider(args), cache)
+    engine = Engine(BatchModelProvider(args), policies, cache)
     httpd.RequestHandlerClass = partial(
         BatchAPIHandler, engine, system_fingerprint=fingerprint
     )

@@ -7,22 +7,21 @@ Rules:
 """
 
 import logging
-from dataclasses import astuple
-from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
-from mlx_lm.server import GenerationArguments
 
 from ._upstream import (
     LeanBatchGenerator,
     format_top_logprobs,
     make_logits_processors,
-    make_sampler,
 )
+from .interfaces import SchedulerView
 from .model_provider import BatchModelProvider
+from .policies import Policies
 from .prompt_cache import PromptCache
 from .request import Request, ResumedStopSequences, Token
+from .row_samplers import RowSampler
 
 
 class Batch:
@@ -30,17 +29,26 @@ class Batch:
 
     Args:
         model_provider (BatchModelProvider): Holds the model that the batch runs.
-        prompt_cache (PromptCache): Gives KV to requests and takes it back.
+        policies (Policies): Samples, and sets how much prefill a step does.
+        prompt_cache (Optional[PromptCache]): Gives KV to requests and takes it back.
     """
 
-    def __init__(self, model_provider: BatchModelProvider, prompt_cache: PromptCache):
+    def __init__(
+        self,
+        model_provider: BatchModelProvider,
+        policies: Policies,
+        prompt_cache: Optional[PromptCache],
+    ):
         self.model_provider = model_provider
+        self.policies = policies
         self.prompt_cache = prompt_cache
-        self.caching = prompt_cache.max_size > 0
+        self.caching = prompt_cache is not None
         self.generator: Optional[LeanBatchGenerator] = None
         self.active: Dict[int, Request] = {}
-        self.samplers: Dict[Tuple, Any] = {}
+        # Those of whose prompts a part is left to run.
+        self.prefilling: Set[int] = set()
         self.steps = 0
+        self.n_generated = 0
 
     def __len__(self):
         return len(self.active)
@@ -48,6 +56,12 @@ class Batch:
     @property
     def requests(self) -> List[Request]:
         return list(self.active.values())
+
+    @property
+    def view(self) -> SchedulerView:
+        """What scheduler policies see."""
+        batch_size = self.model_provider.cli_args.batch_size
+        return SchedulerView(self.policies.clock(), tuple(self.requests), batch_size)
 
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already."""
@@ -60,19 +74,30 @@ class Batch:
                 prefill_step_size=args.prefill_step_size,
                 stream=mx.default_stream(mx.default_device()),
             )
+        tokenizer = self.model_provider.tokenizer
+        processors = make_logits_processors(request.args)
+        processors += self.policies.make_logits_processors(request, tokenizer)
+        sampler = RowSampler(
+            self.policies.samplers[request.sampler],
+            self.policies.args,
+            request,
+            tokenizer,
+        )
         segments, cache, n_cached = self.fetch(request)
         (uid,) = self.generator.insert_segments(
             segments=[segments],
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[cache],
             all_tokens=[request.prompt[:n_cached]],
-            samplers=[self.sampler(request.args)],
-            logits_processors=[make_logits_processors(request.args)],
+            samplers=[sampler],
+            logits_processors=[processors],
             stop_sequences=[
                 ResumedStopSequences(request.model.end_of_text, request.generated)
             ],
         )
         self.active[uid] = request
+        self.prefilling.add(uid)
+        request.start()
 
     def remove(self, requests: List[Request]) -> None:
         """Take requests out before they end; what they have run stays in the cache."""
@@ -82,6 +107,7 @@ class Batch:
         caches = self.generator.remove(uids, return_prompt_caches=self.caching)
         for uid in uids:
             request = self.active.pop(uid)
+            self.prefilling.discard(uid)
             if self.caching:
                 cache, tokens = caches[uid]
                 self.store(request, tokens, cache)
@@ -89,7 +115,7 @@ class Batch:
     def close(self) -> None:
         """Drop all rows and their KV, and what belongs to the model."""
         self.active.clear()
-        self.samplers.clear()
+        self.prefilling.clear()
         generator, self.generator = self.generator, None
         if generator is not None:
             try:
@@ -98,14 +124,24 @@ class Batch:
                 # It waits for the device, which can have failed.
                 logging.exception("A batch could not be closed")
 
-    def step(self) -> int:
-        """Run one step and hand out its tokens; gives how many requests it ended."""
+    def step(self) -> List[Request]:
+        """Run one step and hand out its tokens; gives the requests that it ended."""
         if not self.active:
-            return 0
+            return []
         self.steps += 1
-        before = len(self.active)
+        scheduler = self.policies.scheduler
+        if self.prefilling and scheduler.has("prefill_tokens"):
+            self.generator.prefill_step_size = self.plan_prefill()
+        self.generator.generation_batch.logprobs = any(
+            r.args.logprobs for r in self.active.values()
+        )
         prompt_responses, responses = self.generator.next()
         self.store_segments(prompt_responses)
+        if responses and scheduler.has("on_tokens"):
+            counts = [(self.active[r.uid], 1) for r in responses]
+            scheduler.run(lambda policy: policy.on_tokens(counts))
+        self.n_generated += len(responses)
+        finished = []
         for r in responses:
             request = self.active[r.uid]
             logprob, top = None, ()
@@ -115,10 +151,24 @@ class Batch:
                 found = format_top_logprobs(r.logprobs, n, request.model.tokenizer)
                 top = tuple((t["id"], t["logprob"]) for t in found)
             request.put(Token(r.token, logprob, top, r.finish_reason))
+            self.prefilling.discard(r.uid)
             if r.finish_reason is not None:
                 del self.active[r.uid]
                 self.store(request, r.all_tokens, r.prompt_cache)
-        return before - len(self.active)
+                finished.append(request)
+        return finished
+
+    def plan_prefill(self) -> int:
+        """How many tokens of each prompt the next step processes."""
+
+        def ask(policy):
+            tokens = policy.prefill_tokens(view)
+            return limit if tokens is None else int(tokens) // n_prompts
+
+        view = self.view
+        limit = self.model_provider.cli_args.prefill_step_size
+        n_prompts = min(len(self.prefilling), self.generator.prefill_batch_size)
+        return max(1, min(limit, self.policies.scheduler.run(ask)))
 
     def fetch(self, request: Request) -> Tuple[List[List[int]], Any, int]:
         """The segments left to run, and the cache of the tokens before them.
@@ -127,28 +177,19 @@ class Batch:
         """
         if request.generated:
             return [request.prompt + request.generated], None, 0
+        if not self.caching:
+            return request.segments, None, 0
         cache, rest = self.prompt_cache.fetch_nearest_cache(
             request.model.key, request.prompt
         )
-        request.n_cached = len(request.prompt) - len(rest)
-        segments, skip = [], request.n_cached
+        request.n_matched = len(request.prompt) - len(rest)
+        segments, skip = [], request.n_matched
         for segment in request.segments:
             if skip < len(segment):
                 segments.append(segment[skip:])
             skip = max(0, skip - len(segment))
         request.segment_types = request.segment_types[-len(segments) :]
-        return segments, cache, request.n_cached
-
-    def sampler(self, args: GenerationArguments) -> Any:
-        """Rows with equal parameters share a sampler, so they sample in one call."""
-        key = (astuple(args.sampling), args.logprobs)
-        if key not in self.samplers:
-            if len(self.samplers) >= 256:
-                self.samplers.clear()
-            sampler = make_sampler(args, self.model_provider.tokenizer)
-            # Rows with upstream's own greedy sampler get no log probabilities.
-            self.samplers[key] = partial(sampler) if args.logprobs else sampler
-        return self.samplers[key]
+        return segments, cache, request.n_matched
 
     def store_segments(self, prompt_responses: List[Any]) -> None:
         """Keep the KV of prompts that have reached the end of a segment."""
@@ -170,7 +211,7 @@ class Batch:
         cache_type: str = "assistant",
     ) -> None:
         """Keep the KV of ``tokens``, unless the cache is off or has just given it."""
-        if self.caching and len(tokens) > request.n_cached:
+        if self.caching and len(tokens) > request.n_matched:
             # Evaluated at once: a lazy copy would keep the batch's buffers alive.
             mx.eval([c.state for c in cache])
             self.prompt_cache.insert_cache(

@@ -2,8 +2,8 @@
 
 Rules:
 1. Only the generation thread touches MLX. What crosses threads is plain Python.
-2. Requests start in order of arrival. One that needs another model, or that
-   upstream serves alone, waits until the batch is empty.
+2. Requests start in the order of the scheduler policy. One that needs another model,
+   or that upstream serves alone, waits until the batch is empty.
 3. A step that raises costs only the request at fault. The others go on from the
    tokens they have, and the thread lives.
 """
@@ -14,17 +14,22 @@ from collections import deque
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Event
-from typing import List, Optional
+from typing import Any, Deque, Dict, List, Optional
 
 import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from ._upstream import ResponseGeneratorBase, image_parts
 from .batching import Batch
 from .errors import RequestError, internal_error
 from .model_provider import BatchModelProvider
+from .policies import Policies
 from .prompt_cache import PromptCache
 from .request import Request, SingleQueue
+
+# Seconds between two lines of statistics, and between two looks for what has expired.
+STATISTICS_INTERVAL = 10.0
 
 
 class Engine(ResponseGeneratorBase):
@@ -32,6 +37,7 @@ class Engine(ResponseGeneratorBase):
 
     Args:
         model_provider (BatchModelProvider): Loads models; carries the command line.
+        policies (Policies): The policies and hooks of plugins.
         prompt_cache (Optional[PromptCache]): Where KV is kept between requests.
           Without one, nothing is kept.
     """
@@ -41,19 +47,24 @@ class Engine(ResponseGeneratorBase):
     def __init__(
         self,
         model_provider: BatchModelProvider,
+        policies: Policies,
         prompt_cache: Optional[PromptCache] = None,
     ):
+        self.policies = policies
         self.inbox = SimpleQueue()
-        self.waiting = deque()
+        self.waiting: Deque[Request] = deque()
+        # Whether the waiting list or the batch has changed since it was put in order.
+        self.changed = False
         # How many rows may run: fewer for a while after a step failed.
         self.limit = model_provider.cli_args.batch_size
         self.loaded = Event()
         self.load_error: Optional[Exception] = None
         self.stopping = False
+        self.n_reported, self.reported = 0, policies.clock()
+        self.batch = self.batch_class(model_provider, policies, prompt_cache)
         # An empty cache is false.
         if prompt_cache is None:
-            prompt_cache = PromptCache(max_size=0)
-        self.batch = self.batch_class(model_provider, prompt_cache)
+            prompt_cache = LRUPromptCache(max_size=0)
         super().__init__(model_provider, prompt_cache)
 
     # Any thread
@@ -62,22 +73,35 @@ class Engine(ResponseGeneratorBase):
         self,
         request: CompletionRequest,
         generation_args: GenerationArguments,
-        max_tokens_is_default: bool = False,
+        body: Dict[str, Any],
+        id: str = "",
     ) -> Request:
         """Tokenise a request on the caller's thread and put it into the inbox.
 
         Args:
             request (CompletionRequest): The prompt or the messages.
             generation_args (GenerationArguments): Sampling parameters and limits.
-            max_tokens_is_default (bool): Nobody asked for ``max_tokens``, so it may
-              shrink to what the model has room for.
+            body (Dict[str, Any]): What the client sent.
+            id (str): The id of its answer.
 
         Raises:
             RequestError: If it cannot be served.
         """
         self.check_available()
         model = self.model_provider.describe(generation_args.model)
-        job = Request(model=model, completion=request, args=generation_args)
+        job = Request(
+            id=id,
+            args=generation_args,
+            body=body,
+            arrival=self.policies.clock(),
+            model=model,
+            completion=request,
+            sampler=body.get("sampler", self.cli_args.sampler),
+            clock=self.policies.clock,
+        )
+        if job.sampler not in self.policies.samplers:
+            names = ", ".join(self.policies.samplers)
+            raise RequestError(400, f"sampler must be one of {names}", "sampler")
         if not any(image_parts(request.messages)):
             try:
                 job.prompt, job.segments, job.segment_types, job.initial_state = (
@@ -90,9 +114,10 @@ class Engine(ResponseGeneratorBase):
                 # Templates and their arguments are code, and can raise anything.
                 name = "messages" if request.messages else "prompt"
                 raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
+        job.n_prompt = len(job.prompt)
         job.check_tokens()
         if job.segments:
-            job.fit_to_context(max_tokens_is_default)
+            job.fit_to_context()
         self.inbox.put(job)
         return job
 
@@ -125,7 +150,11 @@ class Engine(ResponseGeneratorBase):
             self.stopping = True
         self.loaded.set()
         while not self.stopping:
-            self.drain_inbox(block=not (self.waiting or self.batch))
+            idle = not (self.waiting or self.batch)
+            self.report(idle)
+            self.drain_inbox(block=idle)
+            if idle:
+                self.reported = self.policies.clock()
             try:
                 self.drop_cancelled()
                 self.admit()
@@ -141,32 +170,67 @@ class Engine(ResponseGeneratorBase):
         del self.batch, self.prompt_cache
         gc.collect()
 
+    def report(self, idle: bool) -> None:
+        """Log what was done, every few seconds and when nothing is left to do."""
+        seconds = self.policies.clock() - self.reported
+        if not idle and seconds < STATISTICS_INTERVAL:
+            return
+        lines = []
+        if self.batch.caching:
+            cache = self.prompt_cache
+            cache.expire()
+            lines += [
+                f"Prompt Cache: {len(cache)} sequences, {cache.nbytes / 1e6:.1f} MB"
+            ]
+        n = self.batch.n_generated - self.n_reported
+        if n:
+            lines.insert(0, f"{n} tokens, {n / seconds:.1f} a second")
+            lines += [f"{len(self.batch)} running, {len(self.waiting)} waiting"]
+            lines += [f"time in policies: {self.policies.describe_times()}"]
+            logging.info("; ".join(lines))
+        self.n_reported += n
+        self.reported += seconds
+
     def drain_inbox(self, block: bool) -> None:
+        timeout = None
+        if self.batch.caching and self.policies.eviction.has("expired"):
+            timeout = STATISTICS_INTERVAL
         try:
             while True:
-                request = self.inbox.get(block)
+                request = self.inbox.get(block, timeout)
                 if request is not None:
                     self.waiting.append(request)
+                    self.changed = True
                 block = False
         except Empty:
             pass
 
     def drop_cancelled(self) -> None:
-        if any(r.cancelled for r in self.waiting):
-            self.waiting = deque(r for r in self.waiting if not r.cancelled)
-        self.batch.remove([r for r in self.batch.requests if r.cancelled])
+        gone = [r for r in (*self.waiting, *self.batch.requests) if r.cancelled]
+        if not gone:
+            return
+        self.waiting = deque(r for r in self.waiting if not r.cancelled)
+        self.batch.remove(gone)
+        for request in gone:
+            self.forget(request)
+
+    def forget(self, request: Request) -> None:
+        """Tell the scheduler policy, once, that a request is no more."""
+        self.changed = True
+        if not request.forgotten:
+            request.forgotten = True
+            self.policies.scheduler.run(lambda policy: policy.on_finish(request))
 
     def step(self) -> None:
         finished = self.batch.step()
-        self.limit = min(self.limit + finished, self.cli_args.batch_size)
-        if finished and self.batch.caching and not (self.batch or self.waiting):
-            cache = self.prompt_cache
-            logging.info(
-                f"Prompt Cache: {len(cache)} sequences, {cache.nbytes / 1e6:.1f} MB"
-            )
+        for request in finished:
+            self.forget(request)
+        self.limit = min(self.limit + len(finished), self.cli_args.batch_size)
 
     def admit(self) -> None:
-        """Start waiting requests in order of arrival, as long as there is room."""
+        """Start waiting requests in their order, as long as there is room."""
+        if self.changed and self.waiting and len(self.batch) < self.limit:
+            self.order_waiting()
         while self.waiting and len(self.batch) < self.limit and not self.stopping:
             request = self.waiting[0]
             other_model = request.model.key != self.model_provider.model_key
@@ -184,6 +248,27 @@ class Engine(ResponseGeneratorBase):
             except Exception as e:
                 self.fail(request, e)
 
+    def order_waiting(self) -> None:
+        """Put the waiting requests in the order of the scheduler policy."""
+
+        def ask(policy):
+            first = policy.order(list(arrived), view)
+            if first is None:
+                return arrived
+            ids = {id(r) for r in first}
+            if len(ids) < len(first) or not ids <= {id(r) for r in arrived}:
+                raise ValueError(
+                    "it ordered a request twice, or one that does not wait"
+                )
+            return [*first, *(r for r in arrived if id(r) not in ids)]
+
+        self.changed = False
+        scheduler = self.policies.scheduler
+        if scheduler.has("order"):
+            arrived = sorted(self.waiting, key=lambda r: r.arrival)
+            view = self.batch.view
+            self.waiting = deque(scheduler.run(ask))
+
     def is_batchable(self, request: Request) -> bool:
         """Whether upstream can serve a request in a batch."""
         return (
@@ -194,6 +279,17 @@ class Engine(ResponseGeneratorBase):
         )
 
     def serve_alone(self, request: Request) -> None:
+        tokenizer = self.model_provider.tokenizer
+        sampler = self.policies.samplers[request.sampler]
+        if sampler.cls is not sampler.default or self.policies.make_logits_processors(
+            request, tokenizer
+        ):
+            raise RequestError(
+                400,
+                "a request with a seed or images, or to a model that cannot be batched, "
+                "cannot use the samplers and logits processors of plugins",
+            )
+        request.start()
         # Stop words are found in the text, on the handler's thread.
         args = replace(request.args, stop_words=[])
         stream = mx.default_stream(mx.default_device())
@@ -201,6 +297,8 @@ class Engine(ResponseGeneratorBase):
         self.serve_single((queue, request.completion, args), stream)
         if not request.finished:
             request.put(RequestError(503, "the server is stopping"))
+        self.batch.n_generated += request.n_generated
+        self.forget(request)
 
     # When a step fails
 
@@ -246,3 +344,4 @@ class Engine(ResponseGeneratorBase):
             logging.error("A request failed", exc_info=error)
             error = internal_error()
         request.put(error)
+        self.forget(request)

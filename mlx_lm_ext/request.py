@@ -5,19 +5,16 @@ Rules:
 2. A request's events end with a token that has a finish reason, or a RequestError.
 """
 
+import time
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, List, Optional, Tuple, Union
 
 from mlx_lm.generate import StopSequences
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    GenerationContext,
-    Response,
-)
+from mlx_lm.server import CompletionRequest, GenerationContext, Response
 
 from .errors import RequestError
+from .interfaces import Clock, RequestInfo, RequestStats
 from .model_provider import ServedModel
 
 
@@ -39,31 +36,35 @@ class Token:
 
 
 @dataclass(eq=False)
-class Request:
+class Request(RequestInfo):
     """A request on its way through the engine.
 
     Args:
         model (ServedModel): The model that serves it.
         completion (CompletionRequest): The request as upstream knows it.
-        args (GenerationArguments): Sampling parameters and limits.
         prompt (List[int]): The prompt's tokens. With images only upstream can make
           them: they are known from the first token on.
         segments (List[List[int]]): The prompt cut where its KV is worth keeping.
         segment_types (List[str]): The cache type of each segment.
         initial_state (str): Where the text state machine starts.
+        sampler (str): The name of its sampler.
+        clock (Clock): What tells when it started and got its first token.
     """
 
-    model: ServedModel
-    completion: CompletionRequest
-    args: GenerationArguments
+    model: Optional[ServedModel] = None
+    completion: Optional[CompletionRequest] = None
     prompt: List[int] = field(default_factory=list)
     segments: List[List[int]] = field(default_factory=list)
     segment_types: List[str] = field(default_factory=list)
     initial_state: str = "normal"
+    sampler: str = "default"
+    clock: Clock = time.monotonic
+    started: Optional[float] = None
+    first_token: Optional[float] = None
     generated: List[int] = field(default_factory=list)
-    n_cached: int = 0
     cancelled: bool = False
     finished: bool = False
+    forgotten: bool = False
     events: SimpleQueue = field(default_factory=SimpleQueue)
 
     def check_tokens(self) -> None:
@@ -86,7 +87,7 @@ class Request:
         if self.args.sampling.top_k >= n:
             self.args.sampling.top_k = 0
 
-    def fit_to_context(self, max_tokens_is_default: bool) -> None:
+    def fit_to_context(self) -> None:
         """Refuse a prompt or a ``max_tokens`` for which the model has no room.
 
         A ``max_tokens`` that nobody asked for shrinks instead.
@@ -101,7 +102,9 @@ class Request:
         if room < 1:
             message = f"the prompt has {n_prompt} tokens; the model takes {limit}"
             raise RequestError(400, message, prompt_field, "context_length_exceeded")
-        if self.args.max_tokens > room and max_tokens_is_default:
+        if self.args.max_tokens > room and not (
+            self.body.keys() & {"max_tokens", "max_completion_tokens"}
+        ):
             self.args.max_tokens = room
         if self.args.max_tokens > room:
             raise RequestError(
@@ -116,10 +119,31 @@ class Request:
         """Leave the waiting list or the batch at the next step (any thread)."""
         self.cancelled = True
 
+    def start(self) -> None:
+        """Note when it first began to run."""
+        if self.started is None:
+            self.started = self.clock()
+
+    def stats(self, finish_reason: str) -> RequestStats:
+        """How it went (any thread)."""
+
+        def since_arrival(when: Optional[float]) -> Optional[float]:
+            return None if when is None else when - self.arrival
+
+        return RequestStats(
+            finish_reason,
+            since_arrival(self.started),
+            since_arrival(self.first_token),
+            self.clock() - self.arrival,
+        )
+
     def put(self, event: Union[Token, RequestError]) -> None:
         """Hand an event to the handler thread; an error is the last one."""
         if isinstance(event, Token):
+            if self.first_token is None:
+                self.first_token = self.clock()
             self.generated.append(event.id)
+            self.n_generated += 1
             self.finished = event.finish_reason is not None
         else:
             self.finished = True
@@ -166,9 +190,10 @@ class SingleQueue:
         elif isinstance(item, GenerationContext):
             self.context = item
             request.prompt = item.prompt
+            request.n_prompt = len(item.prompt)
             request.initial_state = item.initial_state
         elif isinstance(item, Response):
-            request.n_cached = max(0, self.context.prompt_cache_count)
+            request.n_matched = max(0, self.context.prompt_cache_count)
             top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)
             request.put(Token(item.token, item.logprob, top, item.finish_reason))
             if request.cancelled or self.is_stopping():

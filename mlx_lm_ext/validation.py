@@ -72,6 +72,8 @@ FIELDS = {
     "echo": Field(bool),
     "suffix": Field(str),
     "user": Field(str),
+    "priority": Field(int, -(2**31), 2**31 - 1),
+    "sampler": Field(str),
 }
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

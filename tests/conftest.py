@@ -23,6 +23,8 @@ from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.http_server import BatchHTTPServer
 from mlx_lm_ext.model_provider import BatchModelProvider
+from mlx_lm_ext.plugins import Plugins
+from mlx_lm_ext.policies import Policies
 from mlx_lm_ext.prompt_cache import PromptCache
 
 
@@ -47,18 +49,23 @@ def start_engine(model_folder, caplog):
     A failed step is made good so well that a test of answers alone would not see it:
     no step of an engine as it is may fail.
     """
-    engines = []
+    engines, spotless = [], []
 
-    def start(architecture="llama", *argv, make_engine=Engine):
+    def start(architecture="llama", *argv, make_engine=Engine, plugin=None):
         args = make_parser().parse_args(
             ["--model", str(model_folder(architecture)), *argv]
         )
         args.model_id = args.model
+        plugins = Plugins()
+        if plugin is not None:
+            plugins.add("test", lambda: plugin, "tests", "0")
+        policies = Policies(plugins, args)
         cache = None
         if args.use_prompt_cache:
-            cache = PromptCache(1 << 30, args.radix_cache_size)
-        engine = make_engine(BatchModelProvider(args), cache)
+            cache = PromptCache(args.radix_cache_size, policies)
+        engine = make_engine(BatchModelProvider(args), policies, cache)
         engines.append(engine)
+        spotless.append(make_engine is Engine and plugin is None)
         engine.loaded.wait()
         assert engine.load_error is None
         return engine
@@ -66,7 +73,7 @@ def start_engine(model_folder, caplog):
     yield start
     for engine in engines:
         engine.stop_and_join()
-    if all(type(engine) is Engine for engine in engines):
+    if all(spotless):
         errors = [
             r.message for r in caplog.get_records("call") if r.levelname == "ERROR"
         ]

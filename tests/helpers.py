@@ -48,7 +48,7 @@ def submit(engine, prompt, **body):
     body = parse_body(json.dumps(body).encode())
     args = parse_arguments(body, engine.cli_args)
     request = CompletionRequest("text", prompt, [], None, None)
-    return engine.generate(request, args)
+    return engine.generate(request, args, body)
 
 
 def read(job):

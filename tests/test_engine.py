@@ -7,6 +7,7 @@ from helpers import Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS, make_model
 
+from mlx_lm_ext import hookimpl
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
@@ -114,21 +115,15 @@ def test_waiting_request_that_is_cancelled_never_starts(start_engine):
     assert second not in started
 
 
-class FaultyBatch(Batch):
-    """Requests for 13 tokens have a sampler that raises."""
+class FaultyPlugin:
+    """Requests for 13 tokens have a logits processor that raises."""
 
-    def sampler(self, args):
-        if args.max_tokens != 13:
-            return super().sampler(args)
-
-        def raise_error(logprobs):
+    @hookimpl
+    def mlx_lm_make_logits_processors(self, request):
+        def process(tokens, logits):
             raise ArithmeticError("a fault of this request")
 
-        return raise_error
-
-
-class FaultyEngine(Engine):
-    batch_class = FaultyBatch
+        return [process] if request.max_tokens == 13 else None
 
 
 @pytest.mark.parametrize("culprits", [[0], [3], [2, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
@@ -136,7 +131,7 @@ def test_failed_step_costs_only_the_requests_at_fault(
     culprits, model_folder, start_engine
 ):
     reference = Reference(model_folder())
-    engine = start_engine(make_engine=FaultyEngine)
+    engine = start_engine(plugin=FaultyPlugin())
     prompts = texts(8)
     lengths = [13 if i in culprits else 40 for i in range(8)]
     jobs = [submit(engine, p, max_tokens=n) for p, n in zip(prompts, lengths)]
@@ -154,17 +149,10 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
     model_folder, start_engine
 ):
     class SmallBatch(Batch):
-        def sampler(self, args):
-            greedy = super().sampler(args)
-
-            def sample(logprobs):
-                if logprobs.shape[0] > 3:
-                    raise MemoryError("too many rows")
-                return greedy(logprobs)
-
-            # One object for all rows, so that it sees all of them.
-            self.shared = getattr(self, "shared", sample)
-            return self.shared
+        def step(self):
+            if len(self) > 3:
+                raise MemoryError("too many rows")
+            return super().step()
 
     class SmallEngine(Engine):
         batch_class = SmallBatch
@@ -243,7 +231,7 @@ def test_request_alone_leaves_its_kv_however_it_ends(start_engine):
         job.cancel()
         retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
         read(retry)
-        assert retry.n_cached >= len(prompt) + 19
+        assert retry.n_matched >= len(prompt) + 19
         prompt = prompt[::-1]
 
 
@@ -345,7 +333,7 @@ def test_cached_tokens_equal_those_from_cold(architecture, model_folder, start_e
     for text in (prompt, prompt, prompt + " and more", prompt[:5] + "?"):
         job = submit(engine, text, max_tokens=20)
         assert read(job) == reference.tokens(text, 20)
-        cached.append(job.n_cached)
+        cached.append(job.n_matched)
     assert cached[0] == 0
     assert 0 < cached[1] < len(prompt)
 
@@ -359,7 +347,7 @@ def test_exact_repeat_is_taken_from_the_cache(model_folder, start_engine):
     # The stored key is the prompt with its answer: no token would be left to run.
     job = submit(engine, tokens + answer, max_tokens=3)
     assert read(job) == reference.tokens(tokens + answer, 3)
-    assert job.n_cached == len(tokens + answer) - 1
+    assert job.n_matched == len(tokens + answer) - 1
 
 
 def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
@@ -372,7 +360,7 @@ def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
     job.cancel()
     retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
     read(retry)
-    assert retry.n_cached == len(prompt) + 19
+    assert retry.n_matched == len(prompt) + 19
 
 
 def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
@@ -390,7 +378,7 @@ def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
     submit(engine, "x" * 300, max_tokens=5)
     retry = submit(engine, "x" * 300, max_tokens=2)
     read(retry)
-    assert retry.n_cached == 8 * 4
+    assert retry.n_matched == 8 * 4
 
 
 def test_nothing_is_kept_without_a_prompt_cache(start_engine):
@@ -398,5 +386,5 @@ def test_nothing_is_kept_without_a_prompt_cache(start_engine):
     for _ in range(2):
         job = submit(engine, "the same prompt twice", max_tokens=4)
         read(job)
-        assert job.n_cached == 0
+        assert job.n_matched == 0
     assert engine.prompt_cache.nbytes == 0

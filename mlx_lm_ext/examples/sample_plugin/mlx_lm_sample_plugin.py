@@ -1,0 +1,154 @@
+"""A plugin with one of everything: take what you need of it."""
+
+import json
+from threading import Lock
+
+import mlx.core as mx
+
+from mlx_lm_ext import hookimpl
+from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+
+log_lock = Lock()
+
+
+@hookimpl
+def mlx_lm_add_arguments(parser):
+    group = parser.add_argument_group("sample plugin")
+    group.add_argument(
+        "--cost-weight",
+        type=float,
+        default=0.5,
+        help="0 keeps what is used often, 1 also what takes long to prefill",
+    )
+    group.add_argument("--request-log", help="file to add a JSON line to a request")
+
+
+@hookimpl
+def mlx_lm_register_eviction_policies():
+    return [CostAware]
+
+
+@hookimpl
+def mlx_lm_register_scheduler_policies():
+    return [StreamsFirst]
+
+
+@hookimpl
+def mlx_lm_register_samplers():
+    return [Mirostat]
+
+
+class CostAware(EvictionPolicy):
+    """Keeps what was used often and takes long to make again.
+
+    What was not used since counts less for each eviction, as in GreedyDual (Young,
+    1994): otherwise an entry that was once useful would never leave.
+    """
+
+    name = "cost"
+
+    def __init__(self, args, clock):
+        super().__init__(args, clock)
+        self.weight = args.cost_weight
+        self.floor = 0.0
+
+    def on_insert(self, entry):
+        self.on_hit(entry, 0)
+
+    def on_hit(self, entry, n_tokens):
+        worth = (1 + entry.hits) * entry.recompute_cost**self.weight
+        entry.data = self.floor + worth
+
+    def on_split(self, parent, child):
+        self.on_hit(parent, 0)
+
+    def on_remove(self, entry, reason):
+        if reason == "evicted":
+            self.floor = max(self.floor, entry.data)
+
+    def priority(self, entry):
+        return entry.data
+
+
+class StreamsFirst(SchedulerPolicy):
+    """Somebody reads a stream: it goes before answers that are waited for."""
+
+    name = "streams-first"
+    max_wait = 30.0
+
+    def order(self, waiting, view):
+        return sorted(
+            waiting,
+            key=lambda r: not (r.stream or view.now - r.arrival > self.max_wait),
+        )
+
+
+class Mirostat(BatchSampler):
+    """Keeps the surprise of the tokens near a target (Basu et al., 2021, version 2).
+
+    A request sets the target, in bits, with ``"mirostat_tau"``.
+    """
+
+    name = "mirostat"
+    rate = 0.1
+
+    def __init__(self, args, request, tokenizer):
+        self.tau = mx.array([float(request.body.get("mirostat_tau", 5.0))])
+        self.mu = 2 * self.tau
+
+    def extend(self, other):
+        self.tau = mx.concatenate([self.tau, other.tau])
+        self.mu = mx.concatenate([self.mu, other.mu])
+
+    def filter(self, keep):
+        self.tau, self.mu = self.tau[mx.array(keep)], self.mu[mx.array(keep)]
+
+    def __call__(self, logprobs):
+        surprise = -logprobs / mx.log(mx.array(2.0))
+        # The least surprising token can always be chosen.
+        limit = mx.maximum(self.mu[:, None], surprise.min(axis=-1, keepdims=True))
+        tokens = mx.random.categorical(
+            mx.where(surprise > limit, -mx.inf, logprobs), axis=-1
+        )
+        seen = mx.take_along_axis(surprise, tokens[:, None], axis=-1)[:, 0]
+        self.mu = self.mu - self.rate * (seen - self.tau)
+        return tokens
+
+
+@hookimpl
+def mlx_lm_make_logits_processors(request, tokenizer):
+    """Keep the words in ``"banned_words"`` of a request out of its answer."""
+    words = request.body.get("banned_words") or []
+    sequences = [
+        tokenizer.encode(spelling, add_special_tokens=False)
+        for word in words
+        for spelling in (word, f" {word}")
+    ]
+
+    def ban(tokens, logits):
+        for *before, last in sequences:
+            if len(before) <= len(tokens):
+                start = mx.array(before, dtype=tokens.dtype)
+                banned = (tokens[len(tokens) - len(before) :] == start).all()
+                logits[:, last] = mx.where(banned, -mx.inf, logits[:, last])
+        return logits
+
+    return [ban] if sequences else None
+
+
+@hookimpl
+def mlx_lm_request_finished(request, stats, args):
+    if args.request_log is None:
+        return
+    line = {
+        "id": request.id,
+        "prompt_tokens": request.n_prompt,
+        "cached_tokens": request.n_matched,
+        "completion_tokens": request.n_generated,
+        "finish_reason": stats.finish_reason,
+        "ttft": stats.ttft,
+        "seconds": stats.seconds,
+    }
+    # Requests end on several threads.
+    with log_lock, open(args.request_log, "a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,156 @@
+"""Samplers of the rows of a batch: one call for all rows that use the same class.
+
+Rules:
+1. The tokens of a plugin's sampler are checked: a shape when they are made, a range
+   when they are evaluated.
+2. Nothing is evaluated here.
+"""
+
+import argparse
+import time
+from typing import Any, Callable, Dict, List, Tuple
+
+import mlx.core as mx
+
+from .interfaces import RequestInfo
+from .policies import Slot
+
+
+def apply_by_rows(parts: List[Tuple[Callable, List[int]]], logprobs: mx.array):
+    """Sample each part of the rows with its sampler.
+
+    Args:
+        parts (List[Tuple[Callable, List[int]]]): Samplers and their rows, which
+          together are all rows.
+        logprobs (mx.array): Of shape (rows, vocabulary).
+
+    Returns:
+        mx.array: Token ids of shape (rows,), in the order of the rows.
+    """
+    if len(parts) == 1:
+        return parts[0][0](logprobs)
+    tokens = [sample(logprobs[mx.array(rows)]) for sample, rows in parts]
+    places = {row: i for i, row in enumerate(r for _, rows in parts for r in rows)}
+    return mx.concatenate(tokens)[mx.array([places[i] for i in range(len(places))])]
+
+
+class RowSampler:
+    """The sampler of some rows, guarded: of one request at first.
+
+    Args:
+        slot (Slot): The class that the request asked for.
+        args (argparse.Namespace): The command line.
+        request (RequestInfo): The request.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+    """
+
+    def __init__(
+        self, slot: Slot, args: argparse.Namespace, request: RequestInfo, tokenizer: Any
+    ):
+        self.slot = slot
+        self.args = args
+        self.tokenizer = tokenizer
+        self.requests = [request]
+        self.sampler = slot.make(args, request, tokenizer)
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.sampler.needs_logprobs
+
+    def extend(self, other: "RowSampler") -> None:
+        self.requests += other.requests
+        self.change(lambda: self.sampler.extend(other.sampler), other.sampler)
+
+    def filter(self, keep: List[int]) -> None:
+        self.requests = [self.requests[i] for i in keep]
+        self.change(lambda: self.sampler.filter(keep))
+
+    def change(self, change: Callable[[], None], *others: Any) -> None:
+        """Change the rows of the sampler, or make it again if that fails."""
+        start = time.perf_counter()
+        try:
+            # One of them may have been replaced.
+            if any(type(other) is not type(self.sampler) for other in others):
+                self.make_again()
+            else:
+                change()
+        except Exception as e:
+            self.replace(e)
+        self.slot.seconds += time.perf_counter() - start
+
+    def replace(self, error: Exception) -> None:
+        self.slot.fail(error)
+        self.make_again()
+
+    def make_again(self) -> None:
+        """Make the sampler of all rows from their requests."""
+        samplers = [self.slot.make(self.args, r, self.tokenizer) for r in self.requests]
+        self.sampler = samplers[0]
+        for other in samplers[1:]:
+            self.sampler.extend(other)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        start = time.perf_counter()
+        try:
+            tokens = self.sample(logprobs)
+        except Exception as e:
+            self.replace(e)
+            tokens = self.sample(logprobs)
+        self.slot.seconds += time.perf_counter() - start
+        return tokens
+
+    def sample(self, logprobs: mx.array) -> mx.array:
+        tokens = self.sampler(logprobs)
+        if type(self.sampler) is self.slot.default:
+            return tokens
+        if tokens.shape != logprobs.shape[:1] or not mx.issubdtype(
+            tokens.dtype, mx.integer
+        ):
+            raise ValueError(
+                f"it gave {tokens.dtype} of shape {tokens.shape} for "
+                f"{logprobs.shape[0]} rows"
+            )
+        # A token that is not there would be read from beyond the embedding.
+        return mx.minimum(tokens.astype(mx.uint32), logprobs.shape[-1] - 1)
+
+
+class RowSamplers:
+    """The samplers of a batch, called as one."""
+
+    def __init__(self):
+        self.samplers: Dict[Slot, RowSampler] = {}
+        self.rows: Dict[Slot, List[int]] = {}
+        self.n_rows = 0
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return any(s.needs_logprobs for s in self.samplers.values())
+
+    def extend(self, samplers: List[RowSampler]) -> None:
+        """Add rows, each with a sampler of its own."""
+        for sampler in samplers:
+            slot = sampler.slot
+            if slot in self.samplers:
+                self.samplers[slot].extend(sampler)
+            else:
+                self.samplers[slot], self.rows[slot] = sampler, []
+            self.rows[slot].append(self.n_rows)
+            self.n_rows += 1
+
+    def filter(self, keep: List[int]) -> None:
+        """Keep only these rows, in this order."""
+        new_rows = {row: i for i, row in enumerate(keep)}
+        for slot, rows in list(self.rows.items()):
+            kept = [i for i, row in enumerate(rows) if row in new_rows]
+            if not kept:
+                del self.samplers[slot], self.rows[slot]
+                continue
+            if len(kept) < len(rows):
+                self.samplers[slot].filter(kept)
+            self.rows[slot] = [new_rows[rows[i]] for i in kept]
+        self.n_rows = len(keep)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        return apply_by_rows(
+            [(s, self.rows[slot]) for slot, s in self.samplers.items()], logprobs
+        )
