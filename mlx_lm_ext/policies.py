@@ -12,6 +12,7 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Type, TypeVar
 
+from .errors import RequestError
 from .interfaces import Clock, RequestInfo, RequestStats
 from .plugins import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins
 
@@ -38,9 +39,11 @@ class Slot:
         self.seconds = 0.0
 
     def make(self, *args: Any) -> Any:
-        """An object of the class."""
+        """An object of the class; a request that it refuses is no fault of it."""
         try:
             return self.cls(*args)
+        except RequestError:
+            raise
         except Exception as e:
             self.fail(e)
             return self.cls(*args)
@@ -139,14 +142,21 @@ class Policies:
     def make_logits_processors(
         self, request: RequestInfo, tokenizer: Any
     ) -> List[Callable]:
-        """The logits processors of all plugins for a request."""
+        """The logits processors of all plugins for a request.
+
+        Raises:
+            RequestError: If a plugin refuses the request.
+            RuntimeError: If one fails.
+        """
         processors = []
         hook = "mlx_lm_make_logits_processors"
         for label, call in self.plugins.each(
-            hook, request=request, tokenizer=tokenizer
+            hook, request=request, tokenizer=tokenizer, args=self.args
         ):
             try:
-                processors += call() or []
+                processors += [partial(process, label, p) for p in call() or ()]
+            except RequestError:
+                raise
             except Exception as e:
                 raise RuntimeError(f"{label}: {hook} failed") from e
         return processors

@@ -95,6 +95,8 @@ class RowSampler:
             tokens = self.sample(logprobs)
         except Exception as e:
             self.replace(e)
+            # The one that failed may have needed none.
+            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
             tokens = self.sample(logprobs)
         self.slot.seconds += time.perf_counter() - start
         return tokens

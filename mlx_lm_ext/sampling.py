@@ -21,22 +21,25 @@ class DefaultSampler(BatchSampler):
         self.samplers: Dict[Tuple, Sampler] = {
             key: make_sampler(request.args, tokenizer)
         }
+        self.group()
 
-    @property
-    def needs_logprobs(self):
-        return any(temperature for temperature, *_ in self.samplers)
+    def group(self):
+        """Find the rows of each sampler."""
+        rows = {key: [] for key in self.samplers}
+        for i, key in enumerate(self.keys):
+            rows[key].append(i)
+        self.parts = [(self.samplers[key], rows[key]) for key in rows]
+        self.needs_logprobs = any(temperature for temperature, *_ in rows)
 
     def extend(self, other):
         self.keys += other.keys
         self.samplers |= other.samplers
+        self.group()
 
     def filter(self, keep):
         self.keys = [self.keys[i] for i in keep]
         self.samplers = {key: self.samplers[key] for key in self.keys}
+        self.group()
 
     def __call__(self, logprobs):
-        rows = {key: [] for key in self.samplers}
-        for i, key in enumerate(self.keys):
-            rows[key].append(i)
-        parts = [(self.samplers[key], rows[key]) for key in rows]
-        return apply_by_rows(parts, logprobs)
+        return apply_by_rows(self.parts, logprobs)

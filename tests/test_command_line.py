@@ -14,9 +14,9 @@ import pytest
 from conftest import server_process
 from helpers import complete
 from mlx_lm.server import ModelDescription
-from tiny_models import SPECIAL
 
 from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.examples.random_model import SPECIAL
 
 DEFAULTS = {
     "model": None,

@@ -1,30 +1,12 @@
 """Tiny random float32 models: one of each kind of cache that matters here."""
 
-import importlib
-import json
 from pathlib import Path
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from tokenizers.pre_tokenizers import ByteLevel
+from mlx_lm_ext.examples.random_model import COMMON, LLAMA, write_model
 
-from mlx_lm_ext.demo_model import write_tokenizer
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-COMMON = dict(
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=128,
-    max_position_embeddings=4096,
-)
 CONFIGS = {
     # KVCache
-    "llama": dict(model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5, **COMMON),
+    "llama": LLAMA,
     # RotatingKVCache and KVCache
     "gemma3_text": dict(
         model_type="gemma3_text",
@@ -107,35 +89,7 @@ UNBATCHABLE = {
 }
 
 
-def byte_tokens():
-    """The 256 bytes in the spelling of byte-level BPE, after the special tokens."""
-    return [*SPECIAL, *sorted(ByteLevel.alphabet())]
-
-
 def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
-    """Write a model of random weights, with one token a byte."""
-    tokens = byte_tokens()
-    config = (CONFIGS | UNBATCHABLE)[architecture] | dict(
-        vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
-    )
-    module = importlib.import_module(f"mlx_lm.models.{architecture}")
-    mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(config))
-    # Larger than the default, so that the likely tokens stand apart.
-    weights = [
-        (k, v * 3 if v.ndim > 1 else v) for k, v in tree_flatten(model.parameters())
-    ]
-    folder.mkdir(parents=True)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(weights), metadata={"format": "mlx"}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(
-        folder,
-        tokens,
-        [],
-        special=SPECIAL,
-        chat_template=TEMPLATE,
-        eos_token="<|im_end|>",
-    )
-    return folder
+    """Write the model of an architecture above."""
+    config = (CONFIGS | UNBATCHABLE)[architecture]
+    return write_model(folder, architecture, config, seed)

@@ -1,0 +1,120 @@
+"""What the policies cost a decode step of a tiny model when no plugin is installed.
+
+Two batches decode the same prompts in turns: one as the server runs it, and one
+without guards, policies and groups of rows.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_lm_ext import blas
+
+blas.load()
+
+import mlx.core as mx
+from mlx_lm.generate import StopSequences
+
+from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.examples import timings
+from mlx_lm_ext.examples.random_model import LLAMA, write_model
+from mlx_lm_ext.model_provider import BatchModelProvider
+from mlx_lm_ext.plugins import Plugins
+from mlx_lm_ext.policies import Policies
+from mlx_lm_ext.request import Request
+from mlx_lm_ext.validation import parse_arguments
+
+
+class Greedy:
+    """Stands for ``RowSamplers``: one function for all rows, and nothing else."""
+
+    needs_logprobs = False
+
+    def extend(self, samplers):
+        pass
+
+    def filter(self, keep):
+        pass
+
+    def __call__(self, logits):
+        return mx.argmax(logits, axis=-1)
+
+
+class NoPolicy:
+    """Stands for a guard of a policy that does nothing."""
+
+    def has(self, method):
+        return False
+
+
+def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
+    """A batch of ``n_rows`` requests that decode."""
+    provider = BatchModelProvider(args)
+    provider.switch_to(provider.default_key)
+    batch = Batch(provider, Policies(Plugins(), args), None)
+    for i in range(n_rows):
+        generation_args = parse_arguments({"max_tokens": n_tokens}, args)
+        model = provider.describe(generation_args.model)
+        prompt = [i + 3, 4, 5]
+        batch.add(
+            Request(
+                str(i),
+                generation_args,
+                # No token ends the text.
+                model=replace(model, end_of_text=StopSequences()),
+                prompt=prompt,
+                segments=[prompt],
+            )
+        )
+    while batch.prefilling:
+        batch.step()
+    return batch
+
+
+def measure(batch: Batch, n_steps: int) -> float:
+    """Seconds of a step."""
+    start = time.perf_counter()
+    for _ in range(n_steps):
+        batch.step()
+    # The last step runs on.
+    mx.synchronize()
+    return (time.perf_counter() - start) / n_steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=8, help="requests in the batch")
+    parser.add_argument("--rounds", type=int, default=40, help="turns of each batch")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a turn")
+    options = parser.parse_args()
+    n_tokens = options.rounds * options.steps + 10
+    with tempfile.TemporaryDirectory() as folder:
+        config = LLAMA | {"max_position_embeddings": 2 * n_tokens}
+        model = write_model(Path(folder) / "model", "llama", config)
+        args = make_parser().parse_args(["--model", str(model)])
+        with_policies, without = (
+            start_batch(args, options.rows, n_tokens) for _ in range(2)
+        )
+    without.policies.scheduler = NoPolicy()
+    without.generator.generation_batch.row_samplers = Greedy()
+    pairs = []
+    for i in range(options.rounds):
+        # Whichever goes first is slower: A B B A.
+        sides = [with_policies, without][:: -1 if i % 2 else 1]
+        times = {side: measure(side, options.steps) for side in sides}
+        pairs.append((times[with_policies], times[without]))
+    first, second = (timings.spread(list(side))[0] * 1e6 for side in zip(*pairs))
+    # A round of each order together.
+    both = [(a + c) / (b + d) for (a, b), (c, d) in zip(pairs[::2], pairs[1::2])]
+    ratio, low, high = timings.spread(both)
+    print(
+        f"{options.rows} rows: {first:.0f} us a step with policies, {second:.0f} without; "
+        f"ratio {ratio:.4f} ({low:.3f} to {high:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

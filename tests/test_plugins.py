@@ -1,0 +1,502 @@
+"""Finding plugins, what is wrong with them, and each hook."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from helpers import call, complete, read, stream, submit
+
+from mlx_lm_ext import hookimpl, hookspecs, plugins
+from mlx_lm_ext.batch_server import parse_arguments
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from mlx_lm_ext.plugins import EVICTION, PluginError, Plugins
+from mlx_lm_ext.policies import Policies
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+HOOKS = {
+    name: function
+    for name, function in vars(hookspecs).items()
+    if hasattr(function, "mlx_lm_ext_spec")
+}
+
+
+def plugin(**functions):
+    """A plugin with these hooks."""
+    marked = {name: staticmethod(hookimpl(f)) for name, f in functions.items()}
+    return type("Plugin", (), marked)()
+
+
+def load(*added, options=()):
+    """The plugins of a process, and then these: "first", "second", ..."""
+    found = Plugins(list(options))
+    for name, p in zip(("first", "second", "third"), added):
+        found.add(name, lambda: p, f"{name}-dist", "1.0")
+    return found
+
+
+class Largest(EvictionPolicy):
+    name = "largest"
+
+    def priority(self, entry):
+        return -entry.nbytes
+
+
+# The contract
+
+
+def test_every_hook_has_a_test():
+    assert HOOKS
+    for name in HOOKS:
+        assert f"test_hook_{name.removeprefix('mlx_lm_')}" in globals(), name
+
+
+def test_readme_lists_every_hook_with_its_arguments():
+    rows = re.findall(r"^\| `(mlx_lm_\w+\(.*?\))` \|", README, re.MULTILINE)
+    specs = []
+    for name, function in HOOKS.items():
+        code = function.__code__
+        specs.append(f"{name}({', '.join(code.co_varnames[: code.co_argcount])})")
+    assert rows == specs
+
+
+def test_hookspecs_name_every_method_and_field_of_the_interfaces():
+    for interface, hook in (
+        (EvictionPolicy, "mlx_lm_register_eviction_policies"),
+        (SchedulerPolicy, "mlx_lm_register_scheduler_policies"),
+        (BatchSampler, "mlx_lm_register_samplers"),
+    ):
+        text = HOOKS[hook].__doc__
+        for name, member in vars(interface).items():
+            if callable(member) and (
+                name[0] != "_" or name in ("__init__", "__call__")
+            ):
+                code = member.__code__
+                names = ", ".join(code.co_varnames[: code.co_argcount])
+                assert f"{name}({names})" in text, f"{interface.__name__}.{name}"
+    fields = {
+        "mlx_lm_register_eviction_policies": hookspecs_fields("Entry"),
+        "mlx_lm_register_scheduler_policies": hookspecs_fields("RequestInfo"),
+        "mlx_lm_request_finished": hookspecs_fields("RequestStats"),
+    }
+    for hook, names in fields.items():
+        words = set(re.findall(r"\w+", HOOKS[hook].__doc__))
+        assert names <= words, hook
+
+
+def hookspecs_fields(name):
+    from mlx_lm_ext import interfaces
+
+    cls = getattr(interfaces, name)
+    properties = {n for n, m in vars(cls).items() if isinstance(m, property)}
+    return set(cls.__dataclass_fields__) | properties
+
+
+def test_plugin_of_the_readme_works_as_printed(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(from mlx_lm_ext.*?)```", README, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 15
+    (tmp_path / "largest.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = re.search(r"batch_server (-p largest .*)", README)[1].split()
+    args, found = parse_arguments(arguments)
+    policy = Policies(found, args).eviction.policy
+    assert policy.priority(SimpleNamespace(nbytes=7)) == -7
+
+
+# Finding
+
+
+def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("one_plugin", "two_plugin"):
+        (tmp_path / f"{name}.py").write_text("'''Nothing.'''")
+    found = Plugins(["one_plugin", "two_plugin", "no:two_plugin"])
+    assert list(found.sources) == ["builtin", "one_plugin"]
+    assert "two_plugin: blocked" in found.describe()
+
+
+class FakeEntryPoint(SimpleNamespace):
+    def load(self):
+        return self.plugin
+
+
+def entry_point(name, dist, plugin=None):
+    return FakeEntryPoint(
+        name=name, dist=SimpleNamespace(name=dist, version="2.1"), plugin=plugin
+    )
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Makes as if these entry points were installed."""
+
+    def set_entry_points(*entries):
+        monkeypatch.setattr(plugins, "entry_points", lambda group: list(entries))
+
+    return set_entry_points
+
+
+def test_installed_plugins_are_found_and_listed(install, capsys):
+    hook = plugin(mlx_lm_register_eviction_policies=lambda: [Largest])
+    install(entry_point("sizes", "sizes-dist", hook))
+    with pytest.raises(SystemExit) as exit:
+        parse_arguments(["--list-plugins"])
+    assert exit.value.code == 0
+    assert (
+        "plugin 'sizes' (sizes-dist 2.1)\n"
+        "  hooks: mlx_lm_register_eviction_policies\n"
+        "  registers: --eviction-policy largest\n"
+    ) in capsys.readouterr().out
+
+
+def test_environment_turns_installed_plugins_off(install, monkeypatch):
+    install(entry_point("sizes", "sizes-dist", plugin()))
+    assert "sizes" in Plugins().sources
+    monkeypatch.setenv("MLX_LM_EXT_DISABLE_AUTOLOAD", "1")
+    assert "sizes" not in Plugins().sources
+    assert "sizes" in Plugins(["sizes"]).sources
+
+
+def test_installed_plugin_is_blocked_by_name(install):
+    install(entry_point("sizes", "sizes-dist", plugin()))
+    assert "sizes" not in Plugins(["no:sizes"]).sources
+
+
+def test_two_distributions_cannot_have_a_plugin_of_one_name(install):
+    install(entry_point("x", "first", plugin()), entry_point("x", "second", plugin()))
+    with pytest.raises(PluginError, match=r"second 2.1.*first 2.1"):
+        Plugins()
+
+
+# What is wrong with them
+
+
+class Nameless(Largest):
+    name = None
+
+
+class Incomplete(EvictionPolicy):
+    name = "incomplete"
+
+
+class Unrelated:
+    name = "unrelated"
+
+
+def unmarked():
+    return type("Plugin", (), {"mlx_lm_add_arguments": lambda parser: None})()
+
+
+def wrapper():
+    mark = hookimpl(wrapper=True)
+    return type("Plugin", (), {"mlx_lm_add_arguments": staticmethod(mark(generate))})()
+
+
+def generate(parser):
+    yield
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: plugin(mlx_lm_registered=lambda: []), "unknown hook"),
+        (lambda: plugin(mlx_lm_add_arguments=lambda speed: None), "speed"),
+        (unmarked, "mlx_lm_add_arguments is not marked with @mlx_lm_ext.hookimpl"),
+        (wrapper, "mlx_lm_add_arguments is a wrapper"),
+        (lambda: 1 / 0, "cannot be loaded: ZeroDivisionError: division by zero"),
+        (
+            lambda: plugin(
+                mlx_lm_add_arguments=lambda parser: parser.add_argument("--port")
+            ),
+            "mlx_lm_add_arguments: ArgumentError: .*--port",
+        ),
+    ],
+)
+def test_plugin_that_cannot_be_loaded_is_named(make, reason):
+    found = load()
+    with pytest.raises(PluginError, match=f"plugin 'bad' \\(bad-dist 0.3\\).*{reason}"):
+        found.add("bad", make, "bad-dist", "0.3")
+        parser = parse_arguments.__globals__["make_parser"]()
+        found.add_arguments(parser)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ([Nameless], "the eviction policy Nameless has no name"),
+        ([Incomplete], "the eviction policy 'incomplete' lacks the method priority"),
+        ([Unrelated], "does not derive from mlx_lm_ext.interfaces.EvictionPolicy"),
+        ([Largest(None, None)], "does not derive from"),
+        (Largest, "must return a list of classes"),
+        ([Largest, Largest], "has a eviction policy named 'largest' too"),
+    ],
+)
+def test_class_that_is_not_as_it_must_be_is_named(given, reason):
+    found = load(plugin(mlx_lm_register_eviction_policies=lambda: given))
+    with pytest.raises(
+        PluginError, match=rf"plugin 'first' \(first-dist 1.0\).*{reason}"
+    ):
+        found.registered(EVICTION)
+
+
+def test_two_policies_of_one_name_name_both_plugins():
+    hook = dict(mlx_lm_register_eviction_policies=lambda: [Largest])
+    with pytest.raises(PluginError, match="first-dist 1.0.*second-dist 1.0"):
+        load(plugin(**hook), plugin(**hook)).registered(EVICTION)
+
+
+def test_start_with_a_wrong_plugin_ends_with_one_line(tmp_path):
+    (tmp_path / "wrong.py").write_text(
+        "from mlx_lm_ext import hookimpl\n" "@hookimpl\ndef mlx_lm_nothing(): pass\n"
+    )
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "-p", "wrong"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "plugin 'wrong' (loaded with -p): unknown hook 'mlx_lm_nothing'" in line
+
+
+@pytest.mark.parametrize("flag", ["--eviction-policy", "--scheduler", "--sampler"])
+def test_wrong_name_of_a_policy_lists_the_right_ones(flag):
+    args, found = parse_arguments([flag, "nothing"])
+    with pytest.raises(PluginError, match=f"{flag} must be one of .*not 'nothing'"):
+        Policies(found, args)
+
+
+def test_policy_that_cannot_be_made_ends_the_start():
+    class Impossible(Largest):
+        def __init__(self, args, clock):
+            raise OSError("no such file")
+
+    args, _ = parse_arguments(["--eviction-policy", "largest"])
+    found = load(plugin(mlx_lm_register_eviction_policies=lambda: [Impossible]))
+    with pytest.raises(PluginError, match="'first'.*'largest' cannot be made.*no such"):
+        Policies(found, args)
+
+
+# The hooks
+
+
+def test_hook_add_arguments(install):
+    def add(parser):
+        parser.add_argument("--cost", type=int, default=3)
+
+    install(entry_point("flags", "flags-dist", plugin(mlx_lm_add_arguments=add)))
+    assert parse_arguments(["--cost", "5"])[0].cost == 5
+    assert parse_arguments([])[0].cost == 3
+
+
+def test_hook_register_eviction_policies(start_engine):
+    hook = plugin(mlx_lm_register_eviction_policies=lambda: [Largest])
+    # 512 bytes a token: room for 150.
+    argv = ["--use-prompt-cache", "--radix-cache-size", "76800"]
+    kept = {}
+    for policy in ("lru", "largest"):
+        engine = start_engine("llama", *argv, "--eviction-policy", policy, plugin=hook)
+        for prompt in ("a" * 20, "b" * 100, "c" * 60):
+            read(submit(engine, prompt, max_tokens=2))
+        again = submit(engine, "a" * 20, max_tokens=2)
+        read(again)
+        kept[policy] = again.n_matched
+    assert kept == {"lru": 0, "largest": 19}
+
+
+def test_hook_register_scheduler_policies(start_engine):
+    class LastFirst(SchedulerPolicy):
+        name = "last"
+
+        def order(self, waiting, view):
+            return waiting[::-1]
+
+    hook = plugin(mlx_lm_register_scheduler_policies=lambda: [LastFirst])
+    argv = ["--scheduler", "last", "--batch-size", "1"]
+    engine = start_engine("llama", *argv, plugin=hook)
+    first = submit(engine, "a", max_tokens=4000)
+    first.receive(timeout=60)
+    jobs = [submit(engine, "b", max_tokens=2) for _ in range(3)]
+    first.cancel()
+    for job in jobs:
+        read(job)
+    assert jobs[2].started < jobs[1].started < jobs[0].started
+
+
+class Always(BatchSampler):
+    """Chooses token 65 + the number of tokens that the row has had."""
+
+    name = "always"
+
+    def __init__(self, args, request, tokenizer):
+        self.n = [0]
+
+    def extend(self, other):
+        self.n += other.n
+
+    def filter(self, keep):
+        self.n = [self.n[i] for i in keep]
+
+    def __call__(self, logprobs):
+        tokens = mx.array([65 + n for n in self.n])
+        self.n = [n + 1 for n in self.n]
+        return tokens
+
+
+def test_hook_register_samplers(start_server):
+    hook = plugin(mlx_lm_register_samplers=lambda: [Always])
+    engine, port = start_server(plugin=hook)
+    job = submit(engine, "hello", max_tokens=5, sampler="always")
+    assert read(job) == [65, 66, 67, 68, 69]
+    other = submit(engine, "hello", max_tokens=5)
+    assert read(other) != [65, 66, 67, 68, 69]
+    body = dict(prompt="hello", sampler="never")
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert status == 400
+    assert answer["error"]["param"] == "sampler"
+    assert "always, default" in answer["error"]["message"]
+
+
+def only(token):
+    """A logits processor that leaves one token."""
+
+    def process(tokens, logits):
+        return mx.where(mx.arange(logits.shape[-1]) == token, logits, -mx.inf)
+
+    return process
+
+
+def test_hook_make_logits_processors(start_engine):
+    def make(request, args):
+        return [only(request.body["only"])] if "only" in request.body else None
+
+    engine = start_engine(plugin=plugin(mlx_lm_make_logits_processors=make))
+    plain = submit(engine, "hello", max_tokens=5)
+    jobs = [submit(engine, "hello", max_tokens=5, only=n) for n in (70, 80)]
+    assert [read(job) for job in jobs] == [[70] * 5, [80] * 5]
+    assert set(read(plain)) - {70, 80}
+
+
+def test_hook_request_finished(start_server):
+    seen = {}
+
+    def observe(request, stats):
+        seen[request.id] = request.n_generated, stats
+
+    _, port = start_server(plugin=plugin(mlx_lm_request_finished=observe))
+    body = dict(prompt="hello", max_tokens=5)
+    _, answer = call(port, "POST", "/v1/completions", body)
+    first, *_ = stream(port, "/v1/completions", **body)
+    call(port, "POST", "/v1/completions", dict(prompt=""))
+    assert list(seen) == [answer["id"], first["id"]]
+    for n_generated, stats in seen.values():
+        assert n_generated == 5
+        assert stats.finish_reason == "length"
+        assert 0 <= stats.queue_seconds <= stats.ttft <= stats.seconds
+
+
+def test_hooks_are_called_last_registered_first_but_for_tryfirst_and_trylast(
+    start_engine,
+):
+    calls = []
+
+    def note(name):
+        def make_logits_processors(request):
+            return [lambda tokens, logits: calls.append(name) or logits]
+
+        return make_logits_processors
+
+    class First:
+        mlx_lm_make_logits_processors = staticmethod(hookimpl(note("first")))
+
+    class Late:
+        mlx_lm_make_logits_processors = staticmethod(
+            hookimpl(note("late"), trylast=True)
+        )
+
+    class Early:
+        mlx_lm_make_logits_processors = staticmethod(
+            hookimpl(note("early"), tryfirst=True)
+        )
+
+    engine = start_engine(plugin=Early())
+    for p in (
+        First(),
+        Late(),
+        type(
+            "Last",
+            (First,),
+            dict(mlx_lm_make_logits_processors=staticmethod(hookimpl(note("last")))),
+        )(),
+    ):
+        engine.policies.plugins.add(
+            str(len(calls)) + type(p).__name__, lambda: p, "d", "1"
+        )
+    read(submit(engine, "hello", max_tokens=1))
+    assert calls[:4] == ["early", "last", "first", "late"]
+
+
+# Plugins that fail while requests are served
+
+
+def test_hook_that_fails_for_a_request_costs_only_that_request(start_server, caplog):
+    def make(request):
+        raise LookupError("no words")
+
+    _, port = start_server(
+        plugin=plugin(
+            mlx_lm_make_logits_processors=lambda request: (
+                make(request) if request.user == "x" else None
+            )
+        )
+    )
+    body = dict(prompt="hello", user="x")
+    assert call(port, "POST", "/v1/completions", body)[0] == 500
+    assert complete(port, "hello", max_tokens=5)
+    assert (
+        "plugin 'test' (tests 0): mlx_lm_make_logits_processors failed" in caplog.text
+    )
+
+
+def test_plugin_can_refuse_a_request(start_server):
+    def make(request):
+        raise RequestError(400, "words must be an array", "words")
+
+    _, port = start_server(plugin=plugin(mlx_lm_make_logits_processors=make))
+    status, answer = call(port, "POST", "/v1/completions", dict(prompt="hello"))
+    assert status == 400
+    assert answer["error"]["param"] == "words"
+
+
+def test_observer_that_raises_is_logged_and_the_others_are_told(start_server, caplog):
+    def fail(request):
+        raise LookupError("no file")
+
+    told = []
+    engine, port = start_server(
+        plugin=plugin(mlx_lm_request_finished=lambda request: told.append(request))
+    )
+    bad = type("Bad", (), {"mlx_lm_request_finished": staticmethod(hookimpl(fail))})()
+    engine.policies.plugins.add("bad", lambda: bad, "bad-dist", "1")
+    assert complete(port, "hello", max_tokens=5)
+    assert len(told) == 1
+    assert "plugin 'bad' (bad-dist 1): mlx_lm_request_finished failed" in caplog.text
+
+
+def test_request_that_is_served_alone_refuses_processors_and_samplers(start_server):
+    _, port = start_server(
+        plugin=plugin(
+            mlx_lm_register_samplers=lambda: [Always],
+            mlx_lm_make_logits_processors=lambda request: (
+                [only(70)] if request.user == "x" else []
+            ),
+        )
+    )
+    assert complete(port, "hello", seed=1)
+    for extra in (dict(user="x"), dict(sampler="always")):
+        body = dict(prompt="hello", seed=1, **extra)
+        status, answer = call(port, "POST", "/v1/completions", body)
+        assert status == 400
+        assert "cannot use the samplers" in answer["error"]["message"]
