@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -380,21 +381,23 @@ def test_hook_make_logits_processors(start_engine):
 
 
 def test_hook_request_finished(start_server):
-    seen = {}
+    seen = SimpleQueue()
 
     def observe(request, stats):
-        seen[request.id] = request.n_generated, stats
+        seen.put((request.id, request.n_generated, stats))
 
     _, port = start_server(plugin=plugin(mlx_lm_request_finished=observe))
     body = dict(prompt="hello", max_tokens=5)
+    call(port, "POST", "/v1/completions", dict(prompt=""))
     _, answer = call(port, "POST", "/v1/completions", body)
     first, *_ = stream(port, "/v1/completions", **body)
-    call(port, "POST", "/v1/completions", dict(prompt=""))
-    assert list(seen) == [answer["id"], first["id"]]
-    for n_generated, stats in seen.values():
+    for expected in (answer, first):
+        id, n_generated, stats = seen.get(timeout=60)
+        assert id == expected["id"]
         assert n_generated == 5
         assert stats.finish_reason == "length"
         assert 0 <= stats.queue_seconds <= stats.ttft <= stats.seconds
+    assert seen.empty()
 
 
 def test_hooks_are_called_last_registered_first_but_for_tryfirst_and_trylast(
@@ -474,14 +477,14 @@ def test_observer_that_raises_is_logged_and_the_others_are_told(start_server, ca
     def fail(request):
         raise LookupError("no file")
 
-    told = []
+    told = SimpleQueue()
     engine, port = start_server(
-        plugin=plugin(mlx_lm_request_finished=lambda request: told.append(request))
+        plugin=plugin(mlx_lm_request_finished=lambda request: told.put(request))
     )
     bad = type("Bad", (), {"mlx_lm_request_finished": staticmethod(hookimpl(fail))})()
     engine.policies.plugins.add("bad", lambda: bad, "bad-dist", "1")
     assert complete(port, "hello", max_tokens=5)
-    assert len(told) == 1
+    told.get(timeout=60)
     assert "plugin 'bad' (bad-dist 1): mlx_lm_request_finished failed" in caplog.text
 
 

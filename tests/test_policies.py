@@ -1,0 +1,472 @@
+"""Policies in use: what the core asks them, and what it does when one fails."""
+
+import random
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from helpers import Reference, read, submit, texts
+from test_plugins import Always, plugin
+
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from mlx_lm_ext.plugins import SAMPLER
+from mlx_lm_ext.policies import Slot
+from mlx_lm_ext.row_samplers import RowSampler, RowSamplers
+
+CACHE = ["--use-prompt-cache", "--radix-cache-size", "76800"]  # 150 tokens
+
+
+@pytest.fixture
+def start_with(start_engine):
+    """Starts an engine with one policy of a plugin."""
+
+    def start(cls, *argv):
+        for interface, flag, hook in (
+            (EvictionPolicy, "--eviction-policy", "eviction_policies"),
+            (SchedulerPolicy, "--scheduler", "scheduler_policies"),
+            (BatchSampler, "--sampler", "samplers"),
+        ):
+            if issubclass(cls, interface):
+                p = plugin(**{f"mlx_lm_register_{hook}": lambda: [cls]})
+                return start_engine("llama", flag, cls.name, *argv, plugin=p)
+
+    return start
+
+
+# Eviction
+
+
+class Recorder(EvictionPolicy):
+    """First in, first out, and remembers what it was told."""
+
+    name = "recorder"
+
+    def __init__(self, args, clock):
+        super().__init__(args, clock)
+        self.events = []
+
+    def on_insert(self, entry):
+        self.events.append(("insert", entry.n_tokens))
+
+    def on_hit(self, entry, n_tokens):
+        self.events.append(("hit", n_tokens))
+
+    def on_remove(self, entry, reason):
+        self.events.append((reason, entry.n_tokens))
+
+    def priority(self, entry):
+        return entry.created
+
+
+def test_eviction_policy_is_told_what_happens(start_with):
+    engine = start_with(Recorder, *CACHE)
+    for prompt in ("a" * 60, "a" * 60 + "b" * 20, "c" * 90):
+        read(submit(engine, prompt, max_tokens=1))
+    assert engine.policies.eviction.policy.events == [
+        ("insert", 60),
+        ("hit", 60),
+        ("insert", 80),
+        ("replaced", 60),
+        ("insert", 90),
+        ("evicted", 80),
+    ]
+
+
+def test_entry_says_what_the_cache_holds(start_with):
+    class Keeper(Recorder):
+        name = "keeper"
+
+        def on_insert(self, entry):
+            self.entry = entry
+
+    engine = start_with(Keeper, *CACHE)
+    for _ in range(3):
+        read(submit(engine, "a" * 60, max_tokens=1))
+    entry = engine.policies.eviction.policy.entry
+    assert (entry.n_tokens, entry.depth, entry.cache_type) == (60, 60, "assistant")
+    assert entry.nbytes == engine.prompt_cache.nbytes
+    assert entry.recompute_cost == 60
+    assert entry.model_key == engine.model_provider.model_key
+
+
+def test_pinned_entries_stay_while_others_can_leave(start_with):
+    class Pinned(Recorder):
+        name = "pinned"
+
+        def evictable(self, entry):
+            return entry.n_tokens != 60
+
+    engine = start_with(Pinned, *CACHE)
+    for prompt in ("a" * 60, "b" * 50, "c" * 51):
+        read(submit(engine, prompt, max_tokens=1))
+    events = engine.policies.eviction.policy.events
+    assert events[-1] == ("evicted", 50)
+    # The bound holds, whatever is pinned.
+    read(submit(engine, "d" * 140, max_tokens=1))
+    assert ("evicted", 60) in events
+    assert engine.prompt_cache.nbytes <= 76800
+
+
+def test_expired_entries_leave_although_there_is_room(start_with):
+    class Hours(Recorder):
+        name = "hours"
+
+        def on_insert(self, entry):
+            super().on_insert(entry)
+            self.entry = entry
+
+        def expired(self, now):
+            assert now >= self.entry.created
+            return [self.entry]
+
+    engine = start_with(Hours, *CACHE)
+    read(submit(engine, "a" * 60, max_tokens=1))
+    # The engine looks when it has nothing left to do, before it takes the next.
+    read(submit(engine, "b" * 60, max_tokens=1))
+    assert ("expired", 60) in engine.policies.eviction.policy.events
+
+
+class Raising(EvictionPolicy):
+    name = "raising"
+
+    def priority(self, entry):
+        raise ArithmeticError("no priority")
+
+
+class Incomparable(EvictionPolicy):
+    name = "incomparable"
+
+    def priority(self, entry):
+        return object()
+
+
+@pytest.mark.parametrize("cls", [Raising, Incomparable])
+def test_eviction_policy_that_fails_is_replaced(cls, start_with, caplog):
+    engine = start_with(cls, *CACHE)
+    for prompt in ("a" * 60, "b" * 60, "c" * 60, "d" * 60):
+        read(submit(engine, prompt, max_tokens=1))
+    assert len(engine.prompt_cache) == 2
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.message == (
+        f"The eviction policy '{cls.name}' of plugin 'test' (tests 0) failed; "
+        "'lru' replaces it"
+    )
+
+
+# Scheduling
+
+
+def test_order_of_a_policy_is_asked_for_when_someone_comes_or_leaves(start_with):
+    class Counting(SchedulerPolicy):
+        name = "counting"
+        views = []
+
+        def order(self, waiting, view):
+            self.views.append((len(waiting), len(view.running), view.batch_size))
+
+    engine = start_with(Counting, "--batch-size", "1")
+    first = submit(engine, "a", max_tokens=4000)
+    first.receive(timeout=60)
+    jobs = [submit(engine, "b", max_tokens=2) for _ in range(2)]
+    first.receive(timeout=60)
+    first.cancel()
+    for job in jobs:
+        read(job)
+    assert Counting.views == [(1, 0, 1), (2, 0, 1), (1, 0, 1)]
+
+
+class Twice(SchedulerPolicy):
+    name = "twice"
+
+    def order(self, waiting, view):
+        return [*waiting, waiting[0]]
+
+
+class Invented(SchedulerPolicy):
+    name = "invented"
+
+    def order(self, waiting, view):
+        return [SimpleNamespace(id="x")]
+
+
+class Failing(SchedulerPolicy):
+    name = "failing"
+
+    def on_tokens(self, counts):
+        raise ArithmeticError("no tokens")
+
+
+class Wordy(SchedulerPolicy):
+    name = "wordy"
+
+    def prefill_tokens(self, view):
+        return "many"
+
+
+@pytest.mark.parametrize("cls", [Twice, Invented, Failing, Wordy])
+def test_scheduler_policy_that_fails_is_replaced(cls, start_with, model_folder, caplog):
+    engine = start_with(cls)
+    reference = Reference(model_folder())
+    prompts = texts(4)
+    jobs = [submit(engine, p, max_tokens=8) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 8)
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert f"'{cls.name}' of plugin 'test' (tests 0) failed; 'fcfs'" in record.message
+
+
+def test_requests_that_a_policy_leaves_out_follow_in_order_of_arrival(start_with):
+    class Favourite(SchedulerPolicy):
+        name = "favourite"
+
+        def order(self, waiting, view):
+            return [r for r in waiting if r.user == "x"]
+
+    engine = start_with(Favourite, "--batch-size", "1")
+    first = submit(engine, "a", max_tokens=4000)
+    first.receive(timeout=60)
+    jobs = [submit(engine, "b", max_tokens=2, user=user) for user in "abxc"]
+    first.cancel()
+    for job in jobs:
+        read(job)
+    started = sorted(jobs, key=lambda job: job.started)
+    assert [job.user for job in started] == ["x", "a", "b", "c"]
+
+
+def test_prefill_budget_of_a_policy_is_kept(start_with, model_folder):
+    class Careful(SchedulerPolicy):
+        name = "careful"
+
+        def prefill_tokens(self, view):
+            return 20
+
+    class Watch:
+        def __init__(self, model):
+            self.model, self.longest = model, 0
+
+        def __call__(self, inputs, cache):
+            self.longest = max(self.longest, inputs.size)
+            return self.model(inputs, cache=cache)
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+    engine = start_with(Careful)
+    provider = engine.model_provider
+    provider.model = watch = Watch(provider.model)
+    reference = Reference(model_folder())
+    prompts = [letter * 150 for letter in "abcd"]
+    jobs = [submit(engine, p, max_tokens=8) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 8)
+    assert 8 < watch.longest <= 20
+
+
+def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(start_with):
+    class Counting(SchedulerPolicy):
+        name = "counting"
+        tokens, ended = {}, []
+
+        def on_tokens(self, counts):
+            for request, n in counts:
+                self.tokens[request] = self.tokens.get(request, 0) + n
+
+        def on_finish(self, request):
+            self.ended.append(request)
+
+    engine = start_with(Counting, "--batch-size", "2")
+    running = [submit(engine, "a", max_tokens=4000) for _ in range(2)]
+    for job in running:
+        job.receive(timeout=60)
+    never_ran = submit(engine, "b", max_tokens=5)
+    jobs = [submit(engine, "b", max_tokens=n) for n in (1, 5)]
+    jobs += [submit(engine, "b", max_tokens=5, seed=1)]
+    for job in (never_ran, *running):
+        job.cancel()
+    for job in jobs:
+        read(job)
+    assert sorted(map(id, Counting.ended)) == sorted(
+        map(id, [never_ran, *running, *jobs])
+    )
+    assert [Counting.tokens.get(job) for job in jobs] == [1, 5, None]
+    assert never_ran not in Counting.tokens
+
+
+# Sampling
+
+
+class Greedy(BatchSampler):
+    """Chooses the most likely token, from log probabilities."""
+
+    name = "greedy"
+
+    def __call__(self, logprobs):
+        return mx.argmax(logprobs, axis=-1)
+
+
+def row(slot, n):
+    """The sampler of a request whose tokens start at n."""
+    sampler = RowSampler(slot, None, SimpleNamespace(n=n), None)
+    return sampler
+
+
+class Counter(Always):
+    name = "counter"
+
+    def __init__(self, args, request, tokenizer):
+        self.n = [request.n]
+
+    def __call__(self, logprobs):
+        tokens = mx.array(self.n)
+        self.n = [n + 1 for n in self.n]
+        return tokens
+
+
+def test_rows_keep_their_own_state_as_they_come_and_go():
+    rng = random.Random(0)
+    slots = [Slot(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
+    samplers, expected = RowSamplers(), []
+    for i in range(200):
+        if rng.random() < 0.5 or not expected:
+            new = [rng.randrange(100, 10**6) for _ in range(rng.randint(1, 4))]
+            samplers.extend([row(rng.choice(slots), n) for n in new])
+            expected += new
+        else:
+            keep = [i for i in range(len(expected)) if rng.random() < 0.7]
+            samplers.filter(keep)
+            expected = [expected[i] for i in keep]
+        if expected:
+            assert samplers(mx.zeros((len(expected), 10**7))).tolist() == expected
+            expected = [n + 1 for n in expected]
+
+
+def test_tokens_of_samplers_share_a_batch_with_those_of_others(
+    start_engine, model_folder
+):
+    hook = plugin(mlx_lm_register_samplers=lambda: [Always])
+    engine = start_engine(plugin=hook)
+    reference = Reference(model_folder())
+    prompts = texts(9)
+    extra = [{}, dict(sampler="always"), dict(temperature=0.7)] * 3
+    jobs = [
+        submit(engine, p, max_tokens=10 + i, **e)
+        for i, (p, e) in enumerate(zip(prompts, extra))
+    ]
+    answers = [read(job) for job in jobs]
+    for i in (0, 3, 6):
+        assert answers[i] == reference.tokens(prompts[i], 10 + i)
+    for i in (1, 4, 7):
+        assert answers[i] == list(range(65, 75 + i))
+
+
+class Shapeless(BatchSampler):
+    name = "shapeless"
+
+    def __call__(self, logprobs):
+        return logprobs
+
+
+class Unready(Greedy):
+    name = "unready"
+
+    def __init__(self, args, request, tokenizer):
+        raise ArithmeticError("not ready")
+
+
+class Lonely(Greedy):
+    name = "lonely"
+
+    def extend(self, other):
+        raise ArithmeticError("no company")
+
+
+class Tired(Greedy):
+    name = "tired"
+    needs_logprobs = False
+    calls = 0
+
+    def __call__(self, logprobs):
+        Tired.calls += 1
+        if Tired.calls > 20:
+            raise ArithmeticError("no more")
+        return super().__call__(logprobs)
+
+
+@pytest.mark.parametrize("cls", [Shapeless, Unready, Lonely, Tired])
+def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
+    engine = start_with(cls)
+    reference = Reference(model_folder())
+    prompts = texts(6)
+    jobs = [submit(engine, p, max_tokens=20 + i) for i, p in enumerate(prompts)]
+    for i, (prompt, job) in enumerate(zip(prompts, jobs)):
+        assert read(job) == reference.tokens(prompt, 20 + i)
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert f"sampler '{cls.name}' of plugin 'test' (tests 0) failed" in record.message
+
+
+@pytest.mark.parametrize("token", [-1, 259, 10**9])
+def test_token_that_the_model_lacks_is_not_run(token, start_with):
+    class Wild(BatchSampler):
+        name = "wild"
+
+        def __call__(self, logprobs):
+            return mx.full((len(logprobs),), token)
+
+    assert read(submit(start_with(Wild), "a", max_tokens=4)) == [258] * 4
+
+
+def test_sampler_refuses_a_request_without_being_replaced(start_with):
+    class Strict(Greedy):
+        name = "strict"
+
+        def __init__(self, args, request, tokenizer):
+            if request.body.get("tau", 0) < 0:
+                raise RequestError(400, "tau must be at least 0", "tau")
+
+    engine = start_with(Strict)
+    with pytest.raises(RequestError, match="tau must be"):
+        read(submit(engine, "a", max_tokens=2, tau=-1))
+    assert len(read(submit(engine, "a", max_tokens=2, tau=1))) == 2
+    assert engine.policies.samplers["strict"].cls is Strict
+
+
+def test_greedy_rows_make_no_log_probabilities(start_engine):
+    engine = start_engine()
+    job = submit(engine, "a", max_tokens=4000)
+    job.receive(timeout=60)
+    assert not engine.batch.generator.generation_batch.row_samplers.needs_logprobs
+    submit(engine, "a", max_tokens=4000, temperature=1.0).receive(timeout=60)
+    assert engine.batch.generator.generation_batch.row_samplers.needs_logprobs
+
+
+# Time
+
+
+def test_time_of_each_policy_is_logged(start_with, caplog):
+    caplog.set_level("INFO")
+
+    class Slow(SchedulerPolicy):
+        name = "slow"
+
+        def order(self, waiting, view):
+            self.clock()
+            sum(range(10**5))
+
+    engine = start_with(Slow)
+    read(submit(engine, "a", max_tokens=5))
+    engine.stop_and_join()
+    lines = [r.message for r in caplog.records if "time in policies" in r.message]
+    assert re.search(r"5 tokens, [\d.]+ a second", lines[0])
+    assert float(re.search(r"scheduler policy slow ([\d.]+) s", lines[0])[1]) > 0
+    assert "sampler default" in lines[0]
+
+
+def test_overhead_is_measured():
+    command = [sys.executable, "-m", "mlx_lm_ext.examples.policy_overhead"]
+    command += ["--rounds", "2", "--steps", "3", "--rows", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"2 rows: \d+ us .*ratio \d\.\d+", result.stdout)
