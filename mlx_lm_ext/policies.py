@@ -40,28 +40,31 @@ class Slot:
 
     def make(self, *args: Any) -> Any:
         """An object of the class; a request that it refuses is no fault of it."""
+        cls = self.cls
         try:
-            return self.cls(*args)
+            return cls(*args)
         except RequestError:
             raise
         except Exception as e:
-            self.fail(e)
+            self.fail(cls, e)
             return self.cls(*args)
 
-    def fail(self, error: Exception) -> None:
-        """Use the built-in class from now on.
+    def fail(self, cls: Type, error: Exception) -> None:
+        """Use the built-in class from now on, as ``cls`` has failed.
 
         Raises:
             Exception: ``error`` itself, if that is what failed.
         """
-        if self.cls is self.default:
+        if cls is self.default:
             raise error
-        self.cls = self.default
-        logging.error(
-            f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
-            f"{self.default.name!r} replaces it",
-            exc_info=error,
-        )
+        # Several objects of one class can fail.
+        if self.cls is cls:
+            self.cls = self.default
+            logging.error(
+                f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
+                f"{self.default.name!r} replaces it",
+                exc_info=error,
+            )
 
 
 class Guard:
@@ -83,7 +86,7 @@ class Guard:
         try:
             return use(self.policy)
         except Exception as e:
-            self.slot.fail(e)
+            self.slot.fail(type(self.policy), e)
             self.policy = self.slot.cls(*self.args)
             return use(self.policy)
         finally:

@@ -79,7 +79,7 @@ class RowSampler:
         self.slot.seconds += time.perf_counter() - start
 
     def replace(self, error: Exception) -> None:
-        self.slot.fail(error)
+        self.slot.fail(type(self.sampler), error)
         self.make_again()
 
     def make_again(self) -> None:
