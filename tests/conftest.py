@@ -101,9 +101,9 @@ def start_server(start_engine):
 
 
 @contextmanager
-def server_process(*argv):
+def server_process(*argv, python=sys.executable):
     """A started ``mlx_lm.batch_server`` process; gives its port and its output."""
-    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
+    command = [python, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
     lines = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

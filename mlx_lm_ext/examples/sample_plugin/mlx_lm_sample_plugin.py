@@ -6,6 +6,7 @@ from threading import Lock
 import mlx.core as mx
 
 from mlx_lm_ext import hookimpl
+from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
 log_lock = Lock()
@@ -93,7 +94,11 @@ class Mirostat(BatchSampler):
     rate = 0.1
 
     def __init__(self, args, request, tokenizer):
-        self.tau = mx.array([float(request.body.get("mirostat_tau", 5.0))])
+        tau = request.body.get("mirostat_tau", 5.0)
+        if not isinstance(tau, (int, float)) or tau < 0:
+            message = "mirostat_tau must be a number of at least 0"
+            raise RequestError(400, message, "mirostat_tau")
+        self.tau = mx.array([float(tau)])
         self.mu = 2 * self.tau
 
     def extend(self, other):
@@ -119,6 +124,9 @@ class Mirostat(BatchSampler):
 def mlx_lm_make_logits_processors(request, tokenizer):
     """Keep the words in ``"banned_words"`` of a request out of its answer."""
     words = request.body.get("banned_words") or []
+    if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
+        message = "banned_words must be an array of words"
+        raise RequestError(400, message, "banned_words")
     sequences = [
         tokenizer.encode(spelling, add_special_tokens=False)
         for word in words

@@ -1,0 +1,117 @@
+"""The sample package: what it does to a server when pip installs it, and only then."""
+
+import ast
+import json
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import server_process
+from helpers import call, stream
+
+import mlx_lm_ext
+
+SAMPLE = Path(mlx_lm_ext.__file__).parent / "examples" / "sample_plugin"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A fresh virtual environment that sees what this one has; gives its Python."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    lines = [f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()]
+    (packages / "parent.pth").write_text("\n".join(lines) + "\n")
+    return folder / "venv" / "bin" / "python"
+
+
+def pip(python, *arguments):
+    command = [sys.executable, "-m", "pip", "--python", python, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_sample_uses_public_names_only():
+    tree = ast.parse((SAMPLE / "mlx_lm_sample_plugin.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("mlx_lm"):
+            assert node.module in (
+                "mlx_lm_ext",
+                "mlx_lm_ext.errors",
+                "mlx_lm_ext.interfaces",
+            )
+            assert not any(alias.name.startswith("_") for alias in node.names)
+        if isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_") or node.attr == "__init__"
+
+
+def ask(port, prompt, **body):
+    body = dict(prompt=prompt, max_tokens=8, **body)
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert status == 200, answer
+    return answer
+
+
+def cached(answer):
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_installed_sample_changes_what_the_server_does(
+    environment, model_folder, tmp_path
+):
+    model = ["--model", str(model_folder())]
+    # Setuptools builds in the source folder.
+    source = shutil.copytree(SAMPLE, tmp_path / "sample")
+    pip(
+        environment,
+        *("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"),
+        source,
+    )
+    log = tmp_path / "log.jsonl"
+    # 512 bytes a token: room for 200.
+    cache = ["--use-prompt-cache", "--radix-cache-size", "102400"]
+    flags = ["--eviction-policy", "cost", "--cost-weight", "1"]
+    flags += ["--scheduler", "streams-first", "--request-log", str(log)]
+    with server_process(*model, *cache, *flags, python=environment) as (port, _, _):
+        # The eviction policy keeps the prompt that takes longest to prefill.
+        for prompt in ("a" * 100, "b" * 60, "c" * 60):
+            ask(port, prompt)
+        assert cached(ask(port, "a" * 100)) == 99
+        # A sampler that is content with no surprise takes the most likely token.
+        greedy = ask(port, "hello")["choices"][0]["text"]
+        assert (
+            ask(port, "hello", sampler="mirostat", mirostat_tau=0)["choices"][0]["text"]
+            == greedy
+        )
+        surprising = ask(port, "hello", sampler="mirostat", mirostat_tau=30)
+        assert surprising["choices"][0]["text"] != greedy
+        body = dict(prompt="hello", sampler="mirostat", mirostat_tau="much")
+        status, answer = call(port, "POST", "/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, "mirostat_tau")
+        # The logits processor.
+        banned = next(c for c in greedy if c.isascii())
+        text = ask(port, "hello", banned_words=[banned])["choices"][0]["text"]
+        assert banned not in text
+        list(stream(port, "/v1/completions", prompt="hello", max_tokens=3))
+        status, answer = call(port, "POST", "/v1/completions", dict(prompt=""))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[3]["cached_tokens"] == 99
+    assert lines[-1]["completion_tokens"] == 3
+    assert lines[-1]["finish_reason"] == "length"
+
+    pip(environment, "uninstall", "--quiet", "--yes", "mlx-lm-sample-plugin")
+    with pytest.raises(RuntimeError, match="unrecognized arguments: --cost-weight"):
+        with server_process(*model, "--cost-weight", "1", python=environment):
+            pass
+    with server_process(*model, *cache, python=environment) as (port, _, _):
+        # lru, and the words are not banned.
+        for prompt in ("a" * 100, "b" * 60, "c" * 60):
+            ask(port, prompt)
+        assert cached(ask(port, "a" * 100)) == 0
+        assert ask(port, "hello", banned_words=[banned])["choices"][0]["text"] == greedy
+        body = dict(prompt="hello", sampler="mirostat")
+        assert call(port, "POST", "/v1/completions", body)[0] == 400
