@@ -14,8 +14,8 @@ from helpers import Reference, call, complete, stream, streamed_text, texts
 from PIL import Image
 from tiny_models import CONFIGS
 
+from mlx_lm_ext import hookimpl
 from mlx_lm_ext.api import BatchAPIHandler
-from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 
 CHAT = "/v1/chat/completions"
@@ -496,14 +496,12 @@ def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
 
 
 def test_failure_in_a_stream_is_an_event(start_server):
-    class FailingBatch(Batch):
-        def sampler(self, args):
+    class FailingPlugin:
+        @hookimpl
+        def mlx_lm_make_logits_processors(self):
             raise ArithmeticError("a secret of the server")
 
-    class FailingEngine(Engine):
-        batch_class = FailingBatch
-
-    _, port = start_server(make_engine=FailingEngine)
+    _, port = start_server(plugin=FailingPlugin())
     status, answer = call(port, "POST", CHAT, chat())
     assert status == 500
     assert answer["error"]["type"] == "server_error"
