@@ -125,7 +125,7 @@ class Plugins:
         entries = sorted(entry_points(group=GROUP), key=lambda e: e.name)
         named = {e.name: e for e in entries}
         blocked = [o.removeprefix("no:") for o in options if o.startswith("no:")]
-        wanted = [o for o in options if not o.startswith("no:")]
+        wanted = dict.fromkeys(o for o in options if not o.startswith("no:"))
         for name in blocked:
             if name not in {"builtin", *named, *wanted}:
                 known = ", ".join(["builtin", *named])
@@ -216,8 +216,8 @@ class Plugins:
                     raise PluginError(f"{label}: {reason}")
                 if cls.name in found:
                     raise PluginError(
-                        f"{label}: {found[cls.name].plugin} has a {kind.title} named "
-                        f"{cls.name!r} too"
+                        f"{label}: the {kind.title} {cls.name!r} is also one of "
+                        f"{found[cls.name].plugin}"
                     )
                 found[cls.name] = Registered(cls, label)
         return dict(sorted(found.items()))

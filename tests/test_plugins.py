@@ -116,7 +116,7 @@ def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("one_plugin", "two_plugin"):
         (tmp_path / f"{name}.py").write_text("'''Nothing.'''")
-    found = Plugins(["one_plugin", "two_plugin", "no:two_plugin"])
+    found = Plugins(["one_plugin", "one_plugin", "two_plugin", "no:two_plugin"])
     assert list(found.sources) == ["builtin", "one_plugin"]
     assert "two_plugin: blocked" in found.describe()
 
@@ -234,7 +234,10 @@ def test_plugin_that_cannot_be_loaded_is_named(make, reason):
         ([Unrelated], "does not derive from mlx_lm_ext.interfaces.EvictionPolicy"),
         ([Largest(None, None)], "does not derive from"),
         (Largest, "must return a list of classes"),
-        ([Largest, Largest], "has a eviction policy named 'largest' too"),
+        (
+            [Largest, Largest],
+            "the eviction policy 'largest' is also one of plugin 'first'",
+        ),
     ],
 )
 def test_class_that_is_not_as_it_must_be_is_named(given, reason):
