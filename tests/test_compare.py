@@ -54,12 +54,13 @@ def test_figures_of_short_chats():
 
 def test_figures_of_a_late_prompt():
     streams = [
-        stream(0.0, 1.0, 2.0, 7.0, label="stream"),
-        stream(0.0, 1.0, 4.0, 8.0, label="stream"),
+        # The longest gap ends before the late request is sent.
+        stream(0.0, 0.0, 2.75, 4.0, label="stream"),
+        stream(0.0, 1.0, 2.0, 4.0, label="stream"),
     ]
     late = stream(3.0, 6.0, label="late")
     figures = WORKLOADS["late"].figures(PLAN)
-    assert [figure.of(Outcome([*streams, late])) for figure in figures] == [5.0, 3.0]
+    assert [figure.of(Outcome([*streams, late])) for figure in figures] == [2.0, 3.0]
 
 
 def test_figures_of_the_cache():

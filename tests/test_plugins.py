@@ -121,6 +121,11 @@ def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
     assert "two_plugin: blocked" in found.describe()
 
 
+def test_blocking_what_is_not_there_is_an_error():
+    with pytest.raises(PluginError, match="-p no:sises: there is no such plugin"):
+        Plugins(["no:sises"])
+
+
 class FakeEntryPoint(SimpleNamespace):
     def load(self):
         return self.plugin

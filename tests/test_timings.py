@@ -21,7 +21,8 @@ def stream(start, *arrivals, tokens=None, **kwargs):
 FIRST = stream(10.0, 12.0, 12.5, 13.0, prompt_tokens=7, cached_tokens=3)
 SECOND = stream(11.0, 12.0, 16.0, tokens=5, prompt_tokens=9)
 FAILED = Timing(start=10.5, end=20.0, error="HTTP 429: busy")
-RUN = [FIRST, SECOND, FAILED]
+# Neither in the order of their starts nor of their ends.
+RUN = [SECOND, FAILED, FIRST]
 
 
 def test_one_streamed_request():
