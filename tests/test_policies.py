@@ -91,9 +91,13 @@ def test_entry_says_what_the_cache_holds(start_with):
         def on_insert(self, entry):
             self.entry = entry
 
+        def on_hit(self, entry, n_tokens):
+            self.hit = entry.hits, entry.last_hit > entry.created
+
     engine = start_with(Keeper, *CACHE)
     for _ in range(3):
         read(submit(engine, "a" * 60, max_tokens=1))
+    assert engine.policies.eviction.policy.hit == (1, True)
     entry = engine.policies.eviction.policy.entry
     assert (entry.n_tokens, entry.depth, entry.cache_type) == (61, 61, "assistant")
     assert entry.nbytes == engine.prompt_cache.nbytes
@@ -331,8 +335,7 @@ class Greedy(BatchSampler):
 
 def row(slot, n):
     """The sampler of a request whose tokens start at n."""
-    sampler = RowSampler(slot, None, SimpleNamespace(n=n), None)
-    return sampler
+    return RowSampler(slot, None, SimpleNamespace(n=n), None)
 
 
 class Counter(Always):
@@ -427,6 +430,22 @@ def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
         assert read(job) == reference.tokens(prompt, 20 + i)
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
     assert f"sampler '{cls.name}' of plugin 'test' (tests 0) failed" in record.message
+
+
+def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
+    class Normal(Greedy):
+        def __call__(self, logprobs):
+            assert mx.allclose(mx.exp(logprobs).sum(axis=-1), mx.array(1.0))
+            return super().__call__(logprobs)
+
+    class Fails(Greedy):
+        needs_logprobs = False
+
+        def __call__(self, logprobs):
+            raise ArithmeticError("never")
+
+    sampler = row(Slot(SAMPLER, "fails", Fails, "test", Normal), 0)
+    assert sampler(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]
 
 
 @pytest.mark.parametrize("token", [-1, 259, 10**9])
