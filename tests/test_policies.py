@@ -11,6 +11,7 @@ import pytest
 from helpers import Reference, read, submit, texts
 from test_plugins import Always, plugin
 
+from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.plugins import SAMPLER
@@ -202,6 +203,48 @@ def test_order_of_a_policy_is_asked_for_when_someone_comes_or_leaves(start_with)
     for job in jobs:
         read(job)
     assert Counting.views == [(1, 0, 1), (2, 0, 1), (1, 0, 1)]
+
+
+def test_order_is_not_asked_for_while_nothing_changes(start_with):
+    class Counting(SchedulerPolicy):
+        name = "patient"
+        calls = []
+
+        def order(self, waiting, view):
+            self.calls.append(len(waiting))
+
+    engine = start_with(Counting)
+    first = submit(engine, "a", max_tokens=4000)
+    first.receive(timeout=60)
+    # There is room, but a seed is served alone.
+    seeded = submit(engine, "b", max_tokens=2, seed=1)
+    while first.n_generated < 100:
+        first.receive(timeout=60)
+    first.cancel()
+    read(seeded)
+    assert len(Counting.calls) <= 3
+
+
+def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine):
+    class Counting(SchedulerPolicy):
+        name = "counting"
+        ended = []
+
+        def on_finish(self, request):
+            self.ended.append(request)
+
+    class FailingEngine(Engine):
+        def serve_single(self, request, stream):
+            request[0].put(ArithmeticError("a fault of this request"))
+
+    hook = plugin(mlx_lm_register_scheduler_policies=lambda: [Counting])
+    argv = ["--scheduler", "counting"]
+    engine = start_engine("llama", *argv, make_engine=FailingEngine, plugin=hook)
+    job = submit(engine, "a", max_tokens=2, seed=1)
+    with pytest.raises(RequestError):
+        read(job)
+    engine.stop_and_join()
+    assert Counting.ended == [job]
 
 
 class Twice(SchedulerPolicy):
