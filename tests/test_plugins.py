@@ -1,5 +1,7 @@
 """Finding plugins, what is wrong with them, and each hook."""
 
+import http.client
+import json
 import re
 import subprocess
 import sys
@@ -406,6 +408,18 @@ def test_hook_request_finished(start_server):
         assert stats.finish_reason == "length"
         assert 0 <= stats.queue_seconds <= stats.ttft <= stats.seconds
     assert seen.empty()
+
+
+def test_observers_hear_of_a_client_that_left(start_server):
+    seen = SimpleQueue()
+    hook = plugin(mlx_lm_request_finished=lambda stats: seen.put(stats))
+    _, port = start_server(plugin=hook)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = dict(prompt="hello", max_tokens=4000, stream=True)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    connection.getresponse().close()
+    connection.close()
+    assert seen.get(timeout=60).finish_reason == "cancelled"
 
 
 def test_hooks_are_called_last_registered_first_but_for_tryfirst_and_trylast(
