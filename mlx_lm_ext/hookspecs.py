@@ -66,7 +66,9 @@ def mlx_lm_register_eviction_policies() -> List[Type[EvictionPolicy]]:
         on_hit(self, entry, n_tokens)
         on_split(self, parent, child) # child keeps the history; parent's is a copy
         on_remove(self, entry, reason)  # "evicted", "expired" or "replaced"
-        expired(self, now)            # the entries to drop although there is room
+        expired(self, now)            # the entries to drop although there is room,
+                                      # asked every few seconds: keep those of on_insert
+                                      # and on_split (parent) until on_remove
 
     An ``entry`` has ``n_tokens, nbytes, depth, hits, created, last_hit,
     recompute_cost, cache_type, model_key`` and ``data``, which is the policy's own and
