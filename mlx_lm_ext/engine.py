@@ -184,7 +184,7 @@ class Engine(ResponseGeneratorBase):
             ]
         n = self.batch.n_generated - self.n_reported
         if n:
-            lines.insert(0, f"{n} tokens, {n / seconds:.1f} a second")
+            lines.insert(0, f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second")
             lines += [f"{len(self.batch)} running, {len(self.waiting)} waiting"]
             lines += [f"time in policies: {self.policies.describe_times()}"]
             logging.info("; ".join(lines))
@@ -209,7 +209,8 @@ class Engine(ResponseGeneratorBase):
         gone = [r for r in (*self.waiting, *self.batch.requests) if r.cancelled]
         if not gone:
             return
-        self.waiting = deque(r for r in self.waiting if not r.cancelled)
+        # Not those that were cancelled since: the policy has to be told of them.
+        self.waiting = deque(r for r in self.waiting if r not in gone)
         self.batch.remove(gone)
         for request in gone:
             self.forget(request)

@@ -59,22 +59,31 @@ def mlx_lm_register_eviction_policies() -> List[Type[EvictionPolicy]]:
     A class derives from ``mlx_lm_ext.interfaces.EvictionPolicy``. Only ``name`` and
     ``priority`` have no default::
 
-        __init__(self, args, clock)   # clock() gives seconds; the base keeps self.clock
+        __init__(self, args, clock)   # call super's: it keeps clock() as self.clock
         priority(self, entry)         # the entry with the lowest leaves first; O(1)
         evictable(self, entry)        # False pins an entry, while others can leave
         on_insert(self, entry)
-        on_hit(self, entry, n_tokens)
-        on_split(self, parent, child) # child keeps the history; parent's is a copy
+        on_hit(self, entry, n_tokens) # also when the first n_tokens only were of use
+        on_split(self, parent, child) # child keeps the history; parent is new, a copy
         on_remove(self, entry, reason)  # "evicted", "expired" or "replaced"
-        expired(self, now)            # the entries to drop although there is room,
-                                      # asked every few seconds: keep those of on_insert
-                                      # and on_split (parent) until on_remove
+        expired(self, now)            # a list of entries to drop although there is room
 
     An ``entry`` has ``n_tokens, nbytes, depth, hits, created, last_hit,
     recompute_cost, cache_type, model_key`` and ``data``, which is the policy's own and
-    None at first. ``created`` and ``last_hit`` are seconds of the clock, ``cache_type``
-    is "system", "user" or "assistant". Its methods run on the generation thread, only
-    with ``--use-prompt-cache``; when one raises, ``lru`` replaces the policy::
+    None at first. ``created`` and ``last_hit`` are seconds of the clock, equal until the
+    first hit; ``cache_type`` is "system", "user" or "assistant". Entries can be keys of
+    a dictionary.
+
+    The cache holds whole sequences. One that a longer one begins with is "replaced" by
+    that one, before or after its ``on_insert``: of a chat the entry of the last turn is
+    left, unless the model's cache cannot be trimmed. ``on_split`` is for a cache that
+    shares prefixes; this one does not call it. ``expired`` is asked every ten seconds or
+    so, idle or not, and pins do not hold it back: keep the entries of ``on_insert`` and
+    of ``on_split`` (its parent) until their ``on_remove``, which comes for each that
+    leaves.
+
+    All methods run on the generation thread, only with ``--use-prompt-cache``; when one
+    raises, ``lru`` replaces the policy::
 
         class LargestFirst(EvictionPolicy):
             name = "largest"
