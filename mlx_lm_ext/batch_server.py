@@ -272,15 +272,12 @@ def parse_arguments(
     try:
         plugins = Plugins(first.parse_known_args(argv)[0].p)
         plugins.add_arguments(parser)
+        args = parser.parse_args(argv)
+        if args.list_plugins:
+            print(plugins.describe())
+            parser.exit()
     except PluginError as e:
         parser.error(str(e))
-    args = parser.parse_args(argv)
-    if args.list_plugins:
-        try:
-            print(plugins.describe())
-        except PluginError as e:
-            parser.error(str(e))
-        parser.exit()
     return args, plugins
 
 

@@ -175,18 +175,19 @@ class Engine(ResponseGeneratorBase):
         seconds = self.policies.clock() - self.reported
         if not idle and seconds < STATISTICS_INTERVAL:
             return
-        lines = []
-        if self.batch.caching:
-            cache = self.prompt_cache
+        cache, caching = self.prompt_cache, self.batch.caching
+        if caching:
             cache.expire()
-            lines += [
-                f"Prompt Cache: {len(cache)} sequences, {cache.nbytes / 1e6:.1f} MB"
-            ]
         n = self.batch.n_generated - self.n_reported
         if n:
-            lines.insert(0, f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second")
-            lines += [f"{len(self.batch)} running, {len(self.waiting)} waiting"]
-            lines += [f"time in policies: {self.policies.describe_times()}"]
+            lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
+            if caching:
+                megabytes = cache.nbytes / 1e6
+                lines.append(
+                    f"Prompt Cache: {len(cache)} sequences, {megabytes:.1f} MB"
+                )
+            lines.append(f"{len(self.batch)} running, {len(self.waiting)} waiting")
+            lines.append(f"time in policies: {self.policies.describe_times()}")
             logging.info("; ".join(lines))
         self.n_reported += n
         self.reported += seconds

@@ -172,8 +172,7 @@ class Plugins:
         except PluginError as e:
             raise PluginError(f"{label}: {e}")
         except Exception as e:
-            reason = " ".join(str(e).split())
-            raise PluginError(f"{label} cannot be loaded: {type(e).__name__}: {reason}")
+            raise PluginError(f"{label} cannot be loaded: {one_line(e)}")
 
     def label(self, name: str) -> str:
         """A plugin as messages name it."""
@@ -196,8 +195,7 @@ class Plugins:
             try:
                 result = call()
             except Exception as e:
-                reason = " ".join(str(e).split())
-                raise PluginError(f"{label}: {hook}: {type(e).__name__}: {reason}")
+                raise PluginError(f"{label}: {hook}: {one_line(e)}")
             yield label, result
 
     def add_arguments(self, parser: Any) -> None:
@@ -239,6 +237,11 @@ class Plugins:
             if label_names := names.get(self.label(name)):
                 lines.append(f"  registers: {', '.join(label_names)}")
         return "\n".join(lines)
+
+
+def one_line(error: Exception) -> str:
+    """The type and the message of what a plugin raised."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def plugin_label(name: str, distribution: str, version: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Type, TypeVar
 
 from .errors import RequestError
 from .interfaces import Clock, RequestInfo, RequestStats
-from .plugins import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins
+from .plugins import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins, one_line
 
 T = TypeVar("T")
 
@@ -136,10 +136,8 @@ class Policies:
         try:
             return Guard(slot, self.args, self.clock)
         except Exception as e:
-            reason = " ".join(str(e).split())
             raise PluginError(
-                f"{slot.plugin}: the {kind.title} {name!r} cannot be made: "
-                f"{type(e).__name__}: {reason}"
+                f"{slot.plugin}: the {kind.title} {name!r} cannot be made: {one_line(e)}"
             )
 
     def make_logits_processors(

@@ -1,12 +1,15 @@
-"""What several tests share: reference answers, requests and raw HTTP."""
+"""What several tests share: reference answers, plugins, requests and raw HTTP."""
 
 import http.client
 import json
 import random
 
+import mlx.core as mx
 from mlx_lm import load, stream_generate
 from mlx_lm.server import CompletionRequest
 
+from mlx_lm_ext import hookimpl
+from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.validation import parse_arguments, parse_body
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,.ABC012"
@@ -41,6 +44,39 @@ class Reference:
 
     def text(self, prompt, max_tokens):
         return "".join(r.text for r in self.responses(prompt, max_tokens))
+
+
+def plugin(tryfirst=False, trylast=False, **functions):
+    """A plugin with these hooks."""
+    mark = hookimpl(tryfirst=tryfirst, trylast=trylast)
+    marked = {name: staticmethod(mark(f)) for name, f in functions.items()}
+    return type("Plugin", (), marked)()
+
+
+class Always(BatchSampler):
+    """Chooses token 65 + the number of tokens that the row has had."""
+
+    name = "always"
+
+    def __init__(self, args, request, tokenizer):
+        self.n = [0]
+
+    def extend(self, other):
+        self.n += other.n
+
+    def filter(self, keep):
+        self.n = [self.n[i] for i in keep]
+
+    def __call__(self, logprobs):
+        tokens = mx.array([65 + n for n in self.n])
+        self.n = [n + 1 for n in self.n]
+        return tokens
+
+
+def only_error(caplog):
+    """The message of the one error that was logged."""
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    return record.message
 
 
 def submit(engine, prompt, **body):

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from test_timings import FAILED, FIRST, RUN, SECOND
 
-from mlx_lm_ext.examples import benchmark_client, plots, servers, test_prompt_cache
+from mlx_lm_ext.examples import (
+    benchmark_client,
+    compare,
+    plots,
+    servers,
+    test_prompt_cache,
+)
 from mlx_lm_ext.examples import timings as figures
 
 EXAMPLES = Path(benchmark_client.__file__).parent
@@ -24,6 +30,7 @@ DEFAULTS = {
     "min_tokens": 10,
     "max_tokens": 512,
 }
+BENCHMARK, COMPARE = benchmark_client.main, compare.main
 QUICK = "--requests 6 --min-delay 0 --max-delay 0 --min-tokens 1 --max-tokens 6".split()
 
 
@@ -107,17 +114,21 @@ def test_a_stopped_server_is_one_line(main):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "main, argv, said",
     [
-        (["--min-delay", "3"], "--min-delay: must be at most --max-delay"),
-        (["--min-tokens", "600"], "--min-tokens: must be at most --max-tokens"),
-        (["--concurrency", "0"], "must be at least 1"),
-        (["--plot", "plot.pdf"], "must end in .png or .svg"),
+        (BENCHMARK, ["--min-delay", "3"], "--min-delay: must be at most --max-delay"),
+        (BENCHMARK, ["--min-tokens", "600"], "--min-tokens: must be at most --max-tokens"),
+        (BENCHMARK, ["--concurrency", "0"], "must be at least 1"),
+        (BENCHMARK, ["--plot", "plot.pdf"], "must end in .png or .svg"),
+        (COMPARE, ["--workloads", "nothing"], "nothing is none of short, prefix"),
+        (COMPARE, ["--plot", "plot.pdf"], "must end in .png or .svg"),
+        (COMPARE, ["--json", "no/such/folder/file"], "no file in an existing folder"),
+        (COMPARE, ["--rounds", "0"], "must be at least 1"),
     ],
 )
-def test_a_wrong_argument_is_one_line(argv, said, capsys):
+def test_a_wrong_argument_is_one_line(main, argv, said, capsys):
     with pytest.raises(SystemExit) as exit:
-        benchmark_client.main(argv)
+        main(argv)
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

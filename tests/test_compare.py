@@ -255,20 +255,3 @@ def test_a_server_that_does_not_start_is_not_compared(
 def test_a_model_that_cannot_be_run_is_one_line(tmp_path):
     code = run_compare(tmp_path, "--workloads", "short")
     assert code.startswith(f"error: the bare engine cannot run {tmp_path}")
-
-
-@pytest.mark.parametrize(
-    "argv, said",
-    [
-        (["--workloads", "nothing"], "nothing is none of short, prefix"),
-        (["--plot", "plot.pdf"], "must end in .png or .svg"),
-        (["--json", "no/such/folder/file"], "no file in an existing folder"),
-        (["--rounds", "0"], "must be at least 1"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(argv, said, capsys):
-    with pytest.raises(SystemExit) as exit:
-        compare.main(argv)
-    assert exit.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import call, complete, read, stream, submit
+from helpers import Always, call, complete, plugin, read, stream, submit
 
 from mlx_lm_ext import hookimpl, hookspecs, plugins
-from mlx_lm_ext.batch_server import parse_arguments
+from mlx_lm_ext.batch_server import make_parser, parse_arguments
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.plugins import EVICTION, PluginError, Plugins
@@ -28,16 +28,10 @@ HOOKS = {
 }
 
 
-def plugin(**functions):
-    """A plugin with these hooks."""
-    marked = {name: staticmethod(hookimpl(f)) for name, f in functions.items()}
-    return type("Plugin", (), marked)()
-
-
-def load(*added, options=()):
-    """The plugins of a process, and then these: "first", "second", ..."""
-    found = Plugins(list(options))
-    for name, p in zip(("first", "second", "third"), added):
+def load(*added):
+    """The plugins of a process, and then these: "first" and "second"."""
+    found = Plugins()
+    for name, p in zip(("first", "second"), added):
         found.add(name, lambda: p, f"{name}-dist", "1.0")
     return found
 
@@ -229,8 +223,7 @@ def test_plugin_that_cannot_be_loaded_is_named(make, reason):
     found = load()
     with pytest.raises(PluginError, match=f"plugin 'bad' \\(bad-dist 0.3\\).*{reason}"):
         found.add("bad", make, "bad-dist", "0.3")
-        parser = parse_arguments.__globals__["make_parser"]()
-        found.add_arguments(parser)
+        found.add_arguments(make_parser())
 
 
 @pytest.mark.parametrize(
@@ -336,26 +329,6 @@ def test_hook_register_scheduler_policies(start_engine):
     assert jobs[2].started < jobs[1].started < jobs[0].started
 
 
-class Always(BatchSampler):
-    """Chooses token 65 + the number of tokens that the row has had."""
-
-    name = "always"
-
-    def __init__(self, args, request, tokenizer):
-        self.n = [0]
-
-    def extend(self, other):
-        self.n += other.n
-
-    def filter(self, keep):
-        self.n = [self.n[i] for i in keep]
-
-    def __call__(self, logprobs):
-        tokens = mx.array([65 + n for n in self.n])
-        self.n = [n + 1 for n in self.n]
-        return tokens
-
-
 def test_hook_register_samplers(start_server):
     hook = plugin(mlx_lm_register_samplers=lambda: [Always])
     engine, port = start_server(plugin=hook)
@@ -433,32 +406,12 @@ def test_hooks_are_called_last_registered_first_but_for_tryfirst_and_trylast(
 
         return make_logits_processors
 
-    class First:
-        mlx_lm_make_logits_processors = staticmethod(hookimpl(note("first")))
+    def noting(name, **options):
+        return plugin(mlx_lm_make_logits_processors=note(name), **options)
 
-    class Late:
-        mlx_lm_make_logits_processors = staticmethod(
-            hookimpl(note("late"), trylast=True)
-        )
-
-    class Early:
-        mlx_lm_make_logits_processors = staticmethod(
-            hookimpl(note("early"), tryfirst=True)
-        )
-
-    engine = start_engine(plugin=Early())
-    for p in (
-        First(),
-        Late(),
-        type(
-            "Last",
-            (First,),
-            dict(mlx_lm_make_logits_processors=staticmethod(hookimpl(note("last")))),
-        )(),
-    ):
-        engine.policies.plugins.add(
-            str(len(calls)) + type(p).__name__, lambda: p, "d", "1"
-        )
+    engine = start_engine(plugin=noting("early", tryfirst=True))
+    for name, options in (("first", {}), ("late", dict(trylast=True)), ("last", {})):
+        engine.policies.plugins.add(name, lambda: noting(name, **options), "d", "1")
     read(submit(engine, "hello", max_tokens=1))
     assert calls[:4] == ["early", "last", "first", "late"]
 
@@ -503,8 +456,9 @@ def test_observer_that_raises_is_logged_and_the_others_are_told(start_server, ca
     engine, port = start_server(
         plugin=plugin(mlx_lm_request_finished=lambda request: told.put(request))
     )
-    bad = type("Bad", (), {"mlx_lm_request_finished": staticmethod(hookimpl(fail))})()
-    engine.policies.plugins.add("bad", lambda: bad, "bad-dist", "1")
+    engine.policies.plugins.add(
+        "bad", lambda: plugin(mlx_lm_request_finished=fail), "bad-dist", "1"
+    )
     assert complete(port, "hello", max_tokens=5)
     told.get(timeout=60)
     assert "plugin 'bad' (bad-dist 1): mlx_lm_request_finished failed" in caplog.text

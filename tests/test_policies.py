@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import Reference, read, submit, texts
-from test_plugins import Always, plugin
+from helpers import Always, Reference, only_error, plugin, read, submit, texts
 
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
@@ -176,8 +175,7 @@ def test_eviction_policy_that_fails_is_replaced(cls, start_with, caplog):
     for prompt in ("a" * 60, "b" * 60, "c" * 60, "d" * 60):
         read(submit(engine, prompt, max_tokens=1))
     assert len(engine.prompt_cache) == 2
-    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert record.message == (
+    assert only_error(caplog) == (
         f"The eviction policy '{cls.name}' of plugin 'test' (tests 0) failed; "
         "'lru' replaces it"
     )
@@ -283,8 +281,8 @@ def test_scheduler_policy_that_fails_is_replaced(cls, start_with, model_folder, 
     jobs = [submit(engine, p, max_tokens=8) for p in prompts]
     for prompt, job in zip(prompts, jobs):
         assert read(job) == reference.tokens(prompt, 8)
-    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert f"'{cls.name}' of plugin 'test' (tests 0) failed; 'fcfs'" in record.message
+    message = f"'{cls.name}' of plugin 'test' (tests 0) failed; 'fcfs'"
+    assert message in only_error(caplog)
 
 
 def test_requests_that_a_policy_leaves_out_follow_in_order_of_arrival(start_with):
@@ -471,8 +469,8 @@ def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     jobs = [submit(engine, p, max_tokens=20 + i) for i, p in enumerate(prompts)]
     for i, (prompt, job) in enumerate(zip(prompts, jobs)):
         assert read(job) == reference.tokens(prompt, 20 + i)
-    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert f"sampler '{cls.name}' of plugin 'test' (tests 0) failed" in record.message
+    message = f"sampler '{cls.name}' of plugin 'test' (tests 0) failed"
+    assert message in only_error(caplog)
 
 
 def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
