@@ -9,7 +9,6 @@ from typing import Any, Dict, List, Optional, Tuple
 import mlx.core as mx
 from mlx_lm import __version__
 from mlx_lm.generate import BatchGenerator, GenerationBatch
-from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
     APIHandler,
     CompletionRequest,
@@ -104,21 +103,6 @@ class LeanBatchGenerator(BatchGenerator):
         return self._generation_batch
 
 
-class LRUPromptCacheBase(LRUPromptCache):
-    """``LRUPromptCache`` whose order of eviction can be another one."""
-
-    def __init__(self, order: LRUPromptCache.CacheOrder, max_bytes: int):
-        super().__init__(1 << 63, max_bytes)
-        self._lru = order
-
-    def remove(self, model: Any, tokens: List[int], reason: str) -> None:
-        """Drop one sequence, and tell the order why."""
-        entry = self._trie.pop(model, tokens)
-        self._lru.remove(model, tokens, reason)
-        self._n_bytes -= entry.nbytes
-        self._n_bytes_by_type[entry.cache_type] -= entry.nbytes
-
-
 class ModelProviderBase(ModelProvider):
     """``ModelProvider`` with its name maps and load arguments as public members."""
 
@@ -150,7 +134,14 @@ class ResponseGeneratorBase(ResponseGenerator):
         self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments
     ) -> Tuple[List[int], List[List[int]], List[str], str]:
         """The prompt, its segments, their types, and the initial text state."""
-        return self._tokenize(tokenizer, request, args)[:4]
+        prompt, segments, types, state, _ = self._tokenize(tokenizer, request, args)
+        if request.messages and len(segments) == 1 and tokenizer.has_thinking:
+            # Upstream cuts before the reasoning only after a message of the user's.
+            start = tokenizer.rfind_think_start(prompt, start=max(0, len(prompt) - 11))
+            if start > 0:
+                segments = [prompt[:start], prompt[start:]]
+                types = ["user", "assistant"]
+        return prompt, segments, types, state
 
     def _tokenize(self, tokenizer, request, args):
         # Upstream takes no prompt that is token ids already.

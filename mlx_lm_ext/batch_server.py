@@ -199,7 +199,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--radix-cache-size",
         type=size,
         default=1 << 30,
-        help="bytes that the prompt cache may take; also 512MB, 2GB",
+        help="bytes that the prompt cache and the running batch may take; "
+        "also 512MB, 2GB",
+    )
+    cache(
+        "--cache-ttl",
+        type=number(float, 0),
+        default=3600.0,
+        help="seconds without use after which --eviction-policy ttl drops KV",
     )
     cache(
         "--kv-bits",
@@ -336,7 +343,7 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
     from .http_server import BatchHTTPServer
     from .model_provider import BatchModelProvider
     from .policies import Policies
-    from .prompt_cache import PromptCache
+    from .radix_cache import RadixPromptCache
 
     policies = Policies(plugins, args)
 
@@ -356,7 +363,11 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
         raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
     cache = None
     if args.use_prompt_cache:
-        cache = PromptCache(args.radix_cache_size, policies)
+        cache = RadixPromptCache(
+            max_bytes=args.radix_cache_size,
+            eviction=policies.eviction,
+            clock=policies.clock,
+        )
     fingerprint = get_system_fingerprint()
     engine = Engine(BatchModelProvider(args), policies, cache)
     httpd.RequestHandlerClass = partial(

@@ -7,6 +7,7 @@ Rules:
 """
 
 import logging
+from itertools import accumulate
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
@@ -19,9 +20,10 @@ from ._upstream import (
 from .interfaces import SchedulerView
 from .model_provider import BatchModelProvider
 from .policies import Policies
-from .prompt_cache import PromptCache
+from .radix_cache import RadixPromptCache
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
+from .segments import make_segmented_cache
 
 
 class Batch:
@@ -30,14 +32,14 @@ class Batch:
     Args:
         model_provider (BatchModelProvider): Holds the model that the batch runs.
         policies (Policies): Samples, and sets how much prefill a step does.
-        prompt_cache (Optional[PromptCache]): Gives KV to requests and takes it back.
+        prompt_cache (Optional[RadixPromptCache]): Gives KV to requests and takes it back.
     """
 
     def __init__(
         self,
         model_provider: BatchModelProvider,
         policies: Policies,
-        prompt_cache: Optional[PromptCache],
+        prompt_cache: Optional[RadixPromptCache],
     ):
         self.model_provider = model_provider
         self.policies = policies
@@ -105,6 +107,7 @@ class Batch:
         if not uids:
             return
         caches = self.generator.remove(uids, return_prompt_caches=self.caching)
+        self.reserve()
         for uid in uids:
             request = self.active.pop(uid)
             self.prefilling.discard(uid)
@@ -123,6 +126,7 @@ class Batch:
             except Exception:
                 # It waits for the device, which can have failed.
                 logging.exception("A batch could not be closed")
+        self.reserve()
 
     def step(self) -> List[Request]:
         """Run one step and hand out its tokens; gives the requests that it ended."""
@@ -136,6 +140,7 @@ class Batch:
             r.args.logprobs for r in self.active.values()
         )
         prompt_responses, responses = self.generator.next()
+        self.reserve()
         self.store_segments(prompt_responses)
         if responses and scheduler.has("on_tokens"):
             counts = [(self.active[r.uid], 1) for r in responses]
@@ -158,6 +163,13 @@ class Batch:
                 finished.append(request)
         return finished
 
+    def reserve(self) -> None:
+        """Tell the prompt cache what the rows hold: one bound is for both."""
+        if self.caching:
+            generator = self.generator
+            n_bytes = generator.prompt_cache_nbytes if generator else 0
+            self.prompt_cache.reserve(n_bytes)
+
     def plan_prefill(self) -> int:
         """How many tokens of each prompt the next step processes."""
 
@@ -179,16 +191,21 @@ class Batch:
             return [request.prompt + request.generated], None, 0
         if not self.caching:
             return request.segments, None, 0
-        cache, rest = self.prompt_cache.fetch_nearest_cache(
-            request.model.key, request.prompt
-        )
-        request.n_matched = len(request.prompt) - len(rest)
-        segments, skip = [], request.n_matched
-        for segment in request.segments:
-            if skip < len(segment):
-                segments.append(segment[skip:])
-            skip = max(0, skip - len(segment))
-        request.segment_types = request.segment_types[-len(segments) :]
+        key, prompt = request.cache_key, request.prompt
+        # Where others branch off, a prompt pauses to leave what they can resume from.
+        branch = self.prompt_cache.branch_point(key, prompt)
+        cache, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
+        start = request.n_matched = len(prompt) - len(rest)
+        segments, request.to_store = [], []
+        ends = accumulate(len(segment) for segment in request.segments)
+        for end, cache_type in zip(ends, request.segment_types):
+            for stop in (branch, end):
+                if stop is not None and start < stop <= end:
+                    segments.append(prompt[start:stop])
+                    request.to_store.append(cache_type)
+                    start = stop
+        if cache is None:
+            cache = make_segmented_cache(self.model_provider.model)
         return segments, cache, request.n_matched
 
     def store_segments(self, prompt_responses: List[Any]) -> None:
@@ -200,8 +217,8 @@ class Batch:
             return
         for uid, (cache, tokens) in self.generator.extract_cache(ended).items():
             request = self.active[uid]
-            if request.segment_types:
-                self.store(request, tokens, cache, request.segment_types.pop(0))
+            if request.to_store:
+                self.store(request, tokens, cache, request.to_store.pop(0))
 
     def store(
         self,
@@ -212,8 +229,6 @@ class Batch:
     ) -> None:
         """Keep the KV of ``tokens``, unless the cache is off or has just given it."""
         if self.caching and len(tokens) > request.n_matched:
-            # Evaluated at once: a lazy copy would keep the batch's buffers alive.
-            mx.eval([c.state for c in cache])
             self.prompt_cache.insert_cache(
-                request.model.key, tokens[:], cache, cache_type=cache_type
+                request.cache_key, tokens, cache, cache_type=cache_type
             )

@@ -25,7 +25,7 @@ from .batching import Batch
 from .errors import RequestError, internal_error
 from .model_provider import BatchModelProvider
 from .policies import Policies
-from .prompt_cache import PromptCache
+from .radix_cache import RadixPromptCache
 from .request import Request, SingleQueue
 
 # Seconds between two lines of statistics, and between two looks for what has expired.
@@ -38,7 +38,7 @@ class Engine(ResponseGeneratorBase):
     Args:
         model_provider (BatchModelProvider): Loads models; carries the command line.
         policies (Policies): The policies and hooks of plugins.
-        prompt_cache (Optional[PromptCache]): Where KV is kept between requests.
+        prompt_cache (Optional[RadixPromptCache]): Where KV is kept between requests.
           Without one, nothing is kept.
     """
 
@@ -48,7 +48,7 @@ class Engine(ResponseGeneratorBase):
         self,
         model_provider: BatchModelProvider,
         policies: Policies,
-        prompt_cache: Optional[PromptCache] = None,
+        prompt_cache: Optional[RadixPromptCache] = None,
     ):
         self.policies = policies
         self.inbox = SimpleQueue()
@@ -296,7 +296,12 @@ class Engine(ResponseGeneratorBase):
         args = replace(request.args, stop_words=[])
         stream = mx.default_stream(mx.default_device())
         queue = SingleQueue(request, lambda: self.stopping, self.fail)
-        self.serve_single((queue, request.completion, args), stream)
+        # Upstream looks its KV up by the key of the model.
+        self.model_provider.model_key = request.cache_key
+        try:
+            self.serve_single((queue, request.completion, args), stream)
+        finally:
+            self.model_provider.model_key = request.model.key
         if not request.finished:
             request.put(RequestError(503, "the server is stopping"))
         self.batch.n_generated += request.n_generated

@@ -76,9 +76,9 @@ class BuiltIn:
 
     @hookimpl
     def mlx_lm_register_eviction_policies(self):
-        from .eviction import LRU
+        from .eviction import POLICIES
 
-        return [LRU]
+        return POLICIES
 
     @hookimpl
     def mlx_lm_register_scheduler_policies(self):

@@ -46,6 +46,7 @@ class Request(RequestInfo):
           them: they are known from the first token on.
         segments (List[List[int]]): The prompt cut where its KV is worth keeping.
         segment_types (List[str]): The cache type of each segment.
+        to_store (List[str]): The cache types of the segments that are left to run.
         initial_state (str): Where the text state machine starts.
         sampler (str): The name of its sampler.
         clock (Clock): What tells when it started and got its first token.
@@ -56,6 +57,7 @@ class Request(RequestInfo):
     prompt: List[int] = field(default_factory=list)
     segments: List[List[int]] = field(default_factory=list)
     segment_types: List[str] = field(default_factory=list)
+    to_store: List[str] = field(default_factory=list)
     initial_state: str = "normal"
     sampler: str = "default"
     clock: Clock = time.monotonic
@@ -66,6 +68,12 @@ class Request(RequestInfo):
     finished: bool = False
     forgotten: bool = False
     events: SimpleQueue = field(default_factory=SimpleQueue)
+
+    @property
+    def cache_key(self) -> Tuple:
+        """What its KV in the prompt cache belongs to: nobody else finds it."""
+        salt = self.body.get("cache_salt")
+        return self.model.key if salt is None else (*self.model.key, salt)
 
     def check_tokens(self) -> None:
         """Refuse a client's token ids that the model lacks.

@@ -74,6 +74,7 @@ FIELDS = {
     "user": Field(str),
     "priority": Field(int, -(2**31), 2**31 - 1),
     "sampler": Field(str),
+    "cache_salt": Field(str),
 }
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

@@ -25,7 +25,7 @@ from mlx_lm_ext.http_server import BatchHTTPServer
 from mlx_lm_ext.model_provider import BatchModelProvider
 from mlx_lm_ext.plugins import Plugins
 from mlx_lm_ext.policies import Policies
-from mlx_lm_ext.prompt_cache import PromptCache
+from mlx_lm_ext.radix_cache import RadixPromptCache
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,11 @@ def start_engine(model_folder, caplog):
         policies = Policies(plugins, args)
         cache = None
         if args.use_prompt_cache:
-            cache = PromptCache(args.radix_cache_size, policies)
+            cache = RadixPromptCache(
+                max_bytes=args.radix_cache_size,
+                eviction=policies.eviction,
+                clock=policies.clock,
+            )
         engine = make_engine(BatchModelProvider(args), policies, cache)
         engines.append(engine)
         spotless.append(make_engine is Engine and plugin is None)

@@ -79,11 +79,12 @@ def only_error(caplog):
     return record.message
 
 
-def submit(engine, prompt, **body):
-    """Put a text completion into the engine, as a handler thread does."""
+def submit(engine, prompt="", messages=(), **body):
+    """Put a text completion or a chat into the engine, as a handler thread does."""
     body = parse_body(json.dumps(body).encode())
     args = parse_arguments(body, engine.cli_args)
-    request = CompletionRequest("text", prompt, [], None, None)
+    kind = "chat" if messages else "text"
+    request = CompletionRequest(kind, prompt, list(messages), None, None)
     return engine.generate(request, args, body)
 
 

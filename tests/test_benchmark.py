@@ -117,7 +117,11 @@ def test_a_stopped_server_is_one_line(main):
     "main, argv, said",
     [
         (BENCHMARK, ["--min-delay", "3"], "--min-delay: must be at most --max-delay"),
-        (BENCHMARK, ["--min-tokens", "600"], "--min-tokens: must be at most --max-tokens"),
+        (
+            BENCHMARK,
+            ["--min-tokens", "600"],
+            "--min-tokens: must be at most --max-tokens",
+        ),
         (BENCHMARK, ["--concurrency", "0"], "must be at least 1"),
         (BENCHMARK, ["--plot", "plot.pdf"], "must end in .png or .svg"),
         (COMPARE, ["--workloads", "nothing"], "nothing is none of short, prefix"),

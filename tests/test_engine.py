@@ -221,33 +221,6 @@ def test_request_alone_can_be_cancelled(start_engine):
     assert len(job.generated) < 4000
 
 
-def test_request_alone_leaves_its_kv_however_it_ends(start_engine):
-    engine = start_engine("llama", "--use-prompt-cache")
-    prompt = Reference(engine.cli_args.model).tokenizer.encode("served alone")
-    for max_tokens in (4000, 25):
-        job = submit(engine, prompt, max_tokens=max_tokens, seed=1)
-        while len(job.generated) < 20:
-            job.receive(timeout=60)
-        job.cancel()
-        retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
-        read(retry)
-        assert retry.n_matched >= len(prompt) + 19
-        prompt = prompt[::-1]
-
-
-def test_draft_model_leaves_no_wrong_kv_in_the_cache(
-    model_folder, start_engine, tmp_path
-):
-    draft = make_model(tmp_path / "draft", "llama", seed=5)
-    reference = Reference(model_folder())
-    argv = ["--use-prompt-cache", "--draft-model", str(draft)]
-    engine = start_engine("llama", *argv)
-    for text in texts(6, longest=40):
-        prompt = reference.tokenizer.encode(text)
-        prompt += read(submit(engine, prompt, max_tokens=9)) + [50]
-        assert read(submit(engine, prompt, max_tokens=9)) == reference.tokens(prompt, 9)
-
-
 def test_seed_gives_the_same_tokens_again(start_engine):
     engine = start_engine()
     body = dict(max_tokens=30, seed=11, temperature=1.0)
@@ -322,69 +295,3 @@ def test_stopping_ends_every_request(start_engine):
             read(job)
     with pytest.raises(RequestError, match="stopping"):
         submit(engine, "late")
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_cached_tokens_equal_those_from_cold(architecture, model_folder, start_engine):
-    reference = Reference(model_folder(architecture))
-    engine = start_engine(architecture, "--use-prompt-cache")
-    prompt = texts(1, longest=80, seed=3)[0] + "!"
-    cached = []
-    for text in (prompt, prompt, prompt + " and more", prompt[:5] + "?"):
-        job = submit(engine, text, max_tokens=20)
-        assert read(job) == reference.tokens(text, 20)
-        cached.append(job.n_matched)
-    assert cached[0] == 0
-    assert 0 < cached[1] < len(prompt)
-
-
-def test_exact_repeat_is_taken_from_the_cache(model_folder, start_engine):
-    engine = start_engine("llama", "--use-prompt-cache")
-    reference = Reference(model_folder())
-    prompt = "the same prompt twice"
-    tokens = reference.tokenizer.encode(prompt)
-    answer = read(submit(engine, prompt, max_tokens=4))
-    # The stored key is the prompt with its answer: no token would be left to run.
-    job = submit(engine, tokens + answer, max_tokens=3)
-    assert read(job) == reference.tokens(tokens + answer, 3)
-    assert job.n_matched == len(tokens + answer) - 1
-
-
-def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
-    # With one row, the second starts after the cancelled one has left.
-    engine = start_engine("llama", "--use-prompt-cache", "--batch-size", "1")
-    prompt = Reference(engine.cli_args.model).tokenizer.encode("its client goes away")
-    job = submit(engine, prompt, max_tokens=4000)
-    while len(job.generated) < 20:
-        job.receive(timeout=60)
-    job.cancel()
-    retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
-    read(retry)
-    assert retry.n_matched == len(prompt) + 19
-
-
-def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
-    class CancellingBatch(Batch):
-        def step(self):
-            if self.steps == 3:
-                self.requests[0].cancel()
-            return super().step()
-
-    class CancellingEngine(Engine):
-        batch_class = CancellingBatch
-
-    argv = ["--use-prompt-cache", "--batch-size", "1", "--prefill-step-size", "8"]
-    engine = start_engine("llama", *argv, make_engine=CancellingEngine)
-    submit(engine, "x" * 300, max_tokens=5)
-    retry = submit(engine, "x" * 300, max_tokens=2)
-    read(retry)
-    assert retry.n_matched == 8 * 4
-
-
-def test_nothing_is_kept_without_a_prompt_cache(start_engine):
-    engine = start_engine()
-    for _ in range(2):
-        job = submit(engine, "the same prompt twice", max_tokens=4)
-        read(job)
-        assert job.n_matched == 0
-    assert engine.prompt_cache.nbytes == 0

@@ -3,7 +3,7 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Sequence
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -26,13 +26,13 @@ COMMON = dict(
 LLAMA = dict(COMMON, model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5)
 
 
-def byte_tokens() -> List[str]:
-    """The 256 bytes in the spelling of byte-level BPE, after the special tokens."""
-    return [*SPECIAL, *sorted(ByteLevel.alphabet())]
-
-
 def write_model(
-    folder: Path, architecture: str, config: Dict[str, Any], seed: int = 0
+    folder: Path,
+    architecture: str,
+    config: Dict[str, Any],
+    seed: int = 0,
+    special: Sequence[str] = SPECIAL,
+    chat_template: str = TEMPLATE,
 ) -> Path:
     """Write a float32 model and its tokenizer.
 
@@ -40,8 +40,11 @@ def write_model(
         folder (Path): A folder that does not exist.
         architecture (str): A module of ``mlx_lm.models``.
         config (Dict[str, Any]): Its ``config.json``, but for the tokens.
+        seed (int): Of the weights.
+        special (Sequence[str]): The tokens before those of the 256 bytes.
+        chat_template (str): A Jinja template.
     """
-    tokens = byte_tokens()
+    tokens = [*special, *sorted(ByteLevel.alphabet())]
     config = config | dict(
         vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
     )
@@ -61,8 +64,8 @@ def write_model(
         folder,
         tokens,
         [],
-        special=SPECIAL,
-        chat_template=TEMPLATE,
+        special=list(special),
+        chat_template=chat_template,
         eos_token="<|im_end|>",
     )
     return folder

@@ -1,0 +1,398 @@
+"""KV kept between requests: radix trees within a bound.
+
+Rules:
+1. The bound counts the trees and the running batch. Room is made before anything is kept.
+2. Leaves leave, those of the lowest priority first: what prompts begin with outlives
+   what follows it.
+3. What a lookup gives was checked: each layer holds just the tokens that it says.
+"""
+
+import heapq
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Collection, Dict, List, Optional, Tuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
+
+from .eviction import LRU
+from .interfaces import Clock, Entry, EvictionPolicy
+from .plugins import EVICTION
+from .policies import Guard, Slot
+from .radix_tree import Match, Node
+from .segments import Layout, copy, nbytes, slices
+
+UNBOUNDED = 1 << 63
+
+
+@dataclass
+class CacheStats:
+    """What the cache holds and what it was good for.
+
+    Args:
+        nodes (int): Entries.
+        tokens (int): Tokens of which it holds KV, shared ones once.
+        bytes (int): Bytes that it holds.
+        bytes_saved (int): What whole sequences would take in addition.
+        hits (int): Lookups that found something.
+        misses (int): Lookups that did not.
+        hit_tokens (int): Tokens that were found.
+        evictions (Dict[str, int]): Entries that left, by reason.
+    """
+
+    nodes: int
+    tokens: int
+    bytes: int
+    bytes_saved: int
+    hits: int
+    misses: int
+    hit_tokens: int
+    evictions: Dict[str, int]
+
+
+class RadixPromptCache(LRUPromptCache):
+    """``LRUPromptCache`` that stores each prefix once and finds what prompts share.
+
+    All methods run on the generation thread.
+
+    Args:
+        max_size (int): The most entries that it may hold.
+        max_bytes (int): The most bytes that it and the running batch may hold.
+        eviction (Optional[Guard]): The eviction policy; LRU unless given.
+        clock (Clock): Seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        max_size: int = UNBOUNDED,
+        max_bytes: int = UNBOUNDED,
+        eviction: Optional[Guard] = None,
+        clock: Clock = time.monotonic,
+    ):
+        super().__init__(max_size, max_bytes)
+        built_in = Slot(EVICTION, LRU.name, LRU, "mlx-lm-ext", LRU)
+        self.eviction = eviction or Guard(built_in, None, clock)
+        self.clock = clock
+        # By model and layout: a quantised cache shares nothing with one that is not.
+        self.roots: Dict[Any, Dict[Tuple, Node]] = {}
+        self.nodes: Dict[Entry, Node] = {}
+        self.held = 0
+        self.active = 0
+        self.counts: Counter = Counter()
+        self.unknown: set = set()
+
+    def __len__(self):
+        return len(self.nodes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.held
+
+    # Lookup
+
+    def search(self, model: Any, tokens: List[int]) -> Match:
+        """Find the longest prefix, one token short of the whole prompt at most."""
+        found = [root.search(tokens) for root in self.roots.get(model, {}).values()]
+        return max(found, key=lambda match: match.n_tokens, default=Match())
+
+    def branch_point(self, model: Any, tokens: List[int]) -> Optional[int]:
+        """Where prompts part in a node that cannot be resumed there: a cache that is
+        inserted with so many tokens lets the next one resume."""
+        match = self.search(model, tokens)
+        return match.n_common if match.n_common > match.n_tokens else None
+
+    def fetch_nearest_cache(
+        self, model: Any, tokens: List[int]
+    ) -> Tuple[Optional[List[Any]], List[int]]:
+        """Caches of the longest prefix that is known.
+
+        Args:
+            model (Any): What made the KV: entries of another are not found.
+            tokens (List[int]): A prompt.
+
+        Returns:
+            Tuple: The model's caches, or ``None``, and the tokens that are left to run:
+            at least one.
+        """
+        node, n, _ = self.search(model, tokens)
+        caches = node.restore(n, len(tokens) - n) if n else None
+        if caches is None:
+            self.counts["misses"] += 1
+            return None, tokens
+        self.counts["hits"] += 1
+        self.counts["hit_tokens"] += n
+        used = [node.entry for node in node.path]
+        now = self.clock()
+        for entry in used:
+            entry.hits += 1
+            entry.last_hit = now
+
+        def tell(policy):
+            for entry in used:
+                start = entry.depth - entry.n_tokens
+                policy.on_hit(entry, min(n, entry.depth) - start)
+
+        self.eviction.run(tell)
+        return caches, tokens[n:]
+
+    # Insertion
+
+    def insert_cache(
+        self,
+        model: Any,
+        tokens: List[int],
+        prompt_cache: List[Any],
+        *,
+        cache_type: str = "assistant",
+    ) -> None:
+        """Keep what the tree lacks of a sequence, if there can be room for it.
+
+        Args:
+            model (Any): What made the KV.
+            tokens (List[int]): The tokens that the caches have seen. If those hold fewer,
+              as after speculative decoding, the first ones.
+            prompt_cache (List[Any]): A cache for each of the model's layers.
+            cache_type (str): "system", "user" or "assistant".
+        """
+        try:
+            layout = Layout(prompt_cache)
+        except TypeError as e:
+            if str(e) not in self.unknown:
+                self.unknown.add(str(e))
+                logging.warning(
+                    f"The prompt cache does not keep KV of {e}: it is unknown"
+                )
+            return
+        n, arrays = layout.read(prompt_cache, len(tokens))
+        if not n:
+            return
+        tokens = tokens[:n]
+        root = self.roots.get(model, {}).get(layout.key) or Node(layout)
+        node, n_common = root.descend(tokens)
+        adds, splits = n_common < n, n_common < node.end
+        if not adds:
+            is_stored = node.is_complete if splits else node.is_resumable
+            if is_stored and (node.entry.cache_type == cache_type or not splits):
+                node.entry.cache_type = cache_type
+                self.touch(node)
+                return
+        has_segment = [
+            above is not None and (kind.can_cut(n) or not adds)
+            for kind, above in zip(layout.kinds, node.segments)
+        ]
+        segments = [
+            slices(a, n_common, n) if has else None
+            for a, has in zip(arrays, has_segment)
+        ]
+        frozen = [None if has else a for a, has in zip(arrays, has_segment)]
+        needed = sum(nbytes(a) for a in (*segments, *frozen) if a is not None)
+        if not self.make_room(needed, adds + splits, node):
+            return
+        self.roots.setdefault(model, {})[layout.key] = root
+        if splits:
+            node = self.split(node, n_common)
+        segments, frozen = (
+            [None if a is None else copy(a) for a in layers]
+            for layers in (segments, frozen)
+        )
+        mx.eval(segments, frozen)
+        self.held += needed
+        if adds:
+            now = self.clock()
+            entry = Entry(
+                n_tokens=n - n_common,
+                nbytes=needed,
+                depth=n,
+                cache_type=cache_type,
+                model_key=model,
+                created=now,
+                last_hit=now,
+                recompute_cost=n - n_common,
+            )
+            node = Node(layout, node, tokens[n_common:], segments, entry)
+            node.parent.children[tokens[n_common]] = self.nodes[entry] = node
+        else:
+            node.entry.cache_type = cache_type
+            node.entry.nbytes += needed
+        if not all(has_segment):
+            node.frozen = frozen
+        self.touch(node)
+        if adds:
+            self.eviction.run(lambda policy: policy.on_insert(node.entry))
+
+    def split(self, node: Node, n: int) -> Node:
+        """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
+        upper = node.split(n)
+        self.nodes[upper.entry] = upper
+        self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
+        return upper
+
+    def touch(self, node: Node) -> None:
+        """Note that a prompt has used the way to ``node``."""
+        now = self.clock()
+        for above in node.path:
+            above.entry.last_hit = now
+
+    # Eviction
+
+    def reserve(self, n_bytes: int) -> None:
+        """Make room for a running batch that now holds ``n_bytes``."""
+        self.active = n_bytes
+        self.evict(self.max_bytes - n_bytes, self.max_size)
+
+    def trim_to(
+        self, *, n_sequences: Optional[int] = None, n_bytes: Optional[int] = None
+    ) -> None:
+        """Evict until so many entries, and so many bytes, are left at most."""
+        self.evict(
+            UNBOUNDED if n_bytes is None else n_bytes,
+            UNBOUNDED if n_sequences is None else n_sequences,
+        )
+
+    def make_room(self, n_bytes: int, n_nodes: int, node: Node) -> bool:
+        """Evict all that has to leave for an insertion at ``node``, if that is enough."""
+        keep = node.path
+        n_bytes = self.max_bytes - self.active - n_bytes
+        n_nodes = self.max_size - n_nodes
+        if sum(n.entry.nbytes for n in keep) > n_bytes or len(keep) > n_nodes:
+            return False
+        self.evict(n_bytes, n_nodes, keep)
+        return True
+
+    def evict(self, n_bytes: int, n_nodes: int, keep: Collection[Node] = ()) -> None:
+        """Drop leaves, those of the lowest priority first and the pinned ones last."""
+
+        def fits() -> bool:
+            return self.held <= n_bytes and len(self) <= n_nodes
+
+        def run(policy: EvictionPolicy) -> None:
+            for pinned in (False, True):
+                order = count()
+
+                def push(node):
+                    if (
+                        node.parent is not None
+                        and not node.children
+                        and node not in kept
+                        and (pinned or policy.evictable(node.entry))
+                    ):
+                        priority = policy.priority(node.entry)
+                        heapq.heappush(heap, (priority, next(order), node))
+
+                heap: List[Tuple] = []
+                for node in list(self.nodes.values()):
+                    push(node)
+                while heap and not fits():
+                    push(self.drop(heapq.heappop(heap)[-1], "evicted", policy, kept))
+                if fits():
+                    return
+
+        if not fits():
+            kept = set(keep)
+            self.eviction.run(run)
+
+    def drop(
+        self,
+        node: Node,
+        reason: str,
+        policy: EvictionPolicy,
+        keep: Collection[Node] = (),
+    ) -> Node:
+        """Remove a leaf, and those above that are of no use without it.
+
+        Returns:
+            Node: The one above that is left.
+        """
+        dropped = []
+        while not dropped or not (
+            node.parent is None or node.children or node.is_resumable or node in keep
+        ):
+            entry, parent = node.entry, node.parent
+            dropped.append(entry)
+            del self.nodes[entry]
+            del parent.children[node.tokens[0]]
+            self.held -= entry.nbytes
+            self.counts[reason] += 1
+            node = parent
+        if node.parent is None and not node.children:
+            roots = self.roots[entry.model_key]
+            del roots[node.layout.key]
+            if not roots:
+                del self.roots[entry.model_key]
+        for entry in dropped:
+            policy.on_remove(entry, reason)
+        return node
+
+    def expire(self) -> None:
+        """Drop what the policy says is too old, with all that follows it."""
+        if not self.eviction.has("expired"):
+            return
+        now = self.clock()
+
+        def run(policy):
+            for entry in list(policy.expired(now)):
+                if entry in self.nodes:
+                    for node in reversed(self.nodes[entry].subtree):
+                        if node.entry in self.nodes:
+                            self.drop(node, "expired", policy)
+
+        self.eviction.run(run)
+
+    # What there is
+
+    def stats_by_type(self) -> Dict[str, Dict[str, int]]:
+        """Entries and bytes of each cache type."""
+        stats = {
+            t: {"n_sequences": 0, "n_bytes": 0} for t in ("assistant", "user", "system")
+        }
+        for entry in self.nodes:
+            of_type = stats[entry.cache_type]
+            of_type["n_sequences"] += 1
+            of_type["n_bytes"] += entry.nbytes
+        return stats
+
+    def stats(self) -> CacheStats:
+        """Takes a time in proportion to the number of entries."""
+        saved = 0
+        for roots in self.roots.values():
+            for root in roots.values():
+                n_leaves: Dict[Node, int] = {}
+                for node in root.subtree[:0:-1]:
+                    below = sum(n_leaves[child] for child in node.children.values())
+                    n_leaves[node] = below or 1
+                    saved += (n_leaves[node] - 1) * node.entry.nbytes
+        return CacheStats(
+            nodes=len(self),
+            tokens=sum(entry.n_tokens for entry in self.nodes),
+            bytes=self.held,
+            bytes_saved=saved,
+            hits=self.counts["hits"],
+            misses=self.counts["misses"],
+            hit_tokens=self.counts["hit_tokens"],
+            evictions={r: self.counts[r] for r in ("evicted", "expired")},
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that the tree is what its rules say.
+
+        Raises:
+            AssertionError: If it is not.
+        """
+        seen = []
+        for model, roots in self.roots.items():
+            for key, root in roots.items():
+                assert root.layout.key == key, "a tree of another layout"
+                for node in root.subtree:
+                    node.check()
+                    if node is not root:
+                        seen.append(node.entry)
+                        assert self.nodes.get(node.entry) is node, "an unknown entry"
+                        assert node.entry.model_key == model, "another model's entry"
+        assert len(seen) == len(self.nodes), "an entry that is in no tree"
+        assert sum(entry.nbytes for entry in seen) == self.held, "wrong bytes in all"
+        assert len(self) <= self.max_size, "more entries than the bound"
+        bytes_fit = self.held + self.active <= self.max_bytes
+        assert bytes_fit or not self.nodes, "more bytes than the bound"

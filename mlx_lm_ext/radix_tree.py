@@ -1,0 +1,224 @@
+"""The radix tree: nodes that hold the KV of token runs.
+
+Rules:
+1. A node has a run of tokens and, for each layer, the segment of exactly that run, or
+   none. A layer that has a segment in a node has one in all nodes above.
+2. Layers without a segment can be frozen at a node's end. A prompt is resumed at any
+   token of a node that has all segments, or at the end of one that is frozen.
+"""
+
+import logging
+from copy import copy as shallow_copy
+from dataclasses import replace
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import mlx.core as mx
+
+from .interfaces import Entry
+from .segments import Arrays, Layout, SegmentedKVCache, copy, nbytes
+
+
+class Match(NamedTuple):
+    """What the tree has of a prompt.
+
+    Args:
+        node (Optional["Node"]): Where it is resumed.
+        n_tokens (int): How many of its tokens need not run.
+        n_common (int): How many are in the tree, and could be had if it were frozen.
+    """
+
+    node: Optional["Node"] = None
+    n_tokens: int = 0
+    n_common: int = 0
+
+
+class Node:
+    """A run of tokens that follows its parent's.
+
+    Args:
+        layout (Layout): The kinds of the layers.
+        parent (Optional[Node]): None at the root.
+        tokens (List[int]): The run; empty at the root.
+        segments (List[Optional[Arrays]]): The KV of the run, for each layer.
+        entry (Optional[Entry]): What policies see; None at the root.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parent: Optional["Node"] = None,
+        tokens: Optional[List[int]] = None,
+        segments: Optional[List[Optional[Arrays]]] = None,
+        entry: Optional[Entry] = None,
+    ):
+        self.layout = layout
+        self.parent = parent
+        self.tokens = tokens or []
+        self.segments = segments or [[] for _ in layout.kinds]
+        # For each layer without a segment, its state after the run.
+        self.frozen: Optional[List[Optional[Arrays]]] = None
+        self.entry = entry
+        self.children: Dict[int, Node] = {}
+
+    @property
+    def end(self) -> int:
+        """Tokens from the start of the prompt to the end of the run."""
+        return self.entry.depth if self.entry else 0
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a prompt can be resumed at each of its tokens."""
+        return None not in self.segments
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a prompt can be resumed at its end."""
+        return self.frozen is not None or self.is_complete
+
+    @property
+    def path(self) -> List["Node"]:
+        """The nodes from below the root to this one."""
+        nodes, node = [], self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    @property
+    def subtree(self) -> List["Node"]:
+        """This node and all below it, each after its parent."""
+        nodes = [self]
+        for node in nodes:
+            nodes += node.children.values()
+        return nodes
+
+    @property
+    def arrays(self) -> List[Arrays]:
+        return [a for a in (*self.segments, *(self.frozen or ())) if a is not None]
+
+    def match(self, tokens: List[int]) -> int:
+        """How many tokens of the run are found at the same place of ``tokens``."""
+        run, start = self.tokens, self.start
+        if tokens[start : start + len(run)] == run:
+            return len(run)
+        low, high = 0, min(len(run), len(tokens) - start)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if run[low:middle] == tokens[start + low : start + middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def descend(self, tokens: List[int]) -> Tuple["Node", int]:
+        """The last node on the way of ``tokens``, and how many of them it takes."""
+        node, n = self, 0
+        while n == node.end and n < len(tokens) and tokens[n] in node.children:
+            node = node.children[tokens[n]]
+            n += node.match(tokens)
+        return node, n
+
+    def search(self, tokens: List[int]) -> Match:
+        """How much of a prompt is below this root; one token of it has to run."""
+        node, n_common = self.descend(tokens[: len(tokens) - 1])
+        while node.parent is not None:
+            if node.is_complete:
+                return Match(node, n_common, n_common)
+            if node.frozen is not None and node.end <= n_common:
+                return Match(node, node.end, n_common)
+            node = node.parent
+        return Match(None, 0, n_common)
+
+    def restore(self, n: int, n_to_come: int) -> Optional[List[Any]]:
+        """The model's caches after the prompt's first ``n`` tokens.
+
+        Args:
+            n (int): At most as many as this node ends at.
+            n_to_come (int): Tokens that will follow.
+
+        Returns:
+            Optional[List[Any]]: ``None`` if a layer does not hold just those tokens.
+        """
+        path = self.path
+        layers = []
+        for i, kind in enumerate(self.layout.kinds):
+            if self.segments[i] is None:
+                is_right = kind.holds(self.frozen[i], n)
+                cache = kind.thaw(self.frozen[i], n) if is_right else None
+            else:
+                parts = [node.segments[i] for node in path]
+                is_right = sum(part[0].shape[-2] for part in parts) == self.end
+                cache = kind.join(parts, n) if is_right else None
+            if cache is None:
+                logging.error(f"The prompt cache is wrong in layer {i} at token {n}")
+                return None
+            if isinstance(cache, SegmentedKVCache):
+                cache.n_to_come = n_to_come
+            layers.append(cache)
+        return self.layout.nest(layers)
+
+    def split(self, n: int) -> "Node":
+        """Put a new node above that takes over the tokens up to the prompt's ``n``-th.
+
+        Returns:
+            Node: The new one. Each of the two holds copies of its part.
+        """
+        entry, n_upper = self.entry, n - self.start
+
+        def cut(start: int, stop: int) -> List[Optional[Arrays]]:
+            return [None if a is None else copy(a, start, stop) for a in self.segments]
+
+        above, below = cut(0, n_upper), cut(n_upper, entry.n_tokens)
+        mx.eval(above, below)
+        upper = replace(
+            entry,
+            n_tokens=n_upper,
+            nbytes=sum(nbytes(a) for a in above if a is not None),
+            depth=n,
+            recompute_cost=n_upper,
+            data=shallow_copy(entry.data),
+        )
+        node = Node(self.layout, self.parent, self.tokens[:n_upper], above, upper)
+        node.parent.children[node.tokens[0]] = node
+        node.children[self.tokens[n_upper]] = self
+        entry.n_tokens -= n_upper
+        entry.nbytes -= upper.nbytes
+        entry.recompute_cost = entry.n_tokens
+        self.parent, self.tokens, self.segments = node, self.tokens[n_upper:], below
+        return node
+
+    def check(self) -> None:
+        """Prove rules 1 and 2 for this node and its place.
+
+        Raises:
+            AssertionError: If one is broken.
+        """
+        entry, parent, kinds = self.entry, self.parent, self.layout.kinds
+        for first, child in self.children.items():
+            assert child.parent is self, "a child of another parent"
+            assert child.tokens[0] == first, "a child in a wrong place"
+        if parent is None:
+            assert self.children and not self.tokens, "an empty root"
+            return
+        assert entry.n_tokens == len(self.tokens) > 0, "a wrong number of tokens"
+        assert entry.depth == parent.end + entry.n_tokens, "a wrong depth"
+        assert entry.nbytes == sum(nbytes(a) for a in self.arrays), "wrong bytes"
+        assert self.children or self.is_resumable, "a leaf of no use"
+        if parent.entry:
+            assert parent.entry.last_hit >= entry.last_hit, "used after its parent"
+        frozen = self.frozen or [None] * len(kinds)
+        for kind, above, own, state in zip(
+            kinds, parent.segments, self.segments, frozen
+        ):
+            assert own is None or above is not None, "a segment without one above"
+            for x in own or ():
+                assert x.shape[-2] == entry.n_tokens, "a segment of a wrong length"
+            if self.frozen is not None:
+                assert (own is None) != (state is None), "not either cut or frozen"
+            for x in state or ():
+                kept = kind.n_kept(entry.depth)
+                assert kept in (None, x.shape[-2]), "a state of a wrong length"

@@ -1,0 +1,374 @@
+"""How each of upstream's cache types is cut into segments, joined again and frozen.
+
+Rules:
+1. A segment is the KV of a run of tokens in one layer, in arrays of its own: an MLX
+   slice would keep all of its parent in memory.
+2. What cannot be cut, or has dropped tokens, is frozen: its state after n tokens.
+3. The arrays are lazy. Who keeps them evaluates them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+# The arrays of one layer. Those of a segment have the tokens on the last axis but one.
+Arrays = List[Optional[mx.array]]
+
+
+def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
+    """Copies of the arrays, or of their tokens from ``start`` to ``stop``."""
+    if stop is not None:
+        arrays = slices(arrays, start, stop)
+    # mx.contiguous shares a parent's buffer if that is only a little larger.
+    return [None if x is None else mx.concatenate([x, x[:0]]) for x in arrays]
+
+
+def slices(arrays: Arrays, start: int, stop: int) -> Arrays:
+    return [x[..., start:stop, :] for x in arrays]
+
+
+def nbytes(arrays: Arrays) -> int:
+    return sum(x.nbytes for x in arrays if x is not None)
+
+
+def join(parts: List[Arrays], n: int) -> Arrays:
+    """The first ``n`` tokens of consecutive segments, in new arrays.
+
+    A cache writes into its arrays in place; those of the segments must stay as they are.
+    """
+    joined = [mx.concatenate(x, axis=-2) if len(x) > 1 else x[0] for x in zip(*parts)]
+    return slices(joined, 0, n)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache type, with the settings that two caches must share to share segments."""
+
+    def n_tokens(self, cache: Any) -> Optional[int]:
+        """How many tokens a cache has seen, or ``None`` if it does not know."""
+        return cache.offset
+
+    def arrays(self, cache: Any) -> Arrays:
+        """What it holds, in order, with nothing that is not in use."""
+        raise NotImplementedError
+
+    def n_kept(self, n: int) -> Optional[int]:
+        """How many of ``n`` tokens it holds, if it can be cut and joined."""
+        return n
+
+    def can_cut(self, n: int) -> bool:
+        """Whether a cache of ``n`` tokens can be cut: it has dropped none of them."""
+        return self.n_kept(n) == n
+
+    def holds(self, arrays: Arrays, n: int) -> bool:
+        """Whether ``arrays`` can be what a cache of ``n`` tokens holds."""
+        kept = self.n_kept(n)
+        return kept is None or all(x.shape[-2] == kept for x in arrays)
+
+    def build(self, arrays: Arrays, n: int) -> Any:
+        """A cache of ``n`` tokens that takes over ``arrays``."""
+        raise NotImplementedError
+
+    def thaw(self, frozen: Arrays, n: int) -> Any:
+        """A cache of ``n`` tokens from copies of what ``arrays`` gave."""
+        return self.build([None if x is None else x[:] for x in frozen], n)
+
+    def join(self, parts: List[Arrays], n: int) -> Any:
+        """A cache of the first ``n`` tokens of consecutive segments."""
+        return self.build(join(parts, n), n)
+
+
+class KV(Kind):
+    def arrays(self, cache):
+        return slices(cache.state[:2], 0, cache.offset)
+
+    def join(self, parts, n):
+        return SegmentedKVCache(parts, n)
+
+
+@dataclass(frozen=True)
+class Quantized(Kind):
+    group_size: int
+    bits: int
+
+    def arrays(self, cache):
+        return slices([*cache.keys, *cache.values], 0, cache.offset)
+
+    def build(self, arrays, n):
+        state = (arrays[:3], arrays[3:], n, self.group_size, self.bits)
+        return QuantizedKVCache.from_state(state)
+
+
+@dataclass(frozen=True)
+class Chunked(Kind):
+    chunk_size: int
+
+    def arrays(self, cache):
+        length = cache.offset - cache.start_position
+        # What is over the size is dropped before the next token.
+        excess = max(0, length - self.chunk_size)
+        return slices(cache.state[:2], excess, length)
+
+    def n_kept(self, n):
+        return min(n, self.chunk_size)
+
+    def build(self, arrays, n):
+        start = n - arrays[0].shape[-2]
+        return ChunkedKVCache.from_state((*arrays, n, self.chunk_size, start))
+
+
+@dataclass(frozen=True)
+class Rotating(Kind):
+    max_size: int
+    keep: int
+
+    def arrays(self, cache):
+        *arrays, offset, keep, _, index = cache.state
+
+        def in_order(x):
+            if index < min(offset, x.shape[-2]):
+                # It has wrapped: the next token is written at index.
+                parts = [x[..., :keep, :], x[..., index:, :], x[..., keep:index, :]]
+                x = mx.concatenate(parts, axis=-2)
+            else:
+                x = x[..., :index, :]
+            excess = x.shape[-2] - self.max_size
+            if excess > 0:
+                parts = [x[..., :keep, :], x[..., keep + excess :, :]]
+                x = mx.concatenate(parts, axis=-2)
+            return x
+
+        return [in_order(x) for x in arrays]
+
+    def n_kept(self, n):
+        return min(n, self.max_size)
+
+    def build(self, arrays, n):
+        length = arrays[0].shape[-2]
+        state = (*arrays, n, self.keep, self.max_size, length)
+        return RotatingKVCache.from_state(state)
+
+
+@dataclass(frozen=True)
+class State(Kind):
+    """Of a recurrent layer: it is no run of tokens, and does not know how many it saw."""
+
+    size: int
+
+    def n_tokens(self, cache):
+        return None
+
+    def arrays(self, cache):
+        return list(cache.cache)
+
+    def n_kept(self, n):
+        return None
+
+    def build(self, arrays, n):
+        return ArraysCache.from_state((arrays, None, None))
+
+
+class Layout:
+    """The kinds of a model's caches. Two that are equal share segments.
+
+    Args:
+        caches (List[Any]): One for each layer.
+
+    Raises:
+        TypeError: If one has a type that is not known here.
+    """
+
+    def __init__(self, caches: List[Any]):
+        self.key = tuple(kind_of(cache) for cache in caches)
+        self.kinds: List[Kind] = list(flatten(self.key))
+
+    def read(self, caches: List[Any], n: int) -> Tuple[int, List[Arrays]]:
+        """What the caches of a sequence of ``n`` tokens hold, for each layer.
+
+        Returns:
+            Tuple: Of how many tokens, and the arrays: of none if the layers disagree.
+        """
+        layers = list(leaves(caches))
+        seen = [kind.n_tokens(c) for kind, c in zip(self.kinds, layers)]
+        # Who does not know is believed.
+        seen = [n if x is None else x for x in seen]
+        n = min(n, *seen)
+        if n < 1 or not all(x == n or k.can_cut(x) for k, x in zip(self.kinds, seen)):
+            return 0, []
+        arrays = []
+        for kind, cache, x in zip(self.kinds, layers, seen):
+            a = kind.arrays(cache)
+            if not kind.holds(a, x):
+                return 0, []
+            arrays.append(a if x == n else slices(a, 0, n))
+        return n, arrays
+
+    def nest(self, leaves: Iterable[Any]) -> List[Any]:
+        """The opposite of ``leaves``: the model's caches from those of its layers."""
+        rest = iter(leaves)
+
+        def nested(key):
+            if isinstance(key, tuple):
+                return CacheList(*(nested(k) for k in key))
+            return next(rest)
+
+        return [nested(key) for key in self.key]
+
+
+def kind_of(cache: Any) -> Any:
+    """The kind of a cache; of a ``CacheList``, a tuple of them."""
+    if type(cache) in (KVCache, SegmentedKVCache):
+        return KV()
+    if type(cache) is RotatingKVCache:
+        return Rotating(cache.max_size, cache.keep)
+    if type(cache) is ArraysCache:
+        return State(len(cache.cache))
+    if type(cache) is CacheList:
+        return tuple(kind_of(c) for c in cache.caches)
+    if type(cache) is QuantizedKVCache:
+        return Quantized(cache.group_size, cache.bits)
+    if type(cache) is ChunkedKVCache:
+        return Chunked(cache.chunk_size)
+    raise TypeError(f"{type(cache).__module__}.{type(cache).__name__}")
+
+
+def flatten(nested: Iterable[Any]) -> Iterator[Any]:
+    for item in nested:
+        if isinstance(item, tuple):
+            yield from flatten(item)
+        else:
+            yield item
+
+
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """The caches, with those of each ``CacheList`` in its place."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
+
+
+class SegmentedKVCache(KVCache):
+    """A ``KVCache`` whose first tokens are still in the segments that it was made of.
+
+    ``merge`` copies them straight into a batch. They are joined when it is used alone.
+
+    Args:
+        parts (List[Arrays]): Consecutive segments: keys and values of each.
+        n (int): How many of their tokens it has.
+    """
+
+    parts: List[Arrays] = []
+    # Tokens that are about to follow: a batch makes room for them.
+    n_to_come = 0
+
+    def __init__(self, parts: Iterable[Arrays] = (), n: int = 0):
+        super().__init__()
+        self.parts = list(parts)
+        self.offset = n
+
+    def join(self) -> None:
+        if self.parts:
+            self.keys, self.values = join(self.parts, self.offset)
+
+    @property
+    def keys(self) -> Optional[mx.array]:
+        self.join()
+        return self.joined_keys
+
+    @keys.setter
+    def keys(self, value: Optional[mx.array]) -> None:
+        self.parts = []
+        self.joined_keys = value
+
+    @property
+    def values(self) -> Optional[mx.array]:
+        self.join()
+        return self.joined_values
+
+    @values.setter
+    def values(self, value: Optional[mx.array]) -> None:
+        self.joined_values = value
+
+    def empty(self) -> bool:
+        return not self.parts and super().empty()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own: segments belong to who keeps them."""
+        return 0 if self.parts else super().nbytes
+
+    @classmethod
+    def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
+        return BatchSegmentedKVCache.merge(caches)
+
+
+class BatchSegmentedKVCache(BatchKVCache):
+    """A ``BatchKVCache`` that is filled from segments with one copy.
+
+    What it extracts is a view of a row, of which the prompt cache copies what it lacks.
+    """
+
+    @classmethod
+    def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
+        length = max(c.size() for c in caches)
+        padding = [length - c.size() for c in caches]
+        batch = cls(padding)
+        rows = [
+            getattr(c, "parts", None) or ([(c.keys, c.values)] if c.size() else [])
+            for c in caches
+        ]
+        if length == 0:
+            return batch
+        n_to_come = max(getattr(c, "n_to_come", 0) for c in caches)
+        # An array without room would be copied for the next token.
+        capacity = ((length + n_to_come) // cls.step + 1) * cls.step
+
+        def merged(i: int) -> mx.array:
+            like = next(part[i] for parts in rows for part in parts)
+            shape = (len(rows), like.shape[1], capacity, like.shape[3])
+            x = mx.zeros(shape, like.dtype)
+            for row, (parts, start) in enumerate(zip(rows, padding)):
+                for part in parts:
+                    end = min(start + part[i].shape[2], length)
+                    x[row : row + 1, :, start:end] = part[i][..., : end - start, :]
+                    start = end
+            return x
+
+        left_padding = mx.array(padding)
+        batch.state = (
+            merged(0),
+            merged(1),
+            length - left_padding,
+            left_padding,
+            length,
+        )
+        return batch
+
+    def extract(self, idx: int) -> KVCache:
+        padding = self.left_padding.tolist()[idx]
+        keys, values = (x[idx : idx + 1, :, padding:] for x in self.keys_and_values())
+        return KVCache.from_state((keys, values, keys.shape[2]))
+
+
+def make_segmented_cache(model: Any) -> List[Any]:
+    """Empty caches of a model, which merge with those that the prompt cache gives."""
+
+    def segmented(cache):
+        if isinstance(cache, CacheList):
+            return CacheList(*(segmented(c) for c in cache.caches))
+        return SegmentedKVCache() if type(cache) is KVCache else cache
+
+    return [segmented(cache) for cache in make_prompt_cache(model)]

@@ -1,0 +1,145 @@
+"""The radix prompt cache against a plain dictionary, and what it promises beside."""
+
+from argparse import Namespace
+
+import mlx.core as mx
+import pytest
+from fake_caches import MODELS, contents, feed, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_lm_ext.eviction import LRU, POLICIES
+from mlx_lm_ext.plugins import EVICTION
+from mlx_lm_ext.policies import Guard, Slot
+from mlx_lm_ext.radix_cache import RadixPromptCache
+
+
+class Ticks:
+    """A clock that goes on by one each time it is read."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
+def make_cache(policy=LRU, max_bytes=1 << 63, clock=None, **kwargs):
+    clock = clock or Ticks()
+    args = Namespace(radix_cache_size=max_bytes, cache_ttl=20.0)
+    guard = Guard(Slot(EVICTION, policy.name, policy, "tests", LRU), args, clock)
+    return RadixPromptCache(max_bytes=max_bytes, eviction=guard, clock=clock, **kwargs)
+
+
+def common(a, b):
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+class Dictionary:
+    """What was inserted, each sequence whole."""
+
+    def __init__(self, is_cut):
+        self.is_cut = is_cut
+        self.sequences = []
+
+    def insert(self, model, tokens):
+        self.sequences.append((model, tokens))
+
+    def longest(self, model, tokens):
+        """How many tokens of a prompt are known, if one of them has to run."""
+        best = 0
+        for owner, known in self.sequences:
+            n = min(common(known, tokens), len(tokens) - 1)
+            if owner == model and (self.is_cut or n == len(known)):
+                best = max(best, n)
+        return best
+
+
+# Few tokens, so that prompts share their beginnings.
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+INSERT = st.tuples(
+    st.just("insert"),
+    st.sampled_from("xy"),
+    TOKENS,
+    st.integers(0, 14),
+    st.sampled_from(["system", "user", "assistant"]),
+)
+FETCH = st.tuples(st.just("fetch"), st.sampled_from("xy"), TOKENS)
+TRIM = st.tuples(
+    st.just("trim"), st.sampled_from(["n_sequences", "n_bytes"]), st.integers(0, 6)
+)
+RESERVE = st.tuples(st.just("reserve"), st.integers(0, 3000))
+EXPIRE = st.tuples(st.just("expire"))
+
+
+def check_fetch(cache, name, model, tokens):
+    """A hit holds the KV of just those tokens, and goes on as from cold."""
+    caches, rest = cache.fetch_nearest_cache(model, tokens)
+    n = len(tokens) - len(rest)
+    assert rest and tokens[n:] == rest
+    assert (caches is None) == (n == 0)
+    if caches is not None:
+        cold = make(name, tokens[:n])
+        assert contents(caches, n) == contents(cold, n)
+        for i in range(n, len(tokens)):
+            feed(caches, tokens, i, i + 1)
+            feed(cold, tokens, i, i + 1)
+        assert contents(caches, len(tokens)) == contents(cold, len(tokens))
+    return n
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=40)
+@given(steps=st.lists(INSERT | FETCH, max_size=20))
+def test_it_finds_what_a_dictionary_finds(name, steps):
+    cache = make_cache()
+    known = Dictionary(is_cut=name in ("KVCache", "QuantizedKVCache", "CacheList"))
+    for step in steps:
+        if step[0] == "insert":
+            _, model, tokens, n_prompt, cache_type = step
+            caches = make(name, tokens, min(n_prompt, len(tokens)))
+            cache.insert_cache(model, tokens, caches, cache_type=cache_type)
+            known.insert(model, tokens)
+        else:
+            n = check_fetch(cache, name, *step[1:])
+            ideal = known.longest(*step[1:])
+            # A window that has not wrapped can be cut too.
+            assert n == ideal if known.is_cut else n >= ideal
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=25)
+@given(
+    steps=st.lists(INSERT | FETCH | TRIM | RESERVE | EXPIRE, max_size=25),
+    max_bytes=st.integers(0, 12_000),
+)
+def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_bytes):
+    cache = make_cache(policy, max_bytes)
+    known = Dictionary(is_cut=True)
+    for step in steps:
+        if step[0] == "insert":
+            _, model, tokens, n_prompt, cache_type = step
+            caches = make(name, tokens, min(n_prompt, len(tokens)))
+            cache.insert_cache(model, tokens, caches, cache_type=cache_type)
+            known.insert(model, tokens)
+        elif step[0] == "fetch":
+            n = check_fetch(cache, name, *step[1:])
+            assert n <= known.longest(*step[1:])
+        elif step[0] == "trim":
+            limit = step[2] * (1000 if step[1] == "n_bytes" else 1)
+            cache.trim_to(**{step[1]: limit})
+            held = cache.nbytes if step[1] == "n_bytes" else len(cache)
+            assert held <= limit
+        elif step[0] == "reserve":
+            cache.reserve(step[1])
+        else:
+            cache.expire()
+        cache.check_integrity()
+        by_type = cache.stats_by_type().values()
+        assert sum(t["n_bytes"] for t in by_type) == cache.nbytes
+        assert sum(t["n_sequences"] for t in by_type) == len(cache)
