@@ -191,6 +191,11 @@ class RadixPromptCache(LRUPromptCache):
         needed = sum(nbytes(a) for a in (*segments, *frozen) if a is not None)
         if not self.make_room(needed, adds + splits, node):
             return
+        if splits and not node.children and not node.is_resumable:
+            # What it was kept for has left to make room.
+            self.eviction.run(lambda policy: self.drop(node, "evicted", policy))
+            self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+            return
         self.roots.setdefault(model, {})[layout.key] = root
         if splits:
             node = self.split(node, n_common)

@@ -127,7 +127,7 @@ class Node:
         node, n_common = self.descend(tokens[: len(tokens) - 1])
         while node.parent is not None:
             if node.is_complete:
-                return Match(node, n_common, n_common)
+                return Match(node, min(node.end, n_common), n_common)
             if node.frozen is not None and node.end <= n_common:
                 return Match(node, node.end, n_common)
             node = node.parent

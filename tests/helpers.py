@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import threading
 
 import mlx.core as mx
 from mlx_lm import load, stream_generate
@@ -24,8 +25,8 @@ def texts(n, longest=120, seed=0):
 class Reference:
     """What ``mlx_lm.generate`` answers to one prompt at a time, greedily."""
 
-    def __init__(self, folder, **kwargs):
-        self.model, self.tokenizer = load(str(folder))
+    def __init__(self, folder, adapter_path=None, **kwargs):
+        self.model, self.tokenizer = load(str(folder), adapter_path=adapter_path)
         self.kwargs = kwargs
 
     def responses(self, prompt, max_tokens):
@@ -95,6 +96,21 @@ def read(job):
         tokens += job.receive(timeout=60)
         assert tokens, "no token in a minute"
     return [t.id for t in tokens]
+
+
+def wait_until_idle(engine):
+    """Wait until the generation thread has nothing left to do."""
+    idle, report = threading.Event(), engine.report
+
+    def watched(is_idle):
+        report(is_idle)
+        if is_idle:
+            idle.set()
+
+    engine.report = watched
+    engine.inbox.put(None)
+    assert idle.wait(60)
+    engine.report = report
 
 
 def call(port, method, path, body=None, **headers):

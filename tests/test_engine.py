@@ -5,7 +5,7 @@ import threading
 import pytest
 from helpers import Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
-from tiny_models import CONFIGS, make_model
+from tiny_models import CONFIGS
 
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.batching import Batch

@@ -1,19 +1,22 @@
 """What the prompt cache gives to requests: never other tokens than from cold."""
 
+import gc
 import logging
-import threading
+import random
 
 import mlx.core as mx
 import pytest
-from helpers import Reference, read, submit, texts
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.server import CompletionRequest, ResponseGenerator
-from tiny_models import CONFIGS, UNBATCHABLE, make_model
+from helpers import Reference, read, submit, texts, wait_until_idle
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
+from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
+from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
 
+from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
-from mlx_lm_ext.examples.random_model import LLAMA, SPECIAL, write_model
+from mlx_lm_ext.examples.random_model import SPECIAL, write_model
 from mlx_lm_ext.radix_cache import RadixPromptCache
+from mlx_lm_ext.validation import parse_arguments
 
 CACHE = "--use-prompt-cache"
 
@@ -171,3 +174,207 @@ def test_requests_that_come_together_equal_those_from_cold(
     assert stats.evictions["evicted"] > 10
     assert 0 < stats.bytes <= bound
     assert stats.hit_tokens > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon_h1"])
+def test_memory_is_what_the_cache_says(architecture, start_engine):
+    engine = start_engine(architecture, CACHE, "--radix-cache-size", "6MB")
+    gc.collect()
+    before = mx.get_active_memory()
+    rng = random.Random(5)
+    known = texts(5, longest=100, seed=6)
+    for _ in range(40):
+        prompts = [rng.choice(known) + end for end in texts(25, 30, rng.random())]
+        known = rng.sample(prompts, 3) + rng.sample(known, 2)
+        for job in [submit(engine, p, max_tokens=3) for p in prompts]:
+            read(job)
+    cache = engine.prompt_cache
+    wait_until_idle(engine)
+    cache.check_integrity()
+    assert cache.stats().evictions["evicted"] > 10
+    gc.collect()
+    held = mx.get_active_memory() - before
+    assert held == pytest.approx(cache.nbytes, rel=0.05)
+
+
+def test_no_other_model_finds_a_prompt(model_folder, start_engine, tmp_path):
+    other = str(make_model(tmp_path / "other", "llama", seed=7))
+    adapter = str(make_adapter(tmp_path / "adapter", model_folder()))
+    engine = start_engine("llama", CACHE)
+    prompt = "the same tokens for all of them"
+    answers = {}
+    for kwargs in ({}, {"model": other}, {"adapters": adapter}):
+        for expected in (0, len(prompt) - 1):
+            job = submit(engine, prompt, max_tokens=10, **kwargs)
+            answers.setdefault(str(kwargs), []).append(read(job))
+            assert job.n_matched == expected
+    references = [
+        Reference(model_folder()),
+        Reference(other),
+        Reference(model_folder(), adapter),
+    ]
+    for found, reference in zip(answers.values(), references):
+        assert found == [reference.tokens(prompt, 10)] * 2
+    assert len({str(a) for a in answers.values()}) == 3
+
+
+@pytest.mark.parametrize("alone", [{}, {"seed": 1}])
+def test_requests_with_other_salts_share_nothing(alone, start_engine):
+    engine = start_engine("llama", CACHE)
+    prompt = "a secret that others would like to guess"
+
+    def n_matched(**body):
+        job = submit(engine, prompt, max_tokens=3, **body)
+        read(job)
+        wait_until_idle(engine)
+        return job.n_matched
+
+    known = len(prompt) - 1
+    assert n_matched(cache_salt="mine", **alone) == 0
+    assert n_matched(cache_salt="mine", **alone) == known
+    assert n_matched(cache_salt="theirs", **alone) == 0
+    assert n_matched(**alone) == 0
+    assert n_matched() == known
+    # Served alone or not, a salt is the same.
+    assert n_matched(cache_salt="mine") == known
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'].split('</think>')[-1] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("last", ["user", "tool"])
+def test_turn_after_reasoning_that_the_template_drops(
+    architecture, last, start_engine, model_folder, tmp_path
+):
+    folder = write_model(
+        tmp_path / "thinking",
+        architecture,
+        CONFIGS[architecture],
+        special=[*SPECIAL, "<think>", "</think>"],
+        chat_template=THINKING,
+    )
+    engine = start_engine(architecture, CACHE, "--model", str(folder))
+    messages = [
+        {"role": "user", "content": "What is the answer to all of this?"},
+        {"role": last, "content": "It may be a number."},
+    ]
+    first = submit(engine, messages=messages, max_tokens=8)
+    read(first)
+    answer = {"role": "assistant", "content": "Let me see.</think>It is 42."}
+    messages += [answer, {"role": "user", "content": "Why?"}]
+    second = submit(engine, messages=messages, max_tokens=8)
+    assert read(second) == Reference(folder).tokens(second.prompt, 8)
+    # All of the prompt but the start of the reasoning.
+    assert second.n_matched == first.n_prompt - len("_\n")
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_branch_is_resumed_from_the_third_time_on(architecture, start_engine):
+    engine = start_engine(architecture, CACHE)
+    start = "a long beginning that several prompts have and no one has asked for"
+    n_matched = []
+    for end in ("A end", "B other", "C", "D last"):
+        job = submit(engine, start + end, max_tokens=3)
+        read(job)
+        wait_until_idle(engine)
+        n_matched.append(job.n_matched)
+    engine.prompt_cache.check_integrity()
+    # A segment can be cut at once; a state has to be left there by the second.
+    second = len(start) if architecture in ("llama", "deepseek_v2") else 0
+    assert n_matched == [0, second, len(start), len(start)]
+
+
+@pytest.mark.parametrize("bound", ["0", "1KB"])
+def test_bound_below_one_prompt_keeps_nothing(bound, model_folder, start_engine):
+    engine = start_engine("llama", CACHE, "--radix-cache-size", bound)
+    for _ in range(2):
+        job = submit(engine, "the same prompt twice", max_tokens=4)
+        assert read(job) == Reference(model_folder()).tokens("the same prompt twice", 4)
+        assert job.n_matched == 0
+    assert engine.prompt_cache.nbytes == 0
+
+
+def test_bound_counts_the_running_batch(start_engine):
+    held = []
+
+    class Watched(Batch):
+        def step(self):
+            finished = super().step()
+            if self.generator:
+                held.append(self.generator.prompt_cache_nbytes + cache.nbytes)
+                cache.check_integrity()
+            return finished
+
+    class WatchedEngine(Engine):
+        batch_class = Watched
+
+    # 512 bytes a token: two rows of 256, and 100 tokens beside them.
+    bound = 612 * 512
+    argv = [CACHE, "--radix-cache-size", str(bound), "--batch-size", "2"]
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    cache = engine.prompt_cache
+    for job in [submit(engine, p, max_tokens=20) for p in texts(20)]:
+        read(job)
+    wait_until_idle(engine)
+    assert max(held) <= bound
+    assert max(held) > 512 * 512
+    assert cache.stats().evictions["evicted"] > 5
+
+
+def test_model_with_an_unknown_cache_type_is_served(
+    model_folder, start_engine, monkeypatch, caplog
+):
+    monkeypatch.setattr(
+        "mlx_lm.models.llama.Model.make_cache",
+        lambda self: [ConcatenateKVCache(), KVCache()],
+        raising=False,
+    )
+    engine = start_engine("llama", CACHE)
+    for _ in range(3):
+        job = submit(engine, "hello", max_tokens=5)
+        assert read(job) == Reference(model_folder()).tokens("hello", 5)
+        assert job.n_matched == 0
+    wait_until_idle(engine)
+    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [
+        "The prompt cache does not keep KV of mlx_lm.models.cache.ConcatenateKVCache: "
+        "it is unknown"
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "lfm2"])
+def test_upstreams_engine_takes_it_for_its_own_cache(architecture, model_folder):
+    folder = str(model_folder(architecture))
+    args = make_parser().parse_args(["--model", folder])
+    args.decode_concurrency, args.prompt_cache_bytes = 4, None
+    cache = RadixPromptCache()
+    generator = ResponseGenerator(ModelProvider(args), cache)
+    reference = Reference(folder)
+    start = texts(1, seed=4)[0] + "!"
+
+    def generate(prompt):
+        request = CompletionRequest("text", prompt, [], None, None)
+        body = dict(max_tokens=10)
+        context, responses = generator.generate(request, parse_arguments(body, args))
+        return [r.token for r in responses], context.prompt_cache_count
+
+    try:
+        expected = [0, len(start), 0, len(start) - 1]
+        for prompt, n_cached in zip((start, start + "?", "other", start), expected):
+            tokens, found = generate(prompt)
+            assert tokens == reference.tokens(prompt, 10)
+            # Others can be resumed only where upstream has stored them.
+            assert found == n_cached or architecture != "llama"
+    finally:
+        generator.stop_and_join()
+    cache.check_integrity()
+    assert len(cache) > 0
+    cache.trim_to(n_sequences=1)
+    assert len(cache) == 1
+    cache.trim_to(n_bytes=0)
+    assert cache.nbytes == 0

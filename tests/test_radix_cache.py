@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, make
 from hypothesis import given, settings
@@ -58,8 +57,14 @@ class Dictionary:
         return best
 
 
-# Few tokens, so that prompts share their beginnings.
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+# Prompts that share their beginnings: some tokens of a known one, and a few others.
+BASES = [[0] * 14, [0, 0, 0, 1] * 4]
+TOKENS = st.builds(
+    lambda base, n, end: (base[:n] + end) or [0],
+    st.sampled_from(BASES),
+    st.integers(0, 14),
+    st.lists(st.integers(0, 2), max_size=2),
+)
 INSERT = st.tuples(
     st.just("insert"),
     st.sampled_from("xy"),

@@ -1,6 +1,12 @@
 """Tiny random float32 models: one of each kind of cache that matters here."""
 
+import json
 from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm_ext.examples.random_model import COMMON, LLAMA, write_model
 
@@ -93,3 +99,23 @@ def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
     """Write the model of an architecture above."""
     config = (CONFIGS | UNBATCHABLE)[architecture]
     return write_model(folder, architecture, config, seed)
+
+
+def make_adapter(folder: Path, model: Path) -> Path:
+    """Write a LoRA adapter of random weights for a model."""
+    config = dict(
+        fine_tune_type="lora",
+        num_layers=2,
+        lora_parameters=dict(rank=4, scale=10.0, dropout=0.0),
+    )
+    loaded, _ = load(str(model))
+    linear_to_lora_layers(loaded, config["num_layers"], config["lora_parameters"])
+    weights = {
+        name: mx.random.normal(w.shape) * 0.1
+        for name, w in tree_flatten(loaded.parameters())
+        if "lora" in name
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

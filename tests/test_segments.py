@@ -1,0 +1,158 @@
+"""What is cut from upstream's caches and joined again."""
+
+import mlx.core as mx
+import pytest
+from fake_caches import MODELS, contents, feed, make
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    CacheList,
+    ConcatenateKVCache,
+    KVCache,
+    trim_prompt_cache,
+)
+
+from mlx_lm_ext.radix_cache import RadixPromptCache
+from mlx_lm_ext.segments import (
+    Layout,
+    SegmentedKVCache,
+    leaves,
+    make_segmented_cache,
+)
+
+TOKENS = list(range(10))
+
+
+def cached(model, *ends, tokens=TOKENS):
+    """A prompt cache into which a sequence came in pieces that end here."""
+    cache = RadixPromptCache()
+    for end in ends:
+        cache.insert_cache("m", tokens[:end], make(model, tokens[:end]))
+    return cache
+
+
+def merge(rows):
+    """A batch of caches, as mlx-lm's batch generator makes it."""
+    return [row[0].merge(list(row)) for row in zip(*rows)]
+
+
+# A batch knows no window that keeps its first tokens.
+BATCHABLE = [
+    name
+    for name, make_caches in MODELS.items()
+    if all(
+        hasattr(c, "merge") and not getattr(c, "keep", 0) for c in leaves(make_caches())
+    )
+]
+
+
+@pytest.mark.parametrize("model", BATCHABLE)
+@pytest.mark.parametrize("ends", [(9,), (3, 5, 9)])
+def test_hits_merge_into_a_batch_and_come_out_again(model, ends):
+    cache = cached(model, *ends)
+    hit, rest = cache.fetch_nearest_cache("m", TOKENS)
+    short, _ = cache.fetch_nearest_cache("m", TOKENS[:4])
+    rows = [r for r in (short, hit) if r is not None]
+    lengths = [3] * (short is not None) + [9]
+    batch = merge(rows)
+    for i, n in enumerate(lengths):
+        row = [c.extract(i) for c in batch]
+        assert contents(row, n) == contents(make(model, TOKENS[:n]), n)
+    assert rest == TOKENS[9:]
+
+
+def test_rows_of_misses_and_hits_merge():
+    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
+    model = type("Model", (), {"make_cache": lambda self: [KVCache(), KVCache()]})()
+    batch = merge([make_segmented_cache(model), hit, make("KVCache", TOKENS[:5])])
+    for i, n in enumerate((0, 9, 5)):
+        row = [c.extract(i) for c in batch]
+        assert [c.offset for c in row] == [n, n]
+        if n:
+            assert contents(row, n) == contents(make("KVCache", TOKENS[:n]), n)
+
+
+def test_hit_merges_after_plain_caches_as_upstream_merges_them():
+    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
+    batch = merge([make("KVCache", TOKENS[:5]), hit])
+    assert type(batch[0]) is BatchKVCache
+    row = [c.extract(1) for c in batch]
+    assert contents(row, 9) == contents(make("KVCache", TOKENS[:9]), 9)
+
+
+def test_hit_costs_one_copy():
+    tokens = list(range(250)) * 8
+    cache = RadixPromptCache()
+    for end in (700, 1400, 2000):
+        cache.insert_cache("m", tokens[:end], make("KVCache", tokens[:end]))
+    hit, _ = cache.fetch_nearest_cache("m", tokens + [1])
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    batch = merge([hit])
+    mx.eval([c.state for c in batch])
+    feed(batch, tokens + [1], 2000, 2001)
+    mx.eval([c.state for c in batch])
+    # Both layers' arrays have room for the next tokens.
+    size = sum(c.nbytes for c in batch)
+    assert size <= cache.nbytes * 1.1
+    assert mx.get_peak_memory() - before <= size * 1.02
+
+
+def test_insertion_copies_only_what_is_new():
+    tokens = list(range(250)) * 8
+    cache = RadixPromptCache()
+    cache.insert_cache("m", tokens[:1900], make("KVCache", tokens[:1900]))
+    grown = make("KVCache", tokens)
+    mx.eval([c.state for c in grown])
+    mx.reset_peak_memory()
+    before, held = mx.get_active_memory(), cache.nbytes
+    cache.insert_cache("m", tokens, grown)
+    assert cache.nbytes - held == held * 100 // 1900
+    assert mx.get_peak_memory() - before <= (cache.nbytes - held) * 1.1
+
+
+def test_segments_own_their_memory():
+    # With one head a slice is contiguous, and MLX would share its parent's buffer.
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    caches = make("KVCache", list(range(40)))
+    cache = RadixPromptCache()
+    cache.insert_cache("m", list(range(10)), [trimmed(c, 30) for c in caches])
+    del caches
+    assert mx.get_active_memory() - before == cache.nbytes
+
+
+def trimmed(cache, n):
+    trim_prompt_cache([cache], n)
+    return cache
+
+
+def test_hit_is_used_alone_like_the_cache_it_was():
+    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
+    assert [c.size() for c in hit] == [9, 9]
+    assert not any(c.empty() for c in hit)
+    # Segments are the prompt cache's: they are not counted twice.
+    assert [c.nbytes for c in hit] == [0, 0]
+    assert trim_prompt_cache(hit, 4) == 4
+    assert contents(hit, 5) == contents(make("KVCache", TOKENS[:5]), 5)
+    assert all(c.nbytes > 0 for c in hit)
+    assert SegmentedKVCache().empty() and SegmentedKVCache().keys is None
+
+
+def test_caches_that_disagree_are_not_kept():
+    cache = RadixPromptCache()
+    caches = make("sliding window", TOKENS)
+    # The window has wrapped: it cannot go back to the tokens of the other.
+    caches[1].trim(2)
+    cache.insert_cache("m", TOKENS, caches)
+    assert len(cache) == 0
+    # Both can be cut: the tokens that both have are kept.
+    caches = make("KVCache", TOKENS)
+    caches[1].trim(2)
+    cache.insert_cache("m", TOKENS, caches)
+    assert cache.stats().tokens == 8
+    cache.check_integrity()
+
+
+def test_layout_of_an_unknown_type_names_it():
+    with pytest.raises(TypeError, match="mlx_lm.models.cache.ConcatenateKVCache"):
+        Layout([KVCache(), CacheList(ConcatenateKVCache())])
