@@ -169,7 +169,7 @@ class RadixPromptCache(LRUPromptCache):
         n, arrays = layout.read(prompt_cache, len(tokens))
         if not n:
             return
-        tokens = tokens[:n]
+        tokens, now = tokens[:n], self.clock()
         root = self.roots.get(model, {}).get(layout.key) or Node(layout)
         node, n_common = root.descend(tokens)
         adds, splits = n_common < n, n_common < node.end
@@ -177,7 +177,7 @@ class RadixPromptCache(LRUPromptCache):
             is_stored = node.is_complete if splits else node.is_resumable
             if is_stored and (node.entry.cache_type == cache_type or not splits):
                 node.entry.cache_type = cache_type
-                self.touch(node)
+                self.touch(node, now)
                 return
         has_segment = [
             above is not None and (kind.can_cut(n) or not adds)
@@ -206,7 +206,6 @@ class RadixPromptCache(LRUPromptCache):
         mx.eval(segments, frozen)
         self.held += needed
         if adds:
-            now = self.clock()
             entry = Entry(
                 n_tokens=n - n_common,
                 nbytes=needed,
@@ -224,7 +223,7 @@ class RadixPromptCache(LRUPromptCache):
             node.entry.nbytes += needed
         if not all(has_segment):
             node.frozen = frozen
-        self.touch(node)
+        self.touch(node, now)
         if adds:
             self.eviction.run(lambda policy: policy.on_insert(node.entry))
 
@@ -235,9 +234,8 @@ class RadixPromptCache(LRUPromptCache):
         self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
         return upper
 
-    def touch(self, node: Node) -> None:
+    def touch(self, node: Node, now: float) -> None:
         """Note that a prompt has used the way to ``node``."""
-        now = self.clock()
         for above in node.path:
             above.entry.last_hit = now
 

@@ -1,6 +1,7 @@
 """Upstream's caches, filled with KV that tells which tokens it was made from."""
 
 import zlib
+from argparse import Namespace
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -12,6 +13,10 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from mlx_lm_ext.eviction import LRU
+from mlx_lm_ext.plugins import EVICTION
+from mlx_lm_ext.policies import Guard, Slot
+from mlx_lm_ext.radix_cache import RadixPromptCache
 from mlx_lm_ext.segments import Layout, leaves
 
 WINDOW = 6
@@ -68,3 +73,20 @@ def contents(caches, n):
         [x.tolist() for x in kind.arrays(cache)]
         for kind, cache in zip(layout.kinds, leaves(caches))
     ]
+
+
+class Ticks:
+    """A clock that goes on by one each time it is read."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
+def make_cache(policy=LRU, max_bytes=1 << 63, clock=None, **kwargs):
+    clock = clock or Ticks()
+    args = Namespace(radix_cache_size=max_bytes, cache_ttl=20.0)
+    guard = Guard(Slot(EVICTION, policy.name, policy, "tests", LRU), args, clock)
+    return RadixPromptCache(max_bytes=max_bytes, eviction=guard, clock=clock, **kwargs)

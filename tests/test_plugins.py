@@ -297,13 +297,14 @@ def test_hook_add_arguments(install):
 
 def test_hook_register_eviction_policies(start_engine):
     hook = plugin(mlx_lm_register_eviction_policies=lambda: [Largest])
-    # 512 bytes a token: room for 150.
-    argv = ["--use-prompt-cache", "--radix-cache-size", "76800"]
+    # 512 bytes a token: room for 150 beside the 256 of a running request.
+    argv = ["--use-prompt-cache", "--radix-cache-size", str(406 * 512)]
     kept = {}
     for policy in ("lru", "largest"):
         engine = start_engine("llama", *argv, "--eviction-policy", policy, plugin=hook)
-        for prompt in ("a" * 20, "b" * 100, "c" * 60):
-            read(submit(engine, prompt, max_tokens=2))
+        # The largest leaf is an answer.
+        for prompt, max_tokens in (("a" * 20, 2), ("b" * 20, 60), ("c" * 80, 2)):
+            read(submit(engine, prompt, max_tokens=max_tokens))
         again = submit(engine, "a" * 20, max_tokens=2)
         read(again)
         kept[policy] = again.n_matched

@@ -1,33 +1,11 @@
 """The radix prompt cache against a plain dictionary, and what it promises beside."""
 
-from argparse import Namespace
-
 import pytest
-from fake_caches import MODELS, contents, feed, make
+from fake_caches import MODELS, contents, feed, make, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_lm_ext.eviction import LRU, POLICIES
-from mlx_lm_ext.plugins import EVICTION
-from mlx_lm_ext.policies import Guard, Slot
-from mlx_lm_ext.radix_cache import RadixPromptCache
-
-
-class Ticks:
-    """A clock that goes on by one each time it is read."""
-
-    now = 0.0
-
-    def __call__(self):
-        self.now += 1
-        return self.now
-
-
-def make_cache(policy=LRU, max_bytes=1 << 63, clock=None, **kwargs):
-    clock = clock or Ticks()
-    args = Namespace(radix_cache_size=max_bytes, cache_ttl=20.0)
-    guard = Guard(Slot(EVICTION, policy.name, policy, "tests", LRU), args, clock)
-    return RadixPromptCache(max_bytes=max_bytes, eviction=guard, clock=clock, **kwargs)
+from mlx_lm_ext.eviction import POLICIES
 
 
 def common(a, b):

@@ -72,8 +72,8 @@ def test_installed_sample_changes_what_the_server_does(
         source,
     )
     log = tmp_path / "log.jsonl"
-    # 512 bytes a token: room for 200.
-    cache = ["--use-prompt-cache", "--radix-cache-size", "102400"]
+    # 512 bytes a token: room for 200 beside the 256 of a running request.
+    cache = ["--use-prompt-cache", "--radix-cache-size", str(456 * 512)]
     flags = ["--eviction-policy", "cost", "--cost-weight", "1"]
     flags += ["--scheduler", "streams-first", "--request-log", str(log)]
     with server_process(*model, *cache, *flags, python=environment) as (port, _, _):

@@ -100,13 +100,13 @@ def test_hit_costs_one_copy():
 def test_insertion_copies_only_what_is_new():
     tokens = list(range(250)) * 8
     cache = RadixPromptCache()
-    cache.insert_cache("m", tokens[:1900], make("KVCache", tokens[:1900]))
+    cache.insert_cache("m", tokens[:1000], make("KVCache", tokens[:1000]))
     grown = make("KVCache", tokens)
     mx.eval([c.state for c in grown])
     mx.reset_peak_memory()
     before, held = mx.get_active_memory(), cache.nbytes
     cache.insert_cache("m", tokens, grown)
-    assert cache.nbytes - held == held * 100 // 1900
+    assert cache.nbytes - held == held
     assert mx.get_peak_memory() - before <= (cache.nbytes - held) * 1.1
 
 

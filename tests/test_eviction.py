@@ -1,0 +1,301 @@
+"""What leaves the prompt cache: what policies are told, and the built-in ones."""
+
+import pytest
+from fake_caches import Ticks, make, make_cache
+
+from mlx_lm_ext.eviction import FIFO, GDSF, LFU, LRU, POLICIES, SLRU, TTL
+from mlx_lm_ext.interfaces import EvictionPolicy
+
+# Of "KVCache": two layers with keys and values of 32 floats.
+TOKEN = 2 * 2 * 32 * 4
+
+
+def insert(cache, tokens, model="m", cache_type="assistant", kind="KVCache"):
+    tokens = list(tokens)
+    cache.insert_cache(model, tokens, make(kind, tokens), cache_type=cache_type)
+    cache.check_integrity()
+
+
+def n_found(cache, tokens, model="m"):
+    """How many tokens a request for ``tokens`` and one more takes."""
+    tokens = [*tokens, 255]
+    return len(tokens) - len(cache.fetch_nearest_cache(model, tokens)[1])
+
+
+class Recorder(EvictionPolicy):
+    """First in, first out, and remembers what it was told."""
+
+    name = "recorder"
+
+    def __init__(self, args, clock):
+        super().__init__(args, clock)
+        self.events = []
+
+    def note(self, event, entry, *more):
+        start = entry.depth - entry.n_tokens
+        self.events.append((event, start, entry.depth, *more))
+
+    def on_insert(self, entry):
+        self.note("insert", entry)
+        entry.data = ["new"]
+
+    def on_hit(self, entry, n_tokens):
+        self.note("hit", entry, n_tokens)
+
+    def on_split(self, parent, child):
+        self.note("parent", parent)
+        self.note("child", child)
+        assert parent.data == child.data and parent.data is not child.data
+
+    def on_remove(self, entry, reason):
+        self.note(reason, entry)
+
+    def priority(self, entry):
+        return entry.created
+
+
+def recorded(cache):
+    events = cache.eviction.policy.events[:]
+    cache.eviction.policy.events.clear()
+    return events
+
+
+def test_policy_is_told_what_happens():
+    cache = make_cache(Recorder, 16 * TOKEN)
+    insert(cache, b"system")
+    insert(cache, b"system one")
+    assert recorded(cache) == [("insert", 0, 6), ("insert", 6, 10)]
+    assert n_found(cache, b"system on") == 9
+    assert recorded(cache) == [("hit", 0, 6, 6), ("hit", 6, 10, 3)]
+    insert(cache, b"system one")
+    insert(cache, b"sys")
+    assert recorded(cache) == []
+    insert(cache, b"system two")
+    assert recorded(cache) == [
+        ("parent", 6, 7),
+        ("child", 7, 10),
+        ("insert", 7, 10),
+    ]
+    insert(cache, b"other")
+    assert recorded(cache) == [("evicted", 7, 10), ("insert", 0, 5)]
+
+
+def test_entry_says_what_the_cache_holds():
+    cache = make_cache(Recorder)
+    insert(cache, b"system", "owner", "system")
+    insert(cache, b"system one", "owner", "user")
+    system, user = cache.nodes
+    assert (system.n_tokens, system.depth, system.cache_type) == (6, 6, "system")
+    assert (user.n_tokens, user.depth, user.cache_type) == (4, 10, "user")
+    assert (user.nbytes, user.recompute_cost) == (4 * TOKEN, 4)
+    assert user.model_key == "owner"
+    assert (user.hits, user.last_hit) == (0, user.created)
+    n_found(cache, b"system one", "owner")
+    assert user.hits == system.hits == 1
+    assert user.last_hit == system.last_hit > user.created > system.created
+
+
+def test_system_prompt_in_a_run_becomes_an_entry_of_its_own():
+    cache = make_cache(Recorder)
+    insert(cache, b"system one")
+    insert(cache, b"system", cache_type="system")
+    types = {e.depth: e.cache_type for e in cache.nodes}
+    assert types == {6: "system", 10: "assistant"}
+    assert cache.stats_by_type()["system"] == {"n_sequences": 1, "n_bytes": 6 * TOKEN}
+    assert cache.nbytes == 10 * TOKEN
+
+
+def test_pinned_entries_stay_while_others_can_leave():
+    class Pinned(LRU):
+        def evictable(self, entry):
+            return entry.cache_type != "system"
+
+    cache = make_cache(Pinned, 20 * TOKEN)
+    insert(cache, b"system", cache_type="system")
+    for text in (b"aaaaaaaaaa", b"bbbbbbbbbb", b"cccccccccc"):
+        insert(cache, text)
+        assert n_found(cache, text) == 10
+    assert n_found(cache, b"system") == 6
+    # The bound holds, whatever is pinned.
+    cache.reserve(15 * TOKEN)
+    assert len(cache) == 0
+
+
+def test_what_cannot_fit_leaves_the_rest_alone():
+    cache = make_cache(LRU, 10 * TOKEN)
+    insert(cache, b"short")
+    insert(cache, b"much too long")
+    insert(cache, b"short, and on")
+    assert n_found(cache, b"short, and on") == 5
+    cache.reserve(5 * TOKEN)
+    insert(cache, b"other")
+    assert n_found(cache, b"short") == 0
+    assert n_found(cache, b"other") == 5
+
+
+def test_most_entries_that_it_may_hold():
+    cache = make_cache(LRU, max_size=2)
+    for text in (b"a", b"b", b"c"):
+        insert(cache, text)
+    assert [n_found(cache, text) for text in (b"a", b"b", b"c")] == [0, 1, 1]
+    assert len(make_cache(max_size=0).nodes) == 0
+
+
+def test_what_cannot_be_resumed_leaves_with_what_needed_it():
+    cache = make_cache(LRU)
+    insert(cache, b"chat one", kind="hybrid")
+    insert(cache, b"chat two", kind="hybrid")
+    # The common start has a segment, and no state to resume from.
+    assert len(cache) == 3
+    cache.trim_to(n_sequences=2)
+    assert sorted(e.depth for e in cache.nodes) == [5, 8]
+    cache.check_integrity()
+    cache.trim_to(n_sequences=1)
+    assert len(cache) == cache.nbytes == 0
+    cache.check_integrity()
+
+
+def test_expired_entries_leave_with_what_follows_them():
+    class Old(LRU):
+        def expired(self, now):
+            return [e for e in cache.nodes if e.depth == 6]
+
+    cache = make_cache(Old)
+    insert(cache, b"system")
+    insert(cache, b"system one")
+    insert(cache, b"other one")
+    cache.expire()
+    cache.check_integrity()
+    assert [e.depth for e in cache.nodes] == [9]
+    assert cache.stats().evictions == {"evicted": 0, "expired": 2}
+
+
+def test_stats_count_what_was_found_and_saved():
+    cache = make_cache()
+    insert(cache, b"system")
+    for text in (b"system one", b"system two", b"system six"):
+        assert n_found(cache, text) >= 6
+        insert(cache, text)
+    assert n_found(cache, b"nothing") == 0
+    stats = cache.stats()
+    # "system", " ", "one", "t" ... : each once.
+    assert (stats.tokens, stats.bytes) == (16, cache.nbytes)
+    assert stats.bytes == 16 * TOKEN
+    assert stats.bytes_saved == 3 * 10 * TOKEN - stats.bytes
+    assert (stats.hits, stats.misses, stats.hit_tokens) == (3, 1, 6 + 7 + 7)
+    assert stats.nodes == len(cache) == 5
+
+
+# The built-in policies
+
+
+@pytest.mark.parametrize(
+    "policy, first",
+    [(LRU, b"twice"), (FIFO, b"twice"), (LFU, b"once"), (TTL, b"twice")],
+)
+def test_which_leaves_first(policy, first):
+    cache = make_cache(policy)
+    for text in (b"twice", b"once", b"last"):
+        insert(cache, text)
+    for text in (b"twice", b"twice", b"once", b"last", b"last"):
+        n_found(cache, text)
+    kept = cache.nodes.copy()
+    cache.trim_to(n_sequences=2)
+    (gone,) = set(kept) - set(cache.nodes)
+    assert bytes(kept[gone].tokens) == first
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_hot_system_prompt_survives_all_but_fifo(policy):
+    cache = make_cache(policy, 40 * TOKEN)
+    insert(cache, b"system", cache_type="system")
+    for i in range(40):
+        assert n_found(cache, b"system") in (0, 6)
+        text = b"system" + bytes([i]) * 8
+        insert(cache, text if n_found(cache, b"system") else bytes([i]) * 8)
+    assert cache.stats().evictions["evicted"] > 30
+    if policy is not FIFO:
+        assert n_found(cache, b"system") == 6
+
+
+@pytest.mark.parametrize("policy, survives", [(SLRU, True), (LRU, False)])
+def test_slru_resists_a_scan(policy, survives):
+    cache = make_cache(policy, 40 * TOKEN)
+    for text in (b"useful", b"worthy"):
+        insert(cache, text)
+        assert n_found(cache, text) == 6
+    for i in range(20):
+        insert(cache, bytes([i]) * 8)
+    found = [n_found(cache, text) for text in (b"useful", b"worthy")]
+    assert found == ([6, 6] if survives else [0, 0])
+
+
+def test_slru_protects_four_fifths_at_most():
+    cache = make_cache(SLRU, 40 * TOKEN)
+    texts = [bytes([65 + i]) * 8 for i in range(5)]
+    for text in texts:
+        insert(cache, text)
+        n_found(cache, text)
+    # 40 tokens are wanted, 32 can be protected: the oldest has to go.
+    insert(cache, b"new one.")
+    assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
+    assert n_found(cache, b"new one.") == 8
+
+
+def test_slru_follows_a_split():
+    cache = make_cache(SLRU, 40 * TOKEN)
+    insert(cache, b"useful one")
+    n_found(cache, b"useful one")
+    insert(cache, b"useful two")
+    policy = cache.eviction.policy
+    assert sorted(e.depth for e in policy.protected) == [7, 10]
+    assert policy.n_bytes == 10 * TOKEN
+    cache.trim_to(n_bytes=0)
+    assert policy.n_bytes == 0 and not policy.protected
+
+
+def test_gdsf_prefers_what_is_used_and_costs_much_for_its_bytes():
+    cache = make_cache(GDSF)
+    # A state of the same size is worth more after more tokens.
+    insert(cache, b"short", kind="ArraysCache")
+    insert(cache, b"a long prompt", kind="ArraysCache")
+    cache.trim_to(n_sequences=1)
+    assert n_found(cache, b"a long prompt") == 13
+    insert(cache, b"used often", kind="ArraysCache")
+    for _ in range(3):
+        n_found(cache, b"used often")
+    cache.trim_to(n_sequences=1)
+    assert n_found(cache, b"used often") == 10
+
+
+def test_gdsf_forgets_old_fame():
+    cache = make_cache(GDSF, 24 * TOKEN)
+    insert(cache, b"old fame")
+    for _ in range(5):
+        n_found(cache, b"old fame")
+    survived = 0
+    while n_found_silently(cache, b"old fame"):
+        survived += 1
+        insert(cache, bytes([survived]) * 8)
+    # Each eviction lifts the floor by what one use is worth.
+    assert 5 <= survived <= 14
+
+
+def n_found_silently(cache, tokens):
+    return cache.search("m", [*tokens, 255]).n_tokens
+
+
+def test_ttl_drops_what_was_not_used_in_time():
+    clock = Ticks()
+    cache = make_cache(TTL, clock=clock)
+    insert(cache, b"stays")
+    insert(cache, b"leaves")
+    clock.now = 15
+    assert n_found(cache, b"stays") == 5
+    cache.expire()
+    assert len(cache) == 2
+    clock.now = 30
+    cache.expire()
+    assert n_found(cache, b"leaves") == 0
+    assert n_found(cache, b"stays") == 5
+    assert cache.stats().evictions == {"evicted": 0, "expired": 1}
