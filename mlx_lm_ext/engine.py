@@ -182,10 +182,7 @@ class Engine(ResponseGeneratorBase):
         if n:
             lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
             if caching:
-                megabytes = cache.nbytes / 1e6
-                lines.append(
-                    f"Prompt Cache: {len(cache)} sequences, {megabytes:.1f} MB"
-                )
+                lines.append(f"Prompt Cache: {cache.stats()}")
             lines.append(f"{len(self.batch)} running, {len(self.waiting)} waiting")
             lines.append(f"time in policies: {self.policies.describe_times()}")
             logging.info("; ".join(lines))

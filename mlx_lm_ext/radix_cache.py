@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Collection, Dict, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
@@ -23,7 +23,7 @@ from .interfaces import Clock, Entry, EvictionPolicy
 from .plugins import EVICTION
 from .policies import Guard, Slot
 from .radix_tree import Match, Node
-from .segments import Layout, copy, nbytes, slices
+from .segments import Layout, nbytes
 
 UNBOUNDED = 1 << 63
 
@@ -51,6 +51,14 @@ class CacheStats:
     misses: int
     hit_tokens: int
     evictions: Dict[str, int]
+
+    def __str__(self):
+        left = ", ".join(f"{n} {reason}" for reason, n in self.evictions.items() if n)
+        return (
+            f"{self.nodes} entries, {self.bytes / 1e6:.1f} MB for {self.tokens} tokens "
+            f"({self.bytes_saved / 1e6:.1f} MB saved by sharing), {self.hits} hits with "
+            f"{self.hit_tokens} tokens, {self.misses} misses, {left or '0 evicted'}"
+        )
 
 
 class RadixPromptCache(LRUPromptCache):
@@ -82,7 +90,9 @@ class RadixPromptCache(LRUPromptCache):
         self.held = 0
         self.active = 0
         self.counts: Counter = Counter()
-        self.unknown: set = set()
+        # What was said already.
+        self.unknown: Set[str] = set()
+        self.crowded_out = False
 
     def __len__(self):
         return len(self.nodes)
@@ -99,8 +109,8 @@ class RadixPromptCache(LRUPromptCache):
         return max(found, key=lambda match: match.n_tokens, default=Match())
 
     def branch_point(self, model: Any, tokens: List[int]) -> Optional[int]:
-        """Where prompts part in a node that cannot be resumed there: a cache that is
-        inserted with so many tokens lets the next one resume."""
+        """After how many tokens a cache should be inserted, so that the next prompt with
+        the same beginning is resumed there; ``None`` if nothing would be gained."""
         match = self.search(model, tokens)
         return match.n_common if match.n_common > match.n_tokens else None
 
@@ -157,37 +167,21 @@ class RadixPromptCache(LRUPromptCache):
             prompt_cache (List[Any]): A cache for each of the model's layers.
             cache_type (str): "system", "user" or "assistant".
         """
-        try:
-            layout = Layout(prompt_cache)
-        except TypeError as e:
-            if str(e) not in self.unknown:
-                self.unknown.add(str(e))
-                logging.warning(
-                    f"The prompt cache does not keep KV of {e}: it is unknown"
-                )
-            return
-        n, arrays = layout.read(prompt_cache, len(tokens))
+        layout = self.layout_of(prompt_cache)
+        n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
             return
         tokens, now = tokens[:n], self.clock()
         root = self.roots.get(model, {}).get(layout.key) or Node(layout)
-        node, n_common = root.descend(tokens)
-        adds, splits = n_common < n, n_common < node.end
+        node, start = root.descend(tokens)
+        adds, splits = start < n, start < node.end
         if not adds:
             is_stored = node.is_complete if splits else node.is_resumable
             if is_stored and (node.entry.cache_type == cache_type or not splits):
                 node.entry.cache_type = cache_type
                 self.touch(node, now)
                 return
-        has_segment = [
-            above is not None and (kind.can_cut(n) or not adds)
-            for kind, above in zip(layout.kinds, node.segments)
-        ]
-        segments = [
-            slices(a, n_common, n) if has else None
-            for a, has in zip(arrays, has_segment)
-        ]
-        frozen = [None if has else a for a, has in zip(arrays, has_segment)]
+        segments, frozen = node.lacking(arrays, start, n)
         needed = sum(nbytes(a) for a in (*segments, *frozen) if a is not None)
         if not self.make_room(needed, adds + splits, node):
             return
@@ -197,35 +191,40 @@ class RadixPromptCache(LRUPromptCache):
             self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
             return
         self.roots.setdefault(model, {})[layout.key] = root
-        if splits:
-            node = self.split(node, n_common)
-        segments, frozen = (
-            [None if a is None else copy(a) for a in layers]
-            for layers in (segments, frozen)
-        )
         mx.eval(segments, frozen)
-        self.held += needed
+        if splits:
+            node = self.split(node, start)
         if adds:
             entry = Entry(
-                n_tokens=n - n_common,
-                nbytes=needed,
+                n_tokens=n - start,
+                nbytes=0,
                 depth=n,
                 cache_type=cache_type,
                 model_key=model,
                 created=now,
                 last_hit=now,
-                recompute_cost=n - n_common,
+                recompute_cost=n - start,
             )
-            node = Node(layout, node, tokens[n_common:], segments, entry)
-            node.parent.children[tokens[n_common]] = self.nodes[entry] = node
-        else:
-            node.entry.cache_type = cache_type
-            node.entry.nbytes += needed
-        if not all(has_segment):
+            node = Node(layout, node, tokens[start:], segments, entry)
+            node.parent.children[tokens[start]] = self.nodes[entry] = node
+        if any(a is not None for a in frozen):
             node.frozen = frozen
+        node.entry.cache_type = cache_type
+        node.entry.nbytes += needed
+        self.held += needed
         self.touch(node, now)
         if adds:
             self.eviction.run(lambda policy: policy.on_insert(node.entry))
+
+    def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
+        """The layout of a model's caches, or ``None`` if one is unknown."""
+        try:
+            return Layout(prompt_cache)
+        except TypeError as e:
+            if str(e) not in self.unknown:
+                self.unknown.add(str(e))
+                logging.warning(f"The prompt cache cannot keep the KV of {e}")
+            return None
 
     def split(self, node: Node, n: int) -> Node:
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
@@ -243,6 +242,13 @@ class RadixPromptCache(LRUPromptCache):
 
     def reserve(self, n_bytes: int) -> None:
         """Make room for a running batch that now holds ``n_bytes``."""
+        if n_bytes > self.max_bytes and not self.crowded_out:
+            self.crowded_out = True
+            logging.warning(
+                f"The running requests hold {n_bytes / 1e6:.0f} MB of KV, and they and "
+                f"the prompt cache may hold {self.max_bytes / 1e6:.0f}: nothing is kept; "
+                "see --radix-cache-size"
+            )
         self.active = n_bytes
         self.evict(self.max_bytes - n_bytes, self.max_size)
 
@@ -359,19 +365,12 @@ class RadixPromptCache(LRUPromptCache):
 
     def stats(self) -> CacheStats:
         """Takes a time in proportion to the number of entries."""
-        saved = 0
-        for roots in self.roots.values():
-            for root in roots.values():
-                n_leaves: Dict[Node, int] = {}
-                for node in root.subtree[:0:-1]:
-                    below = sum(n_leaves[child] for child in node.children.values())
-                    n_leaves[node] = below or 1
-                    saved += (n_leaves[node] - 1) * node.entry.nbytes
+        roots = [root for roots in self.roots.values() for root in roots.values()]
         return CacheStats(
             nodes=len(self),
             tokens=sum(entry.n_tokens for entry in self.nodes),
             bytes=self.held,
-            bytes_saved=saved,
+            bytes_saved=sum(root.bytes_saved for root in roots),
             hits=self.counts["hits"],
             misses=self.counts["misses"],
             hit_tokens=self.counts["hit_tokens"],

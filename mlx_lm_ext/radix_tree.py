@@ -97,6 +97,15 @@ class Node:
         return nodes
 
     @property
+    def bytes_saved(self) -> int:
+        """What the sequences of all leaves below would take in addition, each whole."""
+        saved, n_leaves = 0, {}
+        for node in self.subtree[:0:-1]:
+            n_leaves[node] = sum(n_leaves[c] for c in node.children.values()) or 1
+            saved += (n_leaves[node] - 1) * node.entry.nbytes
+        return saved
+
+    @property
     def arrays(self) -> List[Arrays]:
         return [a for a in (*self.segments, *(self.frozen or ())) if a is not None]
 
@@ -160,6 +169,28 @@ class Node:
                 cache.n_to_come = n_to_come
             layers.append(cache)
         return self.layout.nest(layers)
+
+    def lacking(
+        self, arrays: List[Arrays], start: int, n: int
+    ) -> Tuple[List[Optional[Arrays]], List[Optional[Arrays]]]:
+        """What has to be kept of a sequence, the first ``start`` tokens of which end
+        in this node.
+
+        Args:
+            arrays (List[Arrays]): What each layer has of its ``n`` tokens.
+            start (int): Tokens that are in the tree.
+            n (int): Tokens of the sequence.
+
+        Returns:
+            Tuple: For each layer a segment of the rest, or its state, and ``None`` for
+            the other: copies that are not evaluated.
+        """
+        segments, frozen = [], []
+        for kind, above, a in zip(self.layout.kinds, self.segments, arrays):
+            has_segment = above is not None and (start == n or kind.can_cut(n))
+            segments.append(copy(a, start, n) if has_segment else None)
+            frozen.append(None if has_segment else copy(a))
+        return segments, frozen
 
     def split(self, n: int) -> "Node":
         """Put a new node above that takes over the tokens up to the prompt's ``n``-th.

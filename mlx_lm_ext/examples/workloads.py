@@ -80,6 +80,12 @@ class Outcome:
         return timings.median(self.timings, lambda t: t.ttft)
 
     @property
+    def ttft_gain(self) -> float:
+        """The first turn's TTFT / the second's."""
+        (first,), (second,) = self.part("first"), self.part("second")
+        return first.ttft / second.ttft
+
+    @property
     def stall(self) -> float:
         """The longest gap in a running stream after the late request was sent."""
         (late,) = self.part("late")
@@ -286,6 +292,19 @@ async def conversations(
     return outcome
 
 
+async def turns(
+    plan: Plan, client: Client, rng: Random, n_words: int = 1250
+) -> Outcome:
+    """A chat that begins with a long question, and its second turn."""
+    question = f"{words.text(rng, n_words)} {words.story(rng)}"
+    chat, outcome = [{"role": "user", "content": question}], Outcome()
+    for label in ("first", "second"):
+        outcome.timings.append(await client.chat(chat, 16, Timing(label)))
+        chat.append({"role": "assistant", "content": outcome.timings[-1].text})
+        chat.append({"role": "user", "content": words.story(rng)})
+    return outcome
+
+
 async def late_prompt(
     plan: Plan, client: Client, rng: Random, n_words: int = 3000
 ) -> Outcome:
@@ -327,6 +346,11 @@ WORKLOADS = {
         "32 conversations of 4 turns",
         partial(conversations, n=32, turns=4),
         lambda plan: [CACHED],
+    ),
+    "turns": Workload(
+        "2 turns of a chat of 1,500 tokens",
+        turns,
+        lambda plan: [Figure("TTFT of the first / second", "", lambda o: o.ttft_gain)],
     ),
     "late": Workload(
         "a 3,000-word prompt joins 4 streams",
