@@ -63,24 +63,26 @@ def mlx_lm_register_eviction_policies() -> List[Type[EvictionPolicy]]:
         priority(self, entry)         # the entry with the lowest leaves first; O(1)
         evictable(self, entry)        # False pins an entry, while others can leave
         on_insert(self, entry)
-        on_hit(self, entry, n_tokens) # also when the first n_tokens only were of use
+        on_hit(self, entry, n_tokens) # for each entry that a request takes tokens of
         on_split(self, parent, child) # child keeps the history; parent is new, a copy
-        on_remove(self, entry, reason)  # "evicted", "expired" or "replaced"
+        on_remove(self, entry, reason)  # "evicted" or "expired"
         expired(self, now)            # a list of entries to drop although there is room
 
     An ``entry`` has ``n_tokens, nbytes, depth, hits, created, last_hit,
     recompute_cost, cache_type, model_key`` and ``data``, which is the policy's own and
     None at first. ``created`` and ``last_hit`` are seconds of the clock, equal until the
-    first hit; ``cache_type`` is "system", "user" or "assistant". Entries can be keys of
+    first use; ``cache_type`` is "system", "user" or "assistant". Entries can be keys of
     a dictionary.
 
-    The cache holds whole sequences. One that a longer one begins with is "replaced" by
-    that one, before or after its ``on_insert``: of a chat the entry of the last turn is
-    left, unless the model's cache cannot be trimmed. ``on_split`` is for a cache that
-    shares prefixes; this one does not call it. ``expired`` is asked every ten seconds or
-    so, idle or not, and pins do not hold it back: keep the entries of ``on_insert`` and
-    of ``on_split`` (its parent) until their ``on_remove``, which comes for each that
-    leaves.
+    The cache is a radix tree. An entry is a run of tokens that follows its parent's, and
+    a prompt has the entries from the first to its last: a system prompt, a question, an
+    answer, and so on. Where two prompts part, an entry is cut in two. Only an entry that
+    nothing follows is asked for its ``priority`` and can be evicted, so that what many
+    prompts begin with leaves last. An entry that expires takes what follows it along.
+
+    ``expired`` is asked every ten seconds or so, idle or not, and pins do not hold it
+    back: keep the entries of ``on_insert`` and of ``on_split`` (its parent) until their
+    ``on_remove``, which comes for each that leaves.
 
     All methods run on the generation thread, only with ``--use-prompt-cache``; when one
     raises, ``lru`` replaces the policy::

@@ -23,14 +23,15 @@ Clock = Callable[[], float]
 
 @dataclass(eq=False)
 class Entry:
-    """KV that the prompt cache holds.
+    """KV that the prompt cache holds: of a run of tokens, and not of those before it.
 
     Args:
-        n_tokens (int): Tokens whose KV it holds.
+        n_tokens (int): Tokens of the run.
         nbytes (int): Bytes that its removal frees.
         depth (int): Tokens from the start of the prompt to its end.
         cache_type (str): "system", "user" or "assistant": what its last token belongs to.
-        model_key (Any): The model and adapter that made it.
+        model_key (Any): The model, the adapter and the draft model that made it, and
+          the request's ``cache_salt`` if it had one.
         created (float): When it was stored, in seconds of the clock.
         last_hit (float): When a request last used it; at first, ``created``.
         hits (int): How many requests have used it.
@@ -75,20 +76,22 @@ class EvictionPolicy(ABC):
         whole; ``parent``, the tokens before it, is new and has a copy of both."""
 
     def on_remove(self, entry: Entry, reason: str) -> None:
-        """An entry has left: "evicted", "expired", or "replaced" by a longer one."""
+        """An entry has left: "evicted" or "expired"."""
 
     def evictable(self, entry: Entry) -> bool:
-        """False pins an entry. When only pinned ones are left and the cache is still
-        too large, they leave too."""
+        """False pins an entry that nothing follows; others cannot be evicted. When only
+        pinned ones are left and the cache is still too large, they leave too."""
         return True
 
     @abstractmethod
     def priority(self, entry: Entry) -> Any:
-        """The entry with the lowest value leaves first. Any values that compare will
-        do. Changes nothing, and takes the same time however full the cache is."""
+        """Of the entries that nothing follows, the one with the lowest value leaves
+        first. Any values that compare will do. Changes nothing, and takes the same time
+        however full the cache is."""
 
     def expired(self, now: float) -> Iterable[Entry]:
-        """Entries to drop although there is room. Asked every few seconds."""
+        """Entries to drop although there is room, with what follows them. Asked every
+        few seconds."""
         return ()
 
 

@@ -11,7 +11,6 @@ import heapq
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
@@ -22,43 +21,10 @@ from .eviction import LRU
 from .interfaces import Clock, Entry, EvictionPolicy
 from .plugins import EVICTION
 from .policies import Guard, Slot
-from .radix_tree import Match, Node
+from .radix_tree import CacheStats, Match, Node
 from .segments import Layout, nbytes
 
 UNBOUNDED = 1 << 63
-
-
-@dataclass
-class CacheStats:
-    """What the cache holds and what it was good for.
-
-    Args:
-        nodes (int): Entries.
-        tokens (int): Tokens of which it holds KV, shared ones once.
-        bytes (int): Bytes that it holds.
-        bytes_saved (int): What whole sequences would take in addition.
-        hits (int): Lookups that found something.
-        misses (int): Lookups that did not.
-        hit_tokens (int): Tokens that were found.
-        evictions (Dict[str, int]): Entries that left, by reason.
-    """
-
-    nodes: int
-    tokens: int
-    bytes: int
-    bytes_saved: int
-    hits: int
-    misses: int
-    hit_tokens: int
-    evictions: Dict[str, int]
-
-    def __str__(self):
-        left = ", ".join(f"{n} {reason}" for reason, n in self.evictions.items() if n)
-        return (
-            f"{self.nodes} entries, {self.bytes / 1e6:.1f} MB for {self.tokens} tokens "
-            f"({self.bytes_saved / 1e6:.1f} MB saved by sharing), {self.hits} hits with "
-            f"{self.hit_tokens} tokens, {self.misses} misses, {left or '0 evicted'}"
-        )
 
 
 class RadixPromptCache(LRUPromptCache):
@@ -100,6 +66,10 @@ class RadixPromptCache(LRUPromptCache):
     @property
     def nbytes(self) -> int:
         return self.held
+
+    @property
+    def all_roots(self) -> List[Node]:
+        return [root for roots in self.roots.values() for root in roots.values()]
 
     # Lookup
 
@@ -266,18 +236,31 @@ class RadixPromptCache(LRUPromptCache):
         keep = node.path
         n_bytes = self.max_bytes - self.active - n_bytes
         n_nodes = self.max_size - n_nodes
-        if sum(n.entry.nbytes for n in keep) > n_bytes or len(keep) > n_nodes:
+        # If the way itself is too large, the states on it go: a later one will follow.
+        states = [n for n in keep if n.is_passed]
+        held = sum(n.entry.nbytes for n in keep)
+        if held <= n_bytes:
+            states = []
+        held -= sum(n.frozen_nbytes for n in states)
+        if held > n_bytes or len(keep) > n_nodes:
             return False
+        for passed in states:
+            self.release(passed)
         self.evict(n_bytes, n_nodes, keep)
         return True
 
     def evict(self, n_bytes: int, n_nodes: int, keep: Collection[Node] = ()) -> None:
-        """Drop leaves, those of the lowest priority first and the pinned ones last."""
+        """Drop superseded states, and then leaves: those of the lowest priority first,
+        and the pinned ones last."""
 
         def fits() -> bool:
             return self.held <= n_bytes and len(self) <= n_nodes
 
         def run(policy: EvictionPolicy) -> None:
+            states = [node for root in self.all_roots for node in root.superseded]
+            for node in sorted(states, key=lambda node: node.entry.created):
+                if not fits() and policy.evictable(node.entry):
+                    self.release(node)
             for pinned in (False, True):
                 order = count()
 
@@ -302,6 +285,13 @@ class RadixPromptCache(LRUPromptCache):
         if not fits():
             kept = set(keep)
             self.eviction.run(run)
+
+    def release(self, node: Node) -> None:
+        """Drop the state after a node, and not what others need to get past it."""
+        self.held -= node.frozen_nbytes
+        node.entry.nbytes -= node.frozen_nbytes
+        node.frozen = None
+        self.counts["superseded"] += 1
 
     def drop(
         self,
@@ -365,16 +355,15 @@ class RadixPromptCache(LRUPromptCache):
 
     def stats(self) -> CacheStats:
         """Takes a time in proportion to the number of entries."""
-        roots = [root for roots in self.roots.values() for root in roots.values()]
         return CacheStats(
             nodes=len(self),
             tokens=sum(entry.n_tokens for entry in self.nodes),
             bytes=self.held,
-            bytes_saved=sum(root.bytes_saved for root in roots),
+            bytes_saved=sum(root.bytes_saved for root in self.all_roots),
             hits=self.counts["hits"],
             misses=self.counts["misses"],
             hit_tokens=self.counts["hit_tokens"],
-            evictions={r: self.counts[r] for r in ("evicted", "expired")},
+            evictions={r: self.counts[r] for r in ("evicted", "expired", "superseded")},
         )
 
     def check_integrity(self) -> None:

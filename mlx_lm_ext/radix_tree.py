@@ -9,7 +9,7 @@ Rules:
 
 import logging
 from copy import copy as shallow_copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
@@ -80,6 +80,16 @@ class Node:
         return self.frozen is not None or self.is_complete
 
     @property
+    def frozen_nbytes(self) -> int:
+        return sum(nbytes(a) for a in self.frozen or () if a is not None)
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether the state after it is of one prompt only, and may be superseded."""
+        shared = len(self.children) > 1 or self.entry.cache_type == "system"
+        return self.frozen is not None and not shared
+
+    @property
     def path(self) -> List["Node"]:
         """The nodes from below the root to this one."""
         nodes, node = [], self
@@ -104,6 +114,21 @@ class Node:
             n_leaves[node] = sum(n_leaves[c] for c in node.children.values()) or 1
             saved += (n_leaves[node] - 1) * node.entry.nbytes
         return saved
+
+    @property
+    def superseded(self) -> List["Node"]:
+        """Nodes below whose states will hardly be asked for again: three later ones of
+        the same prompt follow, as many as a turn of a chat leaves."""
+        found, seen = [], set()
+        for leaf in self.subtree[:0:-1]:
+            node, n_later = leaf, 0
+            while not leaf.children and node not in seen and node is not self:
+                seen.add(node)
+                if n_later >= 3 and node.is_passed:
+                    found.append(node)
+                n_later += node.frozen is not None
+                node = node.parent
+        return found
 
     @property
     def arrays(self) -> List[Arrays]:
@@ -253,3 +278,37 @@ class Node:
             for x in state or ():
                 kept = kind.n_kept(entry.depth)
                 assert kept in (None, x.shape[-2]), "a state of a wrong length"
+
+
+@dataclass
+class CacheStats:
+    """What the cache holds and what it was good for.
+
+    Args:
+        nodes (int): Entries.
+        tokens (int): Tokens of which it holds KV, shared ones once.
+        bytes (int): Bytes that it holds.
+        bytes_saved (int): What whole sequences would take in addition.
+        hits (int): Lookups that found something.
+        misses (int): Lookups that did not.
+        hit_tokens (int): Tokens that were found.
+        evictions (Dict[str, int]): Entries that left, by reason; of those that were
+          "superseded", only the state after them has left.
+    """
+
+    nodes: int
+    tokens: int
+    bytes: int
+    bytes_saved: int
+    hits: int
+    misses: int
+    hit_tokens: int
+    evictions: Dict[str, int]
+
+    def __str__(self):
+        left = ", ".join(f"{n} {reason}" for reason, n in self.evictions.items() if n)
+        return (
+            f"{self.nodes} entries, {self.bytes / 1e6:.1f} MB for {self.tokens} tokens "
+            f"({self.bytes_saved / 1e6:.1f} MB saved by sharing), {self.hits} hits with "
+            f"{self.hit_tokens} tokens, {self.misses} misses, {left or '0 evicted'}"
+        )

@@ -155,6 +155,38 @@ def test_what_cannot_be_resumed_leaves_with_what_needed_it():
     cache.check_integrity()
 
 
+def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
+    cache = make_cache(LRU)
+    other = b"another chat"
+    insert(cache, other, kind="hybrid")
+    insert(cache, b"system", cache_type="system", kind="hybrid")
+    turns = [b"system" + b"turn" * n for n in range(1, 8)]
+    for turn in turns:
+        insert(cache, turn, kind="hybrid")
+    cache.trim_to(n_bytes=cache.nbytes - 1)
+    cache.check_integrity()
+    assert n_found(cache, other) == len(other)
+    # The first of the seven states has left; the system prompt's stays.
+    assert n_found(cache, turns[0]) == 6
+    assert n_found(cache, turns[1]) == len(turns[1])
+    cache.trim_to(n_bytes=cache.nbytes - 1)
+    cache.trim_to(n_bytes=cache.nbytes - 1)
+    cache.trim_to(n_bytes=cache.nbytes - 1)
+    # Three that follow each other stay for the next turn.
+    assert [n_found(cache, t) for t in turns[3:]] == [6, *map(len, turns[4:])]
+    assert cache.stats().evictions == {"evicted": 0, "expired": 0, "superseded": 4}
+
+
+def test_chat_whose_states_do_not_fit_together_goes_on():
+    one = make_cache()
+    insert(one, b"turn one", kind="ArraysCache")
+    # Room for one state.
+    cache = make_cache(LRU, one.nbytes)
+    for n in range(1, 6):
+        insert(cache, b"turn one" * n, kind="ArraysCache")
+        assert n_found(cache, b"turn one" * n) == 8 * n
+
+
 def test_expired_entries_leave_with_what_follows_them():
     class Old(LRU):
         def expired(self, now):
@@ -167,7 +199,7 @@ def test_expired_entries_leave_with_what_follows_them():
     cache.expire()
     cache.check_integrity()
     assert [e.depth for e in cache.nodes] == [9]
-    assert cache.stats().evictions == {"evicted": 0, "expired": 2}
+    assert cache.stats().evictions["expired"] == 2
 
 
 def test_stats_count_what_was_found_and_saved():
@@ -298,4 +330,4 @@ def test_ttl_drops_what_was_not_used_in_time():
     cache.expire()
     assert n_found(cache, b"leaves") == 0
     assert n_found(cache, b"stays") == 5
-    assert cache.stats().evictions == {"evicted": 0, "expired": 1}
+    assert cache.stats().evictions["expired"] == 1
