@@ -2,6 +2,7 @@
 
 import pytest
 from fake_caches import Ticks, make, make_cache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_lm_ext.eviction import FIFO, GDSF, LFU, LRU, POLICIES, SLRU, TTL
 from mlx_lm_ext.interfaces import EvictionPolicy
@@ -153,6 +154,71 @@ def test_what_cannot_be_resumed_leaves_with_what_needed_it():
     cache.trim_to(n_sequences=1)
     assert len(cache) == cache.nbytes == 0
     cache.check_integrity()
+
+
+def test_known_sequence_that_is_stored_again_is_used_and_takes_the_new_type():
+    cache = make_cache(LRU)
+    insert(cache, b"system")
+    insert(cache, b"another")
+    insert(cache, b"system", cache_type="system")
+    assert [e.cache_type for e in cache.nodes] == ["system", "assistant"]
+    cache.trim_to(n_sequences=1)
+    assert n_found(cache, b"system") == 6
+
+
+def test_room_made_for_a_branch_takes_what_it_would_branch_from():
+    one = make_cache()
+    insert(one, b"aaaa", kind="ArraysCache")
+    # Room for one state: the start that both had is of no use without theirs.
+    cache = make_cache(FIFO, one.nbytes)
+    insert(cache, b"aaaa", kind="ArraysCache")
+    insert(cache, b"aaab", kind="ArraysCache")
+    insert(cache, b"a", kind="ArraysCache")
+    assert n_found(cache, b"a") == 1
+    assert len(cache) == 1
+
+
+def test_log_says_when_the_batch_leaves_no_room(caplog):
+    cache = make_cache(LRU, 10 * TOKEN)
+    cache.reserve(10 * TOKEN)
+    assert not caplog.records
+    for _ in range(2):
+        cache.reserve(11 * TOKEN)
+    (record,) = caplog.records
+    assert "see --radix-cache-size" in record.message
+
+
+def test_what_a_sequence_grows_from_stays_while_room_is_made():
+    cache = make_cache(FIFO, 16 * TOKEN)
+    insert(cache, b"turn one")
+    insert(cache, b"another.")
+    insert(cache, b"turn one, two.")
+    assert n_found(cache, b"turn one, two.") == 14
+    assert n_found(cache, b"another.") == 0
+
+
+def test_caches_of_two_kinds_are_found_apart():
+    cache = make_cache()
+    insert(cache, b"a long prompt, then", kind="QuantizedKVCache")
+    insert(cache, b"a long", kind="KVCache")
+    insert(cache, b"a long prompt", kind="hybrid")
+    found, _ = cache.fetch_nearest_cache("m", b"a long prompt, then.")
+    assert type(found[0]) is QuantizedKVCache
+    assert n_found(cache, b"a long prompt, the") == 18
+    assert cache.stats().tokens == 19 + 6 + 13
+
+
+def test_pinned_states_of_a_chat_stay():
+    class Pinned(LRU):
+        def evictable(self, entry):
+            return entry.depth != 4
+
+    cache = make_cache(Pinned)
+    for n in range(1, 7):
+        insert(cache, b"turn" * n, kind="ArraysCache")
+    cache.trim_to(n_bytes=cache.nbytes // 2)
+    assert n_found(cache, b"turn") == 4
+    assert n_found(cache, b"turn" * 2) == 4
 
 
 def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
