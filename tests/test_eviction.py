@@ -202,7 +202,7 @@ def test_caches_of_two_kinds_are_found_apart():
     insert(cache, b"a long prompt, then", kind="QuantizedKVCache")
     insert(cache, b"a long", kind="KVCache")
     insert(cache, b"a long prompt", kind="hybrid")
-    found, _ = cache.fetch_nearest_cache("m", b"a long prompt, then.")
+    found, _ = cache.fetch_nearest_cache("m", list(b"a long prompt, then."))
     assert type(found[0]) is QuantizedKVCache
     assert n_found(cache, b"a long prompt, the") == 18
     assert cache.stats().tokens == 19 + 6 + 13
