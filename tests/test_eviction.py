@@ -102,6 +102,7 @@ def test_system_prompt_in_a_run_becomes_an_entry_of_its_own():
     insert(cache, b"system", cache_type="system")
     types = {e.depth: e.cache_type for e in cache.nodes}
     assert types == {6: "system", 10: "assistant"}
+    assert {e.depth: e.recompute_cost for e in cache.nodes} == {6: 6, 10: 4}
     assert cache.stats_by_type()["system"] == {"n_sequences": 1, "n_bytes": 6 * TOKEN}
     assert cache.nbytes == 10 * TOKEN
 

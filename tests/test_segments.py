@@ -84,16 +84,17 @@ def test_hit_costs_one_copy():
     cache = RadixPromptCache()
     for end in (700, 1400, 2000):
         cache.insert_cache("m", tokens[:end], make("KVCache", tokens[:end]))
-    hit, _ = cache.fetch_nearest_cache("m", tokens + [1])
+    prompt = tokens + [1] * 100
+    hit, _ = cache.fetch_nearest_cache("m", prompt)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     batch = merge([hit])
     mx.eval([c.state for c in batch])
-    feed(batch, tokens + [1], 2000, 2001)
+    feed(batch, prompt, 2000, 2100)
     mx.eval([c.state for c in batch])
     # Both layers' arrays have room for the next tokens.
     size = sum(c.nbytes for c in batch)
-    assert size <= cache.nbytes * 1.1
+    assert size <= cache.nbytes * 1.2
     assert mx.get_peak_memory() - before <= size * 1.02
 
 
