@@ -95,7 +95,7 @@ def test_hit_costs_one_copy():
     # Both layers' arrays have room for the next tokens.
     size = sum(c.nbytes for c in batch)
     assert size <= cache.nbytes * 1.2
-    assert mx.get_peak_memory() - before <= size * 1.02
+    assert mx.get_peak_memory() - before <= size * 1.05
 
 
 def test_insertion_copies_only_what_is_new():
