@@ -65,6 +65,13 @@ class Batch:
         batch_size = self.model_provider.cli_args.batch_size
         return SchedulerView(self.policies.clock(), tuple(self.requests), batch_size)
 
+    @property
+    def can_start(self) -> bool:
+        """Whether a request that is added is prefilled in the next step. If it were not,
+        what it took from the prompt cache would be held beside the bound."""
+        args = self.model_provider.cli_args
+        return len(self.prefilling) < min(args.batch_size, args.prompt_concurrency)
+
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already."""
         if self.generator is None:
@@ -142,6 +149,7 @@ class Batch:
         prompt_responses, responses = self.generator.next()
         self.reserve()
         self.store_segments(prompt_responses)
+        self.prefilling -= {r.uid for r in prompt_responses if r.end_of_prompt}
         if responses and scheduler.has("on_tokens"):
             counts = [(self.active[r.uid], 1) for r in responses]
             scheduler.run(lambda policy: policy.on_tokens(counts))
@@ -156,7 +164,6 @@ class Batch:
                 found = format_top_logprobs(r.logprobs, n, request.model.tokenizer)
                 top = tuple((t["id"], t["logprob"]) for t in found)
             request.put(Token(r.token, logprob, top, r.finish_reason))
-            self.prefilling.discard(r.uid)
             if r.finish_reason is not None:
                 del self.active[r.uid]
                 self.store(request, r.all_tokens, r.prompt_cache)
@@ -187,6 +194,7 @@ class Batch:
 
         A request that goes on after a failed step takes nothing from the cache.
         """
+        request.to_store = ["assistant"]
         if request.generated:
             return [request.prompt + request.generated], None, 0
         if not self.caching:

@@ -26,7 +26,7 @@ from .errors import RequestError, internal_error
 from .model_provider import BatchModelProvider
 from .policies import Policies
 from .radix_cache import RadixPromptCache
-from .request import Request, SingleQueue
+from .request import Request, SingleCache, SingleQueue
 
 # Seconds between two lines of statistics, and between two looks for what has expired.
 STATISTICS_INTERVAL = 10.0
@@ -230,7 +230,12 @@ class Engine(ResponseGeneratorBase):
         """Start waiting requests in their order, as long as there is room."""
         if self.changed and self.waiting and len(self.batch) < self.limit:
             self.order_waiting()
-        while self.waiting and len(self.batch) < self.limit and not self.stopping:
+        while (
+            self.waiting
+            and len(self.batch) < self.limit
+            and self.batch.can_start
+            and not self.stopping
+        ):
             request = self.waiting[0]
             other_model = request.model.key != self.model_provider.model_key
             if self.batch and (other_model or not self.is_batchable(request)):
@@ -293,12 +298,12 @@ class Engine(ResponseGeneratorBase):
         args = replace(request.args, stop_words=[])
         stream = mx.default_stream(mx.default_device())
         queue = SingleQueue(request, lambda: self.stopping, self.fail)
-        # Upstream looks its KV up by the key of the model.
-        self.model_provider.model_key = request.cache_key
+        prompt_cache = self.prompt_cache
+        self.prompt_cache = SingleCache(request, prompt_cache)
         try:
             self.serve_single((queue, request.completion, args), stream)
         finally:
-            self.model_provider.model_key = request.model.key
+            self.prompt_cache = prompt_cache
         if not request.finished:
             request.put(RequestError(503, "the server is stopping"))
         self.batch.n_generated += request.n_generated

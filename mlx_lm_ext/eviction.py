@@ -91,7 +91,7 @@ class GDSF(EvictionPolicy):
         self.on_hit(entry, 0)
 
     def on_hit(self, entry, n_tokens):
-        cost = entry.recompute_cost / entry.nbytes
+        cost = entry.recompute_cost / entry.nbytes if entry.nbytes else 0
         entry.data = self.floor + (1 + entry.hits) * cost
 
     def on_remove(self, entry, reason):

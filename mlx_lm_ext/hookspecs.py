@@ -71,7 +71,7 @@ def mlx_lm_register_eviction_policies() -> List[Type[EvictionPolicy]]:
     An ``entry`` has ``n_tokens, nbytes, depth, hits, created, last_hit,
     recompute_cost, cache_type, model_key`` and ``data``, which is the policy's own and
     None at first. ``created`` and ``last_hit`` are seconds of the clock, equal until the
-    first use; ``cache_type`` is "system", "user" or "assistant". Entries can be keys of
+    first use; ``nbytes`` can be 0 and can change; ``cache_type`` is "system", "user" or "assistant". Entries can be keys of
     a dictionary.
 
     The cache is a radix tree. An entry is a run of tokens that follows its parent's, and

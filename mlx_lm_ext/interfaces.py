@@ -27,13 +27,15 @@ class Entry:
 
     Args:
         n_tokens (int): Tokens of the run.
-        nbytes (int): Bytes that its removal frees.
+        nbytes (int): Bytes that its removal frees; 0 if it only leads to others. It
+          changes when the state of a recurrent layer is stored, or leaves.
         depth (int): Tokens from the start of the prompt to its end.
-        cache_type (str): "system", "user" or "assistant": what its last token belongs to.
+        cache_type (str): "system", "user" or "assistant": what it ends, or was cut from.
         model_key (Any): The model, the adapter and the draft model that made it, and
           the request's ``cache_salt`` if it had one.
         created (float): When it was stored, in seconds of the clock.
-        last_hit (float): When a request last used it; at first, ``created``.
+        last_hit (float): When a request last took it, or left something after it; at
+          first, ``created``.
         hits (int): How many requests have used it.
         recompute_cost (float): Tokens to prefill to make it again.
         data (Any): The policy's own; the core never reads it.
@@ -49,6 +51,11 @@ class Entry:
     recompute_cost: float
     hits: int = 0
     data: Any = None
+
+    def become(self, cache_type: str) -> None:
+        """Take another type, except that a system prompt stays one (the core's)."""
+        if self.cache_type != "system":
+            self.cache_type = cache_type
 
 
 class EvictionPolicy(ABC):

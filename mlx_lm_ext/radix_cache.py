@@ -2,8 +2,8 @@
 
 Rules:
 1. The bound counts the trees and the running batch. Room is made before anything is kept.
-2. Leaves leave, those of the lowest priority first: what prompts begin with outlives
-   what follows it.
+2. States that later ones supersede leave first. Then leaves do, those of the lowest
+   priority first: what prompts begin with outlives what follows it.
 3. What a lookup gives was checked: each layer holds just the tokens that it says.
 """
 
@@ -26,6 +26,9 @@ from .segments import Layout, nbytes
 
 UNBOUNDED = 1 << 63
 
+# Tokens that a state at a branch has to save, for it costs as much as one for thousands.
+BRANCH_GAIN = 16
+
 
 class RadixPromptCache(LRUPromptCache):
     """``LRUPromptCache`` that stores each prefix once and finds what prompts share.
@@ -33,7 +36,7 @@ class RadixPromptCache(LRUPromptCache):
     All methods run on the generation thread.
 
     Args:
-        max_size (int): The most entries that it may hold.
+        max_size (int): The most entries that it may hold; a chat has two for each turn.
         max_bytes (int): The most bytes that it and the running batch may hold.
         eviction (Optional[Guard]): The eviction policy; LRU unless given.
         clock (Clock): Seconds that never go back.
@@ -82,7 +85,8 @@ class RadixPromptCache(LRUPromptCache):
         """After how many tokens a cache should be inserted, so that the next prompt with
         the same beginning is resumed there; ``None`` if nothing would be gained."""
         match = self.search(model, tokens)
-        return match.n_common if match.n_common > match.n_tokens else None
+        is_worthwhile = match.n_common >= match.n_tokens + BRANCH_GAIN
+        return match.n_common if is_worthwhile else None
 
     def fetch_nearest_cache(
         self, model: Any, tokens: List[int]
@@ -148,20 +152,28 @@ class RadixPromptCache(LRUPromptCache):
         if not adds:
             is_stored = node.is_complete if splits else node.is_resumable
             if is_stored and (node.entry.cache_type == cache_type or not splits):
-                node.entry.cache_type = cache_type
+                node.entry.become(cache_type)
                 self.touch(node, now)
                 return
         segments, frozen = node.lacking(arrays, start, n)
         needed = sum(nbytes(a) for a in (*segments, *frozen) if a is not None)
         if not self.make_room(needed, adds + splits, node):
-            return
+            if not splits or len(self) >= self.max_size:
+                return
+            # Once it is cut, the rest of it can leave.
+            node, splits = self.split(node, start), False
+            if not self.make_room(needed, adds, node):
+                return
         if splits and not node.children and not node.is_resumable:
             # What it was kept for has left to make room.
-            self.eviction.run(lambda policy: self.drop(node, "evicted", policy))
+            self.eviction.run(
+                lambda policy: node.entry in self.nodes
+                and self.drop(node, "evicted", policy)
+            )
             self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
             return
-        self.roots.setdefault(model, {})[layout.key] = root
         mx.eval(segments, frozen)
+        self.roots.setdefault(model, {})[layout.key] = root
         if splits:
             node = self.split(node, start)
         if adds:
@@ -179,7 +191,7 @@ class RadixPromptCache(LRUPromptCache):
             node.parent.children[tokens[start]] = self.nodes[entry] = node
         if any(a is not None for a in frozen):
             node.frozen = frozen
-        node.entry.cache_type = cache_type
+        node.entry.become(cache_type)
         node.entry.nbytes += needed
         self.held += needed
         self.touch(node, now)
@@ -259,28 +271,22 @@ class RadixPromptCache(LRUPromptCache):
         def run(policy: EvictionPolicy) -> None:
             states = [node for root in self.all_roots for node in root.superseded]
             for node in sorted(states, key=lambda node: node.entry.created):
-                if not fits() and policy.evictable(node.entry):
+                if self.held > n_bytes and policy.evictable(node.entry):
                     self.release(node)
-            for pinned in (False, True):
-                order = count()
+            heap: List[Tuple] = []
+            order = count()
 
-                def push(node):
-                    if (
-                        node.parent is not None
-                        and not node.children
-                        and node not in kept
-                        and (pinned or policy.evictable(node.entry))
-                    ):
-                        priority = policy.priority(node.entry)
-                        heapq.heappush(heap, (priority, next(order), node))
+            def push(node):
+                entry = node.entry
+                if node.parent is not None and not node.children and node not in kept:
+                    pinned = not policy.evictable(entry)
+                    item = (pinned, policy.priority(entry), next(order), node)
+                    heapq.heappush(heap, item)
 
-                heap: List[Tuple] = []
-                for node in list(self.nodes.values()):
-                    push(node)
-                while heap and not fits():
-                    push(self.drop(heapq.heappop(heap)[-1], "evicted", policy, kept))
-                if fits():
-                    return
+            for node in self.nodes.values():
+                push(node)
+            while heap and not fits():
+                push(self.drop(heapq.heappop(heap)[-1], "evicted", policy, kept))
 
         if not fits():
             kept = set(keep)

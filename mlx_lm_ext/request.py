@@ -8,9 +8,10 @@ Rules:
 import time
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from mlx_lm.generate import StopSequences
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationContext, Response
 
 from .errors import RequestError
@@ -209,6 +210,32 @@ class SingleQueue:
         elif item is not None and (request.cancelled or self.is_stopping()):
             # Progress of the prompt: upstream puts this exception back, and ends.
             raise RequestError(503, "the server is stopping")
+
+
+class SingleCache:
+    """What upstream's single path takes for its prompt cache: it knows no salt."""
+
+    def __init__(self, request: Request, cache: LRUPromptCache):
+        self.key = request.cache_key
+        self.cache = cache
+
+    def fetch_nearest_cache(self, model: Any, tokens: List[int]) -> Tuple:
+        return self.cache.fetch_nearest_cache(self.key, tokens)
+
+    def insert_cache(self, model: Any, tokens: List[int], prompt_cache: Any) -> None:
+        self.cache.insert_cache(self.key, tokens, prompt_cache)
+
+    # For upstream's log.
+
+    def __len__(self):
+        return len(self.cache)
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    def stats_by_type(self) -> Dict[str, Dict[str, int]]:
+        return self.cache.stats_by_type()
 
 
 class ResumedStopSequences(StopSequences):

@@ -201,8 +201,8 @@ class Layout:
         """
         layers = list(leaves(caches))
         seen = [kind.n_tokens(c) for kind, c in zip(self.kinds, layers)]
-        # Who does not know is believed.
-        seen = [n if x is None else x for x in seen]
+        most = max([n, *(x for x in seen if x is not None)])
+        seen = [most if x is None else x for x in seen]
         n = min(n, *seen)
         if n < 1 or not all(x == n or k.can_cut(x) for k, x in zip(self.kinds, seen)):
             return 0, []

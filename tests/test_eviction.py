@@ -222,6 +222,69 @@ def test_pinned_states_of_a_chat_stay():
     assert n_found(cache, b"turn" * 2) == 4
 
 
+def test_long_entry_does_not_shut_out_what_begins_like_it():
+    cache = make_cache(LRU, 20 * TOKEN)
+    insert(cache, b"<" + b"a" * 18)
+    for text in (b"<" + b"b" * 12, b"<" + b"c" * 12):
+        assert n_found(cache, text) == 1
+        insert(cache, text)
+        assert n_found(cache, text) == 13
+
+
+def test_policy_that_raises_in_on_remove_costs_no_request(caplog):
+    class Raising(LRU):
+        def on_remove(self, entry, reason):
+            raise ArithmeticError("no")
+
+    one = make_cache()
+    insert(one, b"turn one", kind="ArraysCache")
+    cache = make_cache(Raising, one.nbytes)
+    insert(cache, b"turn one", kind="ArraysCache")
+    insert(cache, b"turn two", kind="ArraysCache")
+    assert n_found(cache, b"turn two") == 8
+    assert len(caplog.records) == 1
+
+
+def test_system_prompt_stays_one_whoever_stores_it_again():
+    cache = make_cache()
+    insert(cache, b"system")
+    insert(cache, b"system", cache_type="system")
+    insert(cache, b"system", cache_type="assistant")
+    assert [e.cache_type for e in cache.nodes] == ["system"]
+
+
+def test_states_stay_when_only_entries_are_too_many():
+    cache = make_cache()
+    for n in range(1, 7):
+        insert(cache, b"turn" * n, kind="ArraysCache")
+    cache.trim_to(n_sequences=5)
+    assert cache.stats().evictions["superseded"] == 0
+    assert len(cache) == 5
+
+
+def test_state_that_prompts_share_is_not_superseded():
+    cache = make_cache()
+    insert(cache, b"start", kind="ArraysCache")
+    insert(cache, b"start, other", kind="ArraysCache")
+    for n in range(1, 7):
+        insert(cache, b"start" + b"turn" * n, kind="ArraysCache")
+    cache.trim_to(n_bytes=cache.nbytes * 3 // 4)
+    assert cache.stats().evictions["superseded"] == 2
+    assert n_found(cache, b"start, and") == 5
+
+
+def test_branch_that_would_save_little_is_not_worth_a_state():
+    cache = make_cache()
+    prompt = b"0123456789abcdef, and so on"
+    insert(cache, prompt, kind="ArraysCache")
+    assert cache.branch_point("m", list(prompt[:15]) + [0, 0]) is None
+    assert cache.branch_point("m", list(prompt[:16]) + [0, 0]) == 16
+    # A segment can be cut: there is nothing to leave.
+    cache = make_cache()
+    insert(cache, prompt)
+    assert cache.branch_point("m", list(prompt[:16]) + [0, 0]) is None
+
+
 def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
     cache = make_cache(LRU)
     other = b"another chat"
@@ -339,6 +402,19 @@ def test_slru_protects_four_fifths_at_most():
     insert(cache, b"new one.")
     assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
     assert n_found(cache, b"new one.") == 8
+
+
+def test_slru_gives_what_lost_its_protection_another_chance():
+    cache = make_cache(SLRU, 48 * TOKEN)
+    texts = [bytes([65 + i]) * 8 for i in range(5)]
+    for text in texts:
+        insert(cache, text)
+        n_found(cache, text)
+    # It is older than what comes now, and no more protected.
+    insert(cache, b"newer...")
+    insert(cache, b"newest..")
+    assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
+    assert n_found(cache, b"newer...") == 8
 
 
 def test_slru_follows_a_split():

@@ -330,6 +330,22 @@ def test_bound_counts_the_running_batch(start_engine):
     assert cache.stats().evictions["evicted"] > 5
 
 
+def test_what_a_hit_takes_is_held_for_one_step_at_most(start_engine):
+    class Watched(Batch):
+        def step(self):
+            assert len(self.prefilling) <= 2
+            return super().step()
+
+    class WatchedEngine(Engine):
+        batch_class = Watched
+
+    argv = [CACHE, "--prompt-concurrency", "2", "--prefill-step-size", "16"]
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    for job in [submit(engine, p, max_tokens=5) for p in texts(20)]:
+        read(job)
+    assert engine.limit == 32, "a step failed"
+
+
 def test_model_with_an_unknown_cache_type_is_served(
     model_folder, start_engine, monkeypatch, caplog
 ):

@@ -75,7 +75,7 @@ def check_fetch(cache, name, model, tokens):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(steps=st.lists(INSERT | FETCH, max_size=20))
 def test_it_finds_what_a_dictionary_finds(name, steps):
     cache = make_cache()
@@ -96,7 +96,7 @@ def test_it_finds_what_a_dictionary_finds(name, steps):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 @pytest.mark.parametrize("name", MODELS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(
     steps=st.lists(INSERT | FETCH | TRIM | RESERVE | EXPIRE, max_size=25),
     max_bytes=st.integers(0, 12_000),
@@ -123,6 +123,7 @@ def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_
         else:
             cache.expire()
         cache.check_integrity()
+        assert type(cache.eviction.policy) is policy, "it was replaced"
         by_type = cache.stats_by_type().values()
         assert sum(t["n_bytes"] for t in by_type) == cache.nbytes
         assert sum(t["n_sequences"] for t in by_type) == len(cache)

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import (
 
 from mlx_lm_ext.radix_cache import RadixPromptCache
 from mlx_lm_ext.segments import (
+    BatchSegmentedKVCache,
     Layout,
     SegmentedKVCache,
     leaves,
@@ -64,6 +65,7 @@ def test_rows_of_misses_and_hits_merge():
     hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
     model = type("Model", (), {"make_cache": lambda self: [KVCache(), KVCache()]})()
     batch = merge([make_segmented_cache(model), hit, make("KVCache", TOKENS[:5])])
+    assert type(batch[0]) is BatchSegmentedKVCache
     for i, n in enumerate((0, 9, 5)):
         row = [c.extract(i) for c in batch]
         assert [c.offset for c in row] == [n, n]
@@ -137,6 +139,45 @@ def test_hit_is_used_alone_like_the_cache_it_was():
     assert contents(hit, 5) == contents(make("KVCache", TOKENS[:5]), 5)
     assert all(c.nbytes > 0 for c in hit)
     assert SegmentedKVCache().empty() and SegmentedKVCache().keys is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hit_that_is_written_to_leaves_the_prompt_cache_as_it_was(model):
+    prompt = TOKENS + list(range(50, 60))
+    cache = cached(model, 10, tokens=prompt)
+    expected = contents(make(model, TOKENS), 10)
+    for _ in range(2):
+        hit, _ = cache.fetch_nearest_cache("m", prompt)
+        assert contents(hit, 10) == expected
+        for i in range(10, 20):
+            feed(hit, prompt, i, i + 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("n_prompt", range(1, 10))
+def test_what_was_generated_token_by_token_is_found(model, n_prompt):
+    cache = RadixPromptCache()
+    cache.insert_cache("m", TOKENS[:9], make(model, TOKENS[:9], n_prompt))
+    hit, rest = cache.fetch_nearest_cache("m", TOKENS)
+    assert rest == TOKENS[9:]
+    assert contents(hit, 9) == contents(make(model, TOKENS[:9]), 9)
+
+
+def test_state_of_other_tokens_than_the_kv_is_not_kept():
+    cache = RadixPromptCache()
+    caches = [*make("ArraysCache", TOKENS), *make("KVCache", TOKENS)]
+    cache.insert_cache("m", TOKENS[:6], caches)
+    assert len(cache) == 0
+
+
+def test_window_that_lacks_tokens_is_not_kept():
+    cache = RadixPromptCache()
+    caches = make("RotatingKVCache", TOKENS)
+    caches[0].keys, caches[0].values = (
+        x[..., -3:, :] for x in (caches[0].keys, caches[0].values)
+    )
+    cache.insert_cache("m", TOKENS, caches)
+    assert len(cache) == 0
 
 
 def test_caches_that_disagree_are_not_kept():
