@@ -98,6 +98,30 @@ class LeanBatchGenerator(BatchGenerator):
         super().__init__(model, **kwargs)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
 
+    def cut(self, uid: int, n: int) -> Optional[int]:
+        """End a segment of a prompt after ``n`` of the tokens that were left to run when
+        it was inserted.
+
+        Returns:
+            Optional[int]: How many segments are left to run before the new one, or
+            ``None`` if one ended there already.
+        """
+        uids = self._prompt_batch.uids
+        if uid in uids:
+            segments, n_run, _ = self._currently_processing[uids.index(uid)]
+        else:
+            rows = [s[1] for s in self._unprocessed_sequences if s[0] == uid]
+            segments, n_run = rows[0], 0
+        n -= n_run
+        for i, segment in enumerate(segments):
+            if n < len(segment):
+                if n > 0:
+                    segments[i : i + 1] = [segment[:n], segment[n:]]
+                    return i
+                return None
+            n -= len(segment)
+        return None
+
     @property
     def generation_batch(self) -> LeanGenerationBatch:
         return self._generation_batch

@@ -21,9 +21,13 @@ from .interfaces import SchedulerView
 from .model_provider import BatchModelProvider
 from .policies import Policies
 from .radix_cache import RadixPromptCache
+from .radix_tree import n_common
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
 from .segments import make_segmented_cache
+
+# Tokens of a common prefix that are worth waiting for.
+MIN_SHARED = 16
 
 
 class Batch:
@@ -43,8 +47,12 @@ class Batch:
     ):
         self.model_provider = model_provider
         self.policies = policies
-        self.prompt_cache = prompt_cache
+        # Without a cache, KV is kept only while others wait for it.
         self.caching = prompt_cache is not None
+        if prompt_cache is None:
+            n_bytes = model_provider.cli_args.radix_cache_size
+            prompt_cache = RadixPromptCache(max_bytes=n_bytes, clock=policies.clock)
+        self.prompt_cache = prompt_cache
         self.generator: Optional[LeanBatchGenerator] = None
         self.active: Dict[int, Request] = {}
         # Those of whose prompts a part is left to run.
@@ -106,7 +114,53 @@ class Batch:
         )
         self.active[uid] = request
         self.prefilling.add(uid)
+        request.n_run, request.leader = n_cached, None
         request.start()
+
+    # Prefixes that are being run
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether a request should start later: another one runs a prefix of its prompt,
+        which will be in the prompt cache before it could have run it itself."""
+        leader = request.leader
+        if leader is not None:
+            is_running = any(self.active[uid] is leader for uid in self.prefilling)
+            if is_running and leader.n_run < request.n_shared:
+                return True
+            if leader.n_run >= request.n_shared:
+                # If it was not kept, there is no room for it.
+                request.shares = self.n_known(request) >= request.n_shared
+            request.leader = None
+        return request.shares and self.follow(request)
+
+    def follow(self, request: Request) -> bool:
+        """Let a request wait for one that runs a longer prefix than the cache has."""
+        found = [
+            (n_common(leader.prompt[:-1], request.prompt[:-1]), uid)
+            for uid in self.prefilling
+            for leader in [self.active[uid]]
+            if leader.cache_key == request.cache_key and not leader.generated
+        ]
+        n_shared, uid = max(found, default=(0, 0))
+        if n_shared < MIN_SHARED or self.active[uid].n_run >= n_shared:
+            return False
+        if n_shared < self.n_known(request) + MIN_SHARED:
+            return False
+        leader = request.leader = self.active[uid]
+        request.n_shared = n_shared
+        leader.has_followers = True
+        before = self.generator.cut(uid, n_shared - leader.n_matched)
+        if before is not None:
+            leader.to_store.insert(before, leader.to_store[before])
+        return True
+
+    def n_known(self, request: Request) -> int:
+        return self.prompt_cache.search(request.cache_key, request.prompt).n_tokens
+
+    def forget_shared(self) -> None:
+        """Drop the KV that nobody waits for any more, if none is to be kept."""
+        if not self.caching:
+            self.prompt_cache.trim_to(n_bytes=0)
 
     def remove(self, requests: List[Request]) -> None:
         """Take requests out before they end; what they have run stays in the cache."""
@@ -148,6 +202,10 @@ class Batch:
         )
         prompt_responses, responses = self.generator.next()
         self.reserve()
+        for r in prompt_responses:
+            if not r.end_of_prompt:
+                request = self.active[r.uid]
+                request.n_run = request.n_matched + r.progress[0]
         self.store_segments(prompt_responses)
         self.prefilling -= {r.uid for r in prompt_responses if r.end_of_prompt}
         if responses and scheduler.has("on_tokens"):
@@ -166,7 +224,8 @@ class Batch:
             request.put(Token(r.token, logprob, top, r.finish_reason))
             if r.finish_reason is not None:
                 del self.active[r.uid]
-                self.store(request, r.all_tokens, r.prompt_cache)
+                if self.caching:
+                    self.store(request, r.all_tokens, r.prompt_cache)
                 finished.append(request)
         return finished
 
@@ -197,8 +256,6 @@ class Batch:
         request.to_store = ["assistant"]
         if request.generated:
             return [request.prompt + request.generated], None, 0
-        if not self.caching:
-            return request.segments, None, 0
         key, prompt = request.cache_key, request.prompt
         # Where others branch off, a prompt pauses to leave what they can resume from.
         branch = self.prompt_cache.branch_point(key, prompt)
@@ -221,12 +278,10 @@ class Batch:
         ended = [
             r.uid for r in prompt_responses if r.end_of_segment and not r.end_of_prompt
         ]
-        if not self.caching or not ended:
-            return
-        for uid, (cache, tokens) in self.generator.extract_cache(ended).items():
-            request = self.active[uid]
-            if request.to_store:
-                self.store(request, tokens, cache, request.to_store.pop(0))
+        types = {uid: self.active[uid].to_store.pop(0) for uid in ended}
+        wanted = [u for u in ended if self.caching or self.active[u].has_followers]
+        for uid, (cache, tokens) in self.generator.extract_cache(wanted).items():
+            self.store(self.active[uid], tokens, cache, types[uid])
 
     def store(
         self,
@@ -235,8 +290,8 @@ class Batch:
         cache: List[Any],
         cache_type: str = "assistant",
     ) -> None:
-        """Keep the KV of ``tokens``, unless the cache is off or has just given it."""
-        if self.caching and len(tokens) > request.n_matched:
+        """Keep the KV of ``tokens``, unless the cache has just given it."""
+        if len(tokens) > request.n_matched:
             self.prompt_cache.insert_cache(
                 request.cache_key, tokens, cache, cache_type=cache_type
             )

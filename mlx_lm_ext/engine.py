@@ -230,17 +230,18 @@ class Engine(ResponseGeneratorBase):
         """Start waiting requests in their order, as long as there is room."""
         if self.changed and self.waiting and len(self.batch) < self.limit:
             self.order_waiting()
-        while (
-            self.waiting
-            and len(self.batch) < self.limit
-            and self.batch.can_start
-            and not self.stopping
-        ):
-            request = self.waiting[0]
+        follows = False
+        for request in list(self.waiting):
+            full = len(self.batch) >= self.limit or not self.batch.can_start
+            if full or self.stopping:
+                return
             other_model = request.model.key != self.model_provider.model_key
             if self.batch and (other_model or not self.is_batchable(request)):
                 return
-            self.waiting.popleft()
+            if self.batch and self.batch.must_wait(request):
+                follows = True
+                continue
+            self.waiting.remove(request)
             try:
                 if other_model:
                     self.batch.close()
@@ -251,6 +252,8 @@ class Engine(ResponseGeneratorBase):
                     self.serve_alone(request)
             except Exception as e:
                 self.fail(request, e)
+        if not follows:
+            self.batch.forget_shared()
 
     def order_waiting(self) -> None:
         """Put the waiting requests in the order of the scheduler policy."""

@@ -18,6 +18,20 @@ from .interfaces import Entry
 from .segments import Arrays, Layout, SegmentedKVCache, copy, nbytes
 
 
+def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:
+    """How many of the first tokens of ``run`` are those of ``tokens`` from ``start``."""
+    if tokens[start : start + len(run)] == run:
+        return len(run)
+    low, high = 0, min(len(run), len(tokens) - start)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if run[low:middle] == tokens[start + low : start + middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class Match(NamedTuple):
     """What the tree has of a prompt.
 
@@ -136,17 +150,7 @@ class Node:
 
     def match(self, tokens: List[int]) -> int:
         """How many tokens of the run are found at the same place of ``tokens``."""
-        run, start = self.tokens, self.start
-        if tokens[start : start + len(run)] == run:
-            return len(run)
-        low, high = 0, min(len(run), len(tokens) - start)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if run[low:middle] == tokens[start + low : start + middle]:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return n_common(self.tokens, tokens, self.start)
 
     def descend(self, tokens: List[int]) -> Tuple["Node", int]:
         """The last node on the way of ``tokens``, and how many of them it takes."""

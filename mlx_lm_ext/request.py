@@ -51,6 +51,11 @@ class Request(RequestInfo):
         initial_state (str): Where the text state machine starts.
         sampler (str): The name of its sampler.
         clock (Clock): What tells when it started and got its first token.
+        n_run (int): Tokens of its prompt whose KV it has.
+        leader (Optional[Request]): Who runs a prefix of its prompt, for which it waits.
+        n_shared (int): The tokens of that prefix.
+        has_followers (bool): Whether others wait for what it runs.
+        shares (bool): False once it has waited in vain.
     """
 
     model: Optional[ServedModel] = None
@@ -62,6 +67,11 @@ class Request(RequestInfo):
     initial_state: str = "normal"
     sampler: str = "default"
     clock: Clock = time.monotonic
+    n_run: int = 0
+    leader: Optional["Request"] = None
+    n_shared: int = 0
+    has_followers: bool = False
+    shares: bool = True
     started: Optional[float] = None
     first_token: Optional[float] = None
     generated: List[int] = field(default_factory=list)

@@ -1,0 +1,133 @@
+"""Requests that wait for a prefix which another one is running."""
+
+import threading
+
+import pytest
+from helpers import Reference, read, submit, texts, wait_until_idle
+from tiny_models import CONFIGS
+
+from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.engine import Engine
+
+PREFIX = texts(1, seed=21)[0] * 2
+STEPS = ["--prefill-step-size", "16"]
+
+
+@pytest.fixture
+def start_together(start_engine):
+    """Starts an engine that runs nothing before its gate is open."""
+
+    def start(architecture, *argv, **members):
+        class Gated(Engine):
+            gate = threading.Event()
+            batch_class = type("Watched", (Batch,), members)
+
+            def drain_inbox(self, block):
+                self.gate.wait(60)
+                super().drain_inbox(block)
+
+        engine = start_engine(architecture, *STEPS, *argv, make_engine=Gated)
+        engines.append(engine)
+        return engine
+
+    engines = []
+    yield start
+    for engine in engines:
+        engine.gate.set()
+
+
+def n_run(jobs):
+    """How many tokens of prompts were run in all."""
+    return sum(job.n_prompt - job.n_matched for job in jobs)
+
+
+@pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_prompts_that_come_at_once_run_their_prefix_once(
+    architecture, cache, model_folder, start_together
+):
+    reference = Reference(model_folder(architecture))
+    engine = start_together(architecture, *cache)
+    prompts = [PREFIX + end for end in ("1 end", "2 or another", "3", "4th")]
+    jobs = [submit(engine, p, max_tokens=10) for p in prompts]
+    engine.gate.set()
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 10)
+    assert n_run(jobs) == len(PREFIX) + sum(len(p) - len(PREFIX) for p in prompts)
+    wait_until_idle(engine)
+    engine.batch.prompt_cache.check_integrity()
+    if not cache:
+        assert engine.batch.prompt_cache.nbytes == 0
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_same_prompt_of_several_is_run_once(architecture, model_folder, start_together):
+    expected = Reference(model_folder(architecture)).tokens(PREFIX, 10)
+    engine = start_together(architecture)
+    jobs = [submit(engine, PREFIX, max_tokens=10) for _ in range(5)]
+    engine.gate.set()
+    for job in jobs:
+        assert read(job) == expected
+    # The last token has to run for each.
+    assert n_run(jobs) == len(PREFIX) + 4
+
+
+def test_other_prompts_do_not_wait(start_together):
+    started = []
+
+    def add(self, request):
+        started.append((self.steps, request))
+        Batch.add(self, request)
+
+    engine = start_together("llama", add=add)
+    prompts = [PREFIX + "x", PREFIX + "y", "something else"]
+    jobs = [submit(engine, p, max_tokens=3) for p in prompts]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert [job for _, job in started] == [jobs[0], jobs[2], jobs[1]]
+    assert started[0][0] == started[1][0] < started[2][0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_next_takes_over_when_the_one_that_runs_the_prefix_leaves(
+    architecture, how, model_folder, start_together
+):
+    reference = Reference(model_folder(architecture))
+
+    def step(self):
+        if self.steps == 1 and not jobs[0].finished:
+            if how == "failed":
+                jobs[0].args.max_tokens = 0
+                raise ArithmeticError("a step failed")
+            jobs[0].cancel()
+        return Batch.step(self)
+
+    engine = start_together(architecture, step=step)
+    prompts = [PREFIX + end for end in ("a", "bc", "de")]
+    jobs = [submit(engine, p, max_tokens=10) for p in prompts]
+    engine.gate.set()
+    for prompt, job in list(zip(prompts, jobs))[1:]:
+        assert read(job) == reference.tokens(prompt, 10)
+    assert jobs[2].n_matched == len(PREFIX)
+
+
+def test_other_salts_do_not_wait(start_together):
+    engine = start_together("llama")
+    jobs = [submit(engine, PREFIX, max_tokens=3, cache_salt=s) for s in "ab"]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert [job.n_matched for job in jobs] == [0, 0]
+
+
+def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_together):
+    expected = Reference(model_folder()).tokens(PREFIX, 5)
+    engine = start_together("llama", "--radix-cache-size", "1KB")
+    jobs = [submit(engine, PREFIX, max_tokens=5) for _ in range(4)]
+    engine.gate.set()
+    for job in jobs:
+        assert read(job) == expected
+        assert job.n_matched == 0
+    assert [job.shares for job in jobs] == [True, False, False, False]
