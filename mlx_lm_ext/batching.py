@@ -57,6 +57,8 @@ class Batch:
         self.active: Dict[int, Request] = {}
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
+        # Tokens of prompts that the last step was allowed.
+        self.budget = model_provider.cli_args.prefill_step_size
         self.steps = 0
         self.n_generated = 0
 
@@ -73,12 +75,19 @@ class Batch:
         batch_size = self.model_provider.cli_args.batch_size
         return SchedulerView(self.policies.clock(), tuple(self.requests), batch_size)
 
-    @property
-    def can_start(self) -> bool:
-        """Whether a request that is added is prefilled in the next step. If it were not,
-        what it took from the prompt cache would be held beside the bound."""
+    def can_start(self, request: Request) -> bool:
+        """Whether a request that is added is prefilled in the next step, and does not
+        take much from those that are. If it had to wait, what it took from the prompt
+        cache would be held beside the bound."""
         args = self.model_provider.cli_args
-        return len(self.prefilling) < min(args.batch_size, args.prompt_concurrency)
+        if not self.prefilling:
+            return True
+        if len(self.prefilling) >= min(args.batch_size, args.prompt_concurrency):
+            return False
+        prompts = [self.active[uid] for uid in self.prefilling]
+        n_left = sum(r.n_prompt - r.n_run for r in prompts)
+        # A short prompt need not wait until a long one is done.
+        return n_left < self.budget or request.n_prompt <= self.budget // 4
 
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already."""
@@ -195,7 +204,7 @@ class Batch:
             return []
         self.steps += 1
         scheduler = self.policies.scheduler
-        if self.prefilling and scheduler.has("prefill_tokens"):
+        if self.prefilling:
             self.generator.prefill_step_size = self.plan_prefill()
         self.generator.generation_batch.logprobs = any(
             r.args.logprobs for r in self.active.values()
@@ -241,12 +250,16 @@ class Batch:
 
         def ask(policy):
             tokens = policy.prefill_tokens(view)
-            return limit if tokens is None else int(tokens) // n_prompts
+            return None if tokens is None else max(1, int(tokens))
 
         view = self.view
         limit = self.model_provider.cli_args.prefill_step_size
+        tokens = self.policies.scheduler.run(ask)
+        self.budget = limit if tokens is None else min(tokens, limit)
+        if tokens is None:
+            return limit
         n_prompts = min(len(self.prefilling), self.generator.prefill_batch_size)
-        return max(1, min(limit, self.policies.scheduler.run(ask)))
+        return max(1, min(limit, tokens // n_prompts))
 
     def fetch(self, request: Request) -> Tuple[List[List[int]], Any, int]:
         """The segments left to run, and the cache of the tokens before them.

@@ -232,8 +232,7 @@ class Engine(ResponseGeneratorBase):
             self.order_waiting()
         follows = False
         for request in list(self.waiting):
-            full = len(self.batch) >= self.limit or not self.batch.can_start
-            if full or self.stopping:
+            if len(self.batch) >= self.limit or self.stopping:
                 return
             other_model = request.model.key != self.model_provider.model_key
             if self.batch and (other_model or not self.is_batchable(request)):
@@ -241,6 +240,8 @@ class Engine(ResponseGeneratorBase):
             if self.batch and self.batch.must_wait(request):
                 follows = True
                 continue
+            if not self.batch.can_start(request):
+                return
             self.waiting.remove(request)
             try:
                 if other_model:
@@ -273,6 +274,9 @@ class Engine(ResponseGeneratorBase):
         scheduler = self.policies.scheduler
         if scheduler.has("order"):
             arrived = sorted(self.waiting, key=lambda r: r.arrival)
+            if len(arrived) <= scheduler.policy.most_matched:
+                for request in arrived:
+                    request.n_matched = self.batch.n_known(request)
             view = self.batch.view
             self.waiting = deque(scheduler.run(ask))
 

@@ -111,6 +111,7 @@ def mlx_lm_register_scheduler_policies() -> List[Type[SchedulerPolicy]]:
         prefill_tokens(self, view)    # tokens of prompts a step may process; None: no limit
         on_tokens(self, counts)       # once a step: [(request, tokens generated)]
         on_finish(self, request)
+        most_matched = 0              # n_matched is looked up for so many that wait
 
     A ``request`` has ``id, args, body, arrival, n_prompt, n_matched, n_generated,
     max_tokens, stream, priority`` and ``user``; ``view`` has ``now``, ``running`` and

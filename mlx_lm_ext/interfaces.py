@@ -114,7 +114,8 @@ class RequestInfo:
           does not know are left to plugins.
         arrival (float): When it came, in seconds of the clock.
         n_prompt (int): Tokens of its prompt.
-        n_matched (int): Those of them that came from the prompt cache; 0 until it runs.
+        n_matched (int): Those of them that came from the prompt cache; 0 until it runs,
+          unless the scheduler policy wants to know what it would find.
         n_generated (int): Tokens of its answer so far.
     """
 
@@ -190,6 +191,9 @@ class SchedulerPolicy(ABC):
 
     name: str
 
+    # Up to how many waiting requests ``n_matched`` is looked up for ``order``.
+    most_matched = 0
+
     def __init__(self, args: argparse.Namespace, clock: Clock):
         self.clock = clock
 
@@ -213,7 +217,8 @@ class SchedulerPolicy(ABC):
 
         Returns:
             ``None`` for no limit but ``--prefill-step-size`` for each prompt. At least
-            one token of each prompt is processed.
+            one token of each prompt is processed, and a prompt starts when those before
+            it have fewer tokens left than this.
         """
         return None
 

@@ -82,9 +82,9 @@ class BuiltIn:
 
     @hookimpl
     def mlx_lm_register_scheduler_policies(self):
-        from .scheduling import FCFS
+        from .scheduling import POLICIES
 
-        return [FCFS]
+        return POLICIES
 
     @hookimpl
     def mlx_lm_register_samplers(self):

@@ -79,7 +79,7 @@ def test_other_prompts_do_not_wait(start_together):
         started.append((self.steps, request))
         Batch.add(self, request)
 
-    engine = start_together("llama", add=add)
+    engine = start_together("llama", "--prefill-step-size", "64", add=add)
     prompts = [PREFIX + "x", PREFIX + "y", "something else"]
     jobs = [submit(engine, p, max_tokens=3) for p in prompts]
     engine.gate.set()

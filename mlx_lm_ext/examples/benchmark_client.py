@@ -16,7 +16,7 @@ import sys
 from contextlib import asynccontextmanager
 from typing import Any, AsyncIterator, Dict, List, NamedTuple, Optional
 
-from mlx_lm_ext.batch_server import ArgumentParser, number
+from mlx_lm_ext.argument_types import ArgumentParser, number
 from mlx_lm_ext.examples import timings, words
 from mlx_lm_ext.examples.arguments import add_server_arguments, output_file, plot_file
 from mlx_lm_ext.examples.timings import Timing

@@ -13,7 +13,7 @@ from typing import Callable, List
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, LRUPromptCache
 
-from mlx_lm_ext.batch_server import ArgumentParser, number
+from mlx_lm_ext.argument_types import ArgumentParser, number
 from mlx_lm_ext.examples import timings
 from mlx_lm_ext.radix_cache import RadixPromptCache
 

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional
 
 from mlx_lm_ext import demo_model
-from mlx_lm_ext.batch_server import ArgumentParser, number
+from mlx_lm_ext.argument_types import ArgumentParser, number
 from mlx_lm_ext.examples import servers, timings
 from mlx_lm_ext.examples.arguments import counts, names, output_file, plot_file
 from mlx_lm_ext.examples.chat_client import Client

@@ -49,6 +49,9 @@ class NoPolicy:
     def has(self, method):
         return False
 
+    def run(self, use):
+        return None
+
 
 def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
     """A batch of ``n_rows`` requests that decode."""
@@ -67,6 +70,7 @@ def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
                 model=replace(model, end_of_text=StopSequences()),
                 prompt=prompt,
                 segments=[prompt],
+                segment_types=["assistant"],
             )
         )
     while batch.prefilling:

@@ -12,7 +12,7 @@ import asyncio
 import random
 from typing import List, Optional
 
-from mlx_lm_ext.batch_server import ArgumentParser
+from mlx_lm_ext.argument_types import ArgumentParser
 from mlx_lm_ext.examples import timings, words
 from mlx_lm_ext.examples.arguments import add_server_arguments
 from mlx_lm_ext.examples.benchmark_client import ask, connect
