@@ -227,23 +227,26 @@ def test_requests_that_a_policy_leaves_out_follow_in_order_of_arrival(start_with
     assert [job.user for job in started] == ["x", "a", "b", "c"]
 
 
+class Watch:
+    """A model that notes the most tokens of a call."""
+
+    def __init__(self, model):
+        self.model, self.longest = model, 0
+
+    def __call__(self, inputs, cache):
+        self.longest = max(self.longest, inputs.size)
+        return self.model(inputs, cache=cache)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
 def test_prefill_budget_of_a_policy_is_kept(start_with, model_folder):
     class Careful(SchedulerPolicy):
         name = "careful"
 
         def prefill_tokens(self, view):
             return 20
-
-    class Watch:
-        def __init__(self, model):
-            self.model, self.longest = model, 0
-
-        def __call__(self, inputs, cache):
-            self.longest = max(self.longest, inputs.size)
-            return self.model(inputs, cache=cache)
-
-        def __getattr__(self, name):
-            return getattr(self.model, name)
 
     engine = start_with(Careful)
     provider = engine.model_provider
@@ -253,6 +256,22 @@ def test_prefill_budget_of_a_policy_is_kept(start_with, model_folder):
     jobs = [submit(engine, p, max_tokens=8) for p in prompts]
     for prompt, job in zip(prompts, jobs):
         assert read(job) == reference.tokens(prompt, 8)
+    assert 8 < watch.longest <= 20
+
+
+def test_long_prompt_is_run_in_small_parts_beside_a_stream(start_engine, model_folder):
+    engine = start_engine("llama", "--prefill-budget", "20")
+    provider = engine.model_provider
+    provider.model = watch = Watch(provider.model)
+    reference = Reference(model_folder())
+    stream = submit(engine, "x" * 100, max_tokens=2000)
+    stream.receive(timeout=60)
+    assert watch.longest == 99
+    watch.longest = 0
+    late = submit(engine, "y" * 100, max_tokens=8)
+    assert read(late) == reference.tokens("y" * 100, 8)
+    assert not stream.finished
+    stream.cancel()
     assert 8 < watch.longest <= 20
 
 
