@@ -121,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
         "have begun: fewer make shorter gaps in those, more a shorter wait for new ones",
     )
     batch(
+        "--max-kv-bytes",
+        type=size,
+        help="bytes of the running batch's KV, each answer at its max_tokens; also "
+        "512MB, 2GB; unset, nine tenths of the memory beside the model",
+    )
+    batch(
         "--max-wait",
         type=number(float, 0),
         default=30.0,

@@ -18,6 +18,7 @@ from ._upstream import (
     make_logits_processors,
 )
 from .interfaces import SchedulerView
+from .kv_memory import KVMemory
 from .model_provider import BatchModelProvider
 from .policies import Policies
 from .radix_cache import RadixPromptCache
@@ -54,6 +55,7 @@ class Batch:
             prompt_cache = RadixPromptCache(max_bytes=n_bytes, clock=policies.clock)
         self.prompt_cache = prompt_cache
         self.generator: Optional[LeanBatchGenerator] = None
+        self.kv_memory: Optional[KVMemory] = None
         self.active: Dict[int, Request] = {}
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
@@ -80,9 +82,11 @@ class Batch:
         take much from those that are. If it had to wait, what it took from the prompt
         cache would be held beside the bound."""
         args = self.model_provider.cli_args
-        if not self.prefilling:
+        if not self.active:
             return True
         if len(self.prefilling) >= min(args.batch_size, args.prompt_concurrency):
+            return False
+        if not self.kv_memory.fits([*self.requests, request]):
             return False
         prompts = [self.active[uid] for uid in self.prefilling]
         n_left = sum(r.n_prompt - r.n_run for r in prompts)
@@ -90,9 +94,14 @@ class Batch:
         return n_left < self.budget or request.n_prompt <= self.budget // 4
 
     def add(self, request: Request) -> None:
-        """Add a request. It goes on after the tokens that it has already."""
+        """Add a request. It goes on after the tokens that it has already.
+
+        Raises:
+            RequestError: If its KV can never fit, or a plugin refuses it.
+        """
         if self.generator is None:
             args = self.model_provider.cli_args
+            self.kv_memory = KVMemory(self.model_provider.model, args.max_kv_bytes)
             self.generator = LeanBatchGenerator(
                 self.model_provider.model,
                 completion_batch_size=args.batch_size,
@@ -100,6 +109,7 @@ class Batch:
                 prefill_step_size=args.prefill_step_size,
                 stream=mx.default_stream(mx.default_device()),
             )
+        self.kv_memory.check(request)
         tokenizer = self.model_provider.tokenizer
         processors = make_logits_processors(request.args)
         processors += self.policies.make_logits_processors(request, tokenizer)

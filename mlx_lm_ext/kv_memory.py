@@ -1,0 +1,92 @@
+"""How much memory the KV of a batch takes, and how much there is for it.
+
+Rule: what a model's KV takes is read off the shapes of its caches after one token,
+which MLX knows without running it.
+"""
+
+import logging
+import os
+from typing import Any, Collection, Optional
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from .errors import RequestError
+from .interfaces import RequestInfo
+from .segments import Layout, leaves, nbytes
+
+# What a cache grows by.
+STEP = 256
+
+
+def device_memory() -> int:
+    """Bytes that MLX may use: those of the GPU, or of the machine."""
+    info = mx.device_info()
+    for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if name in info:
+            return int(info[name])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class KVMemory:
+    """What the KV of a model's batch may take.
+
+    Args:
+        model (nn.Module): The model; it is not run.
+        limit (Optional[int]): Bytes. Without one, nine tenths of what the device has
+          beside the weights.
+    """
+
+    def __init__(self, model: Any, limit: Optional[int] = None):
+        if limit is None:
+            weights = sum(w.nbytes for _, w in tree_flatten(model.parameters()))
+            limit = max(0, device_memory() - weights) * 9 // 10
+        self.limit = limit
+        self.layers = []
+        caches = make_prompt_cache(model)
+        try:
+            layout = Layout(caches)
+        except TypeError as e:
+            logging.warning(
+                f"The size of the KV of {e} is not known: it is not bounded"
+            )
+            return
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+        self.layers = [
+            (kind, nbytes(kind.arrays(cache)))
+            for kind, cache in zip(layout.kinds, leaves(caches))
+        ]
+
+    def nbytes(self, n_rows: int, n_tokens: int) -> int:
+        """Bytes of ``n_rows``, each padded to ``n_tokens``."""
+        n_tokens = -(-n_tokens // STEP) * STEP
+        total = 0
+        for kind, of_one in self.layers:
+            kept = kind.n_kept(n_tokens)
+            total += of_one * (1 if kept is None else kept)
+        return n_rows * total
+
+    def needed(self, requests: Collection[RequestInfo]) -> int:
+        """Bytes of a batch of requests, each with the longest answer that it may have."""
+        longest = max(r.n_prompt + r.max_tokens for r in requests)
+        return self.nbytes(len(requests), longest)
+
+    def fits(self, requests: Collection[RequestInfo]) -> bool:
+        return self.needed(requests) <= self.limit
+
+    def check(self, request: RequestInfo) -> None:
+        """Refuse a request that can never fit.
+
+        Raises:
+            RequestError: A 400 with the figures.
+        """
+        if not self.fits([request]):
+            raise RequestError(
+                400,
+                f"the KV of {request.n_prompt} tokens of prompt and {request.max_tokens} "
+                f"of max_tokens takes {self.needed([request]) / 1e6:,.1f} MB, and the "
+                f"server has {self.limit / 1e6:,.1f} MB (--max-kv-bytes)",
+                "max_tokens",
+                "context_length_exceeded",
+            )

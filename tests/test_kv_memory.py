@@ -1,0 +1,84 @@
+"""Requests that start only if their KV fits beside that of the others."""
+
+import mlx.core as mx
+import pytest
+from helpers import Reference, read, submit, texts
+from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
+from tiny_models import CONFIGS
+
+from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.kv_memory import KVMemory, device_memory
+
+# Of the tiny llama: two layers with keys and values of two heads of 16 floats.
+TOKEN = 2 * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("n_tokens", [5, 301])
+def test_size_is_that_of_the_caches(architecture, n_tokens, model_folder):
+    model = Reference(model_folder(architecture)).model
+    caches = make_prompt_cache(model)
+    for n in (n_tokens - 1, 1):
+        model(mx.zeros((1, n), dtype=mx.int32), cache=caches)
+    held = sum(c.nbytes for c in caches)
+    assert KVMemory(model).nbytes(3, n_tokens) == 3 * held
+
+
+def test_size_is_known_without_running_the_model(model_folder):
+    model = Reference(model_folder()).model
+    mx.eval(model.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    KVMemory(model)
+    # A few constants.
+    assert mx.get_peak_memory() < before + 1000
+
+
+def test_limit_is_what_the_device_has_beside_the_model(model_folder):
+    limit = KVMemory(Reference(model_folder()).model).limit
+    assert device_memory() * 0.8 < limit < device_memory() * 0.9
+
+
+def test_unknown_cache_type_is_not_bounded(model_folder, monkeypatch, caplog):
+    model = Reference(model_folder()).model
+    monkeypatch.setattr(
+        type(model), "make_cache", lambda self: [ConcatenateKVCache()], raising=False
+    )
+    assert KVMemory(model).nbytes(1, 1000) == 0
+    assert "ConcatenateKVCache is not known" in caplog.records[0].message
+
+
+def test_no_more_requests_run_than_fit_at_their_longest(model_folder, start_engine):
+    class Watched(Batch):
+        most = 0
+
+        def step(self):
+            Watched.most = max(Watched.most, len(self))
+            return super().step()
+
+    class WatchedEngine(Engine):
+        batch_class = Watched
+
+    reference = Reference(model_folder())
+    # Three rows of up to 512 tokens.
+    argv = ["--max-kv-bytes", str(3 * 512 * TOKEN)]
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    prompts = texts(9)
+    jobs = [submit(engine, p, max_tokens=300) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 300)
+    assert Watched.most == 3
+
+
+def test_request_that_can_never_fit_is_told_why(start_engine):
+    engine = start_engine("llama", "--max-kv-bytes", str(512 * TOKEN))
+    with pytest.raises(RequestError) as error:
+        read(submit(engine, "x" * 13, max_tokens=500))
+    assert error.value.status == 400
+    assert str(error.value) == (
+        "the KV of 13 tokens of prompt and 500 of max_tokens takes 0.4 MB, and the "
+        "server has 0.3 MB (--max-kv-bytes)"
+    )
+    assert len(read(submit(engine, "x" * 12, max_tokens=500))) <= 500
