@@ -1,5 +1,6 @@
 """Requests that wait for a prefix which another one is running."""
 
+import random
 import threading
 
 import pytest
@@ -131,3 +132,35 @@ def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_toget
         assert read(job) == expected
         assert job.n_matched == 0
     assert [job.shares for job in jobs] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("seed", range(2))
+def test_tokens_equal_those_of_generate_whoever_comes_and_goes(
+    architecture, seed, model_folder, start_engine
+):
+    """Random arrivals, cancellations and budgets over a few common prefixes."""
+    rng = random.Random(f"{architecture} {seed}")
+    reference = Reference(model_folder(architecture))
+    argv = ["--prefill-step-size", str(rng.choice([7, 32, 200]))]
+    argv += ["--prefill-budget", str(rng.choice([5, 20, 100]))]
+    argv += ["--batch-size", str(rng.choice([3, 8])), "--prompt-concurrency", "3"]
+    argv += ["--scheduler", rng.choice(["fcfs", "lpm", "sjf", "fair"])]
+    argv += ["--use-prompt-cache"] * rng.randint(0, 1)
+    engine = start_engine(architecture, *argv)
+    prefixes = texts(3, longest=90, seed=seed)
+    jobs = []
+    for end in texts(24, longest=30, seed=100 + seed):
+        prompt = rng.choice(prefixes)[: rng.randint(1, 90)] + end
+        jobs.append((prompt, submit(engine, prompt, max_tokens=rng.randint(1, 25))))
+        if rng.random() < 0.3:
+            jobs[-1][1].receive(timeout=60)
+        if rng.random() < 0.2:
+            rng.choice(jobs)[1].cancel()
+    for prompt, job in jobs:
+        if not job.cancelled:
+            while not job.finished:
+                job.receive(timeout=0.1)
+            assert job.generated == reference.tokens(prompt, job.max_tokens)
+    wait_until_idle(engine)
+    engine.batch.prompt_cache.check_integrity()
