@@ -69,6 +69,9 @@ class LeanGenerationBatch(GenerationBatch):
         self.samplers = [self.row_samplers] * len(self.uids)
 
     def filter(self, keep: List[int]) -> None:
+        # The last rows take the places of those that leave: few have to move.
+        stay, movers = set(keep), [i for i in keep if i >= len(keep)]
+        keep = [i if i in stay else movers.pop() for i in range(len(keep))]
         super().filter(keep)
         self.row_samplers.filter(keep)
 

@@ -15,7 +15,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import mlx.core as mx
 
 from .interfaces import Entry
-from .segments import Arrays, Layout, SegmentedKVCache, copy, nbytes
+from .segmented_cache import Arrays, SegmentedKVCache
+from .segments import Layout, copy, nbytes
 
 
 def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:

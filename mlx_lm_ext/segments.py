@@ -13,7 +13,6 @@ from typing import Any, Iterable, Iterator, List, Optional, Tuple
 import mlx.core as mx
 from mlx_lm.models.cache import (
     ArraysCache,
-    BatchKVCache,
     CacheList,
     ChunkedKVCache,
     KVCache,
@@ -22,8 +21,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-# The arrays of one layer. Those of a segment have the tokens on the last axis but one.
-Arrays = List[Optional[mx.array]]
+from .segmented_cache import Arrays, SegmentedKVCache, join, slices
 
 
 def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
@@ -34,21 +32,8 @@ def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
     return [None if x is None else mx.concatenate([x, x[:0]]) for x in arrays]
 
 
-def slices(arrays: Arrays, start: int, stop: int) -> Arrays:
-    return [x[..., start:stop, :] for x in arrays]
-
-
 def nbytes(arrays: Arrays) -> int:
     return sum(x.nbytes for x in arrays if x is not None)
-
-
-def join(parts: List[Arrays], n: int) -> Arrays:
-    """The first ``n`` tokens of consecutive segments, in new arrays.
-
-    A cache writes into its arrays in place; those of the segments must stay as they are.
-    """
-    joined = [mx.concatenate(x, axis=-2) if len(x) > 1 else x[0] for x in zip(*parts)]
-    return slices(joined, 0, n)
 
 
 @dataclass(frozen=True)
@@ -258,109 +243,6 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
             yield from leaves(cache.caches)
         else:
             yield cache
-
-
-class SegmentedKVCache(KVCache):
-    """A ``KVCache`` whose first tokens are still in the segments that it was made of.
-
-    ``merge`` copies them straight into a batch. They are joined when it is used alone.
-
-    Args:
-        parts (List[Arrays]): Consecutive segments: keys and values of each.
-        n (int): How many of their tokens it has.
-    """
-
-    parts: List[Arrays] = []
-    # Tokens that are about to follow: a batch makes room for them.
-    n_to_come = 0
-
-    def __init__(self, parts: Iterable[Arrays] = (), n: int = 0):
-        super().__init__()
-        self.parts = list(parts)
-        self.offset = n
-
-    def join(self) -> None:
-        if self.parts:
-            self.keys, self.values = join(self.parts, self.offset)
-
-    @property
-    def keys(self) -> Optional[mx.array]:
-        self.join()
-        return self.joined_keys
-
-    @keys.setter
-    def keys(self, value: Optional[mx.array]) -> None:
-        self.parts = []
-        self.joined_keys = value
-
-    @property
-    def values(self) -> Optional[mx.array]:
-        self.join()
-        return self.joined_values
-
-    @values.setter
-    def values(self, value: Optional[mx.array]) -> None:
-        self.joined_values = value
-
-    def empty(self) -> bool:
-        return not self.parts and super().empty()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its own: segments belong to who keeps them."""
-        return 0 if self.parts else super().nbytes
-
-    @classmethod
-    def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
-        return BatchSegmentedKVCache.merge(caches)
-
-
-class BatchSegmentedKVCache(BatchKVCache):
-    """A ``BatchKVCache`` that is filled from segments with one copy.
-
-    What it extracts is a view of a row, of which the prompt cache copies what it lacks.
-    """
-
-    @classmethod
-    def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
-        length = max(c.size() for c in caches)
-        padding = [length - c.size() for c in caches]
-        batch = cls(padding)
-        rows = [
-            getattr(c, "parts", None) or ([(c.keys, c.values)] if c.size() else [])
-            for c in caches
-        ]
-        if length == 0:
-            return batch
-        n_to_come = max(getattr(c, "n_to_come", 0) for c in caches)
-        # An array without room would be copied for the next token.
-        capacity = ((length + n_to_come) // cls.step + 1) * cls.step
-
-        def merged(i: int) -> mx.array:
-            like = next(part[i] for parts in rows for part in parts)
-            shape = (len(rows), like.shape[1], capacity, like.shape[3])
-            x = mx.zeros(shape, like.dtype)
-            for row, (parts, start) in enumerate(zip(rows, padding)):
-                for part in parts:
-                    end = min(start + part[i].shape[2], length)
-                    x[row : row + 1, :, start:end] = part[i][..., : end - start, :]
-                    start = end
-            return x
-
-        left_padding = mx.array(padding)
-        batch.state = (
-            merged(0),
-            merged(1),
-            length - left_padding,
-            left_padding,
-            length,
-        )
-        return batch
-
-    def extract(self, idx: int) -> KVCache:
-        padding = self.left_padding.tolist()[idx]
-        keys, values = (x[idx : idx + 1, :, padding:] for x in self.keys_and_values())
-        return KVCache.from_state((keys, values, keys.shape[2]))
 
 
 def make_segmented_cache(model: Any) -> List[Any]:

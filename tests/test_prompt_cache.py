@@ -317,8 +317,8 @@ def test_bound_counts_the_running_batch(start_engine):
     class WatchedEngine(Engine):
         batch_class = Watched
 
-    # 512 bytes a token: two rows of 256, and 100 tokens beside them.
-    bound = 612 * 512
+    # 512 bytes a token: two rows of 256, a spare one, and 100 tokens beside them.
+    bound = 868 * 512
     argv = [CACHE, "--radix-cache-size", str(bound), "--batch-size", "2"]
     engine = start_engine("llama", *argv, make_engine=WatchedEngine)
     cache = engine.prompt_cache

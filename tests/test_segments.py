@@ -1,8 +1,12 @@
 """What is cut from upstream's caches and joined again."""
 
+import random
+
 import mlx.core as mx
 import pytest
-from fake_caches import MODELS, contents, feed, make
+from fake_caches import MODELS, contents, feed, kv, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx_lm.models.cache import (
     BatchKVCache,
     CacheList,
@@ -12,13 +16,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_lm_ext.radix_cache import RadixPromptCache
-from mlx_lm_ext.segments import (
-    BatchSegmentedKVCache,
-    Layout,
-    SegmentedKVCache,
-    leaves,
-    make_segmented_cache,
-)
+from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache
+from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache
 
 TOKENS = list(range(10))
 
@@ -198,3 +197,92 @@ def test_caches_that_disagree_are_not_kept():
 def test_layout_of_an_unknown_type_names_it():
     with pytest.raises(TypeError, match="mlx_lm.models.cache.ConcatenateKVCache"):
         Layout([KVCache(), CacheList(ConcatenateKVCache())])
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["join", "leave", "decode"]), st.integers(0, 1000)),
+    max_size=30,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(operations=OPERATIONS)
+def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
+    """Rows of all lengths join and leave; each holds its own tokens."""
+    batch, rows = [], []
+
+    def add(seed):
+        rng = random.Random(seed)
+        tokens = [rng.randrange(250) for _ in range(rng.choice([1, 5, 300, 700]))]
+        model = type("Model", (), {"make_cache": lambda self: [KVCache()]})()
+        new = merge([make_segmented_cache(model)])
+        feed(new, tokens, 0, len(tokens))
+        if batch:
+            batch[0].extend(new[0])
+        else:
+            batch.extend(new)
+        rows.append(tokens)
+
+    add(1)
+    for what, seed in operations:
+        if what == "join":
+            add(seed)
+        elif what == "leave" and len(rows) > 1:
+            keep = list(range(len(rows) - 1))
+            gone = seed % len(rows)
+            # As a batch does it, and in order.
+            if seed % 2 and gone < len(keep):
+                keep[gone] = len(rows) - 1
+            else:
+                keep = [i for i in range(len(rows)) if i != gone]
+            batch[0].filter(keep)
+            rows = [rows[i] for i in keep]
+        elif what == "decode":
+            for tokens in rows:
+                tokens.append(seed % 250)
+            new = [kv(tokens, len(tokens) - 1, len(tokens)) for tokens in rows]
+            batch[0].update_and_fetch(*(mx.concatenate(x) for x in zip(*new)))
+        assert batch[0].offset.tolist() == [len(tokens) for tokens in rows]
+    for i, tokens in enumerate(rows):
+        row = [batch[0].extract(i)]
+        expected = [x for x in kv(tokens, 0, len(tokens))]
+        for found, x in zip((row[0].keys, row[0].values), expected):
+            assert mx.array_equal(found, x)
+    # A few spare rows, and columns that no row uses.
+    assert batch[0].keys.shape[0] <= max(2 * len(rows), 2)
+    longest = max(map(len, rows))
+    assert batch[0].size() <= max(longest + 32, longest * 4 / 3)
+
+
+def test_rows_can_be_put_in_another_order():
+    batch = merge([make("KVCache", TOKENS[:n]) for n in (3, 5, 9)])
+    batch = [
+        BatchSegmentedKVCache.merge([c.extract(i) for i in range(3)]) for c in batch
+    ]
+    for cache in batch:
+        cache.filter([2, 0])
+    for i, n in enumerate((9, 3)):
+        row = [c.extract(i) for c in batch]
+        assert contents(row, n) == contents(make("KVCache", TOKENS[:n]), n)
+
+
+def test_row_leaves_and_joins_with_a_copy_of_one_row():
+    def rows(n):
+        batch = BatchSegmentedKVCache([0] * n)
+        x = mx.zeros((n, 2, 1000, 32))
+        batch.update_and_fetch(x, x)
+        mx.eval(batch.state)
+        return batch
+
+    batch, row = rows(16), rows(1)
+    batch.extend(rows(1))
+    mx.eval(batch.state)
+    # Of keys and of values, a row and what is in use for a moment.
+    size = row.nbytes
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    batch.filter([16, *range(1, 16)])
+    mx.eval(batch.state)
+    batch.extend(row)
+    mx.eval(batch.state)
+    assert mx.get_peak_memory() - before <= 2 * size
