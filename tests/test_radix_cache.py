@@ -1,11 +1,15 @@
 """The radix prompt cache against a plain dictionary, and what it promises beside."""
 
+import re
+import sys
+
 import pytest
 from fake_caches import MODELS, contents, feed, make, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_ext.eviction import POLICIES
+from mlx_lm_ext.examples import cache_lookup
 
 
 def common(a, b):
@@ -127,3 +131,13 @@ def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_
         by_type = cache.stats_by_type().values()
         assert sum(t["n_bytes"] for t in by_type) == cache.nbytes
         assert sum(t["n_sequences"] for t in by_type) == len(cache)
+
+
+def test_lookups_are_measured_beside_upstreams(monkeypatch, capsys):
+    argv = ["--tokens", "400", "--conversations", "5", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["cache_lookup", *argv])
+    cache_lookup.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("LRUPromptCache") for line in lines) == 2
+    assert sum(line.startswith("RadixPromptCache") for line in lines) == 2
+    assert len(re.findall(r": \d+\.\d\d$", "\n".join(lines), re.M)) == 16

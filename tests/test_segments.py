@@ -1,6 +1,8 @@
 """What is cut from upstream's caches and joined again."""
 
 import random
+import re
+import sys
 
 import mlx.core as mx
 import pytest
@@ -15,6 +17,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from mlx_lm_ext.examples import join_and_leave
 from mlx_lm_ext.radix_cache import RadixPromptCache
 from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache
 from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache
@@ -286,3 +289,11 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row():
     batch.extend(row)
     mx.eval(batch.state)
     assert mx.get_peak_memory() - before <= 2 * size
+
+
+def test_joins_and_leaves_are_measured_beside_upstreams(monkeypatch, capsys):
+    argv = ["--rows", "8", "--tokens", "300", "--layers", "1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["join_and_leave", *argv])
+    join_and_leave.main()
+    figures = r"(join|leave): [\d.]+ ms, here [\d.]+ ms: [\d.]+ times"
+    assert re.findall(figures, capsys.readouterr().out) == ["join", "leave"]
