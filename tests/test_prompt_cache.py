@@ -339,7 +339,7 @@ def test_what_a_hit_takes_is_held_for_one_step_at_most(start_engine):
     class WatchedEngine(Engine):
         batch_class = Watched
 
-    argv = [CACHE, "--prompt-concurrency", "2", "--prefill-step-size", "16"]
+    argv = [CACHE, "--prompt-concurrency", "2"]
     engine = start_engine("llama", *argv, make_engine=WatchedEngine)
     for job in [submit(engine, p, max_tokens=5) for p in texts(20)]:
         read(job)

@@ -121,6 +121,38 @@ def test_other_salts_do_not_wait(start_together):
     for job in jobs:
         read(job)
     assert [job.n_matched for job in jobs] == [0, 0]
+    # A wait would have been in vain.
+    assert all(job.shares for job in jobs)
+
+
+def test_wait_is_over_when_the_common_prefix_is_run(start_together):
+    def add(self, request):
+        if request is jobs[1]:
+            running.append(jobs[0] in [self.active[uid] for uid in self.prefilling])
+        Batch.add(self, request)
+
+    running = []
+    engine = start_together("llama", "--prefill-step-size", "64", add=add)
+    prompts = [PREFIX + "x" * 100, PREFIX + "y"]
+    jobs = [submit(engine, p, max_tokens=3) for p in prompts]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert running == [True]
+    assert jobs[1].n_matched == len(PREFIX)
+
+
+def test_lpm_knows_what_the_prompt_cache_has(start_engine):
+    argv = ["--use-prompt-cache", "--batch-size", "1", "--scheduler", "lpm"]
+    engine = start_engine("llama", *argv)
+    read(submit(engine, PREFIX, max_tokens=2))
+    first = submit(engine, "a", max_tokens=4000)
+    first.receive(timeout=60)
+    jobs = [submit(engine, p, max_tokens=2) for p in ("something else", PREFIX + "x")]
+    first.cancel()
+    for job in jobs:
+        read(job)
+    assert jobs[1].started < jobs[0].started
 
 
 def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_together):
