@@ -11,6 +11,7 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
 
+from mlx_lm_ext import demo_model
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
@@ -21,13 +22,28 @@ from mlx_lm_ext.validation import parse_arguments
 CACHE = "--use-prompt-cache"
 
 
-@pytest.mark.parametrize("architecture", [*CONFIGS, *UNBATCHABLE])
-def test_tokens_equal_those_from_cold(architecture, model_folder, start_engine):
-    reference = Reference(model_folder(architecture))
-    engine = start_engine(architecture, CACHE, "--prefill-step-size", "32")
-    prompt = reference.tokenizer.encode(texts(1, seed=3)[0] * 3)[:90]
+@pytest.fixture
+def folder_of(model_folder):
+    """The folder of a tiny model, or of the default model."""
+
+    def find(architecture):
+        if architecture == "default model":
+            return demo_model.ensure(False)
+        return model_folder(architecture)
+
+    return find
+
+
+@pytest.mark.parametrize("architecture", [*CONFIGS, *UNBATCHABLE, "default model"])
+def test_tokens_equal_those_from_cold(architecture, folder_of, start_engine):
+    folder = folder_of(architecture)
+    reference = Reference(folder)
+    argv = [CACHE, "--prefill-step-size", "32", "--model", str(folder)]
+    engine = start_engine("llama", *argv)
+    prompt = reference.tokenizer.encode(texts(1, seed=3)[0] * 9)[:90]
     other = [t for t in range(65, 91) if t not in (prompt[0], prompt[45], prompt[-1])]
-    answer = reference.tokens(prompt, 20)
+    n = 8 if architecture == "default model" else 20
+    answer = reference.tokens(prompt, n)
     prompts = {
         "cold": prompt,
         "next turn": prompt + answer + other,
@@ -44,14 +60,14 @@ def test_tokens_equal_those_from_cold(architecture, model_folder, start_engine):
     }
     found = {}
     for name, tokens in prompts.items():
-        job = submit(engine, tokens, max_tokens=20)
-        assert read(job) == reference.tokens(tokens, 20), name
+        job = submit(engine, tokens, max_tokens=n)
+        assert read(job) == reference.tokens(tokens, n), name
         found[name] = job.n_matched
         engine.prompt_cache.check_integrity()
     assert found["cold"] == found["one other token"] == found["one token"] == 0
-    assert found["next turn"] == 90 + 20
+    assert found["next turn"] == 90 + n
     # Upstream keeps what it serves alone at its end only.
-    if architecture in CONFIGS:
+    if architecture not in UNBATCHABLE:
         assert found["exact repeat"] == 89
         assert found["divergence there again"] == 45
 
@@ -135,12 +151,11 @@ def test_draft_model_leaves_no_wrong_kv_in_the_cache(
         assert read(submit(engine, prompt, max_tokens=9)) == reference.tokens(prompt, 9)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_turns_of_a_chat_equal_those_from_cold(
-    architecture, model_folder, start_engine
-):
-    reference = Reference(model_folder(architecture))
-    engine = start_engine(architecture, CACHE)
+@pytest.mark.parametrize("architecture", [*CONFIGS, "default model"])
+def test_turns_of_a_chat_equal_those_from_cold(architecture, folder_of, start_engine):
+    folder = folder_of(architecture)
+    reference = Reference(folder)
+    engine = start_engine("llama", CACHE, "--model", str(folder))
     messages = [{"role": "system", "content": "Be brief, and kind, and so on."}]
     for question in texts(4, longest=40):
         messages.append({"role": "user", "content": question})
