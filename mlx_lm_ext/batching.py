@@ -81,10 +81,9 @@ class Batch:
         """Whether a request that is added is prefilled in the next step, and does not
         take much from those that are. If it had to wait, what it took from the prompt
         cache would be held beside the bound."""
-        args = self.model_provider.cli_args
         if not self.active:
             return True
-        if len(self.prefilling) >= min(args.batch_size, args.prompt_concurrency):
+        if len(self.prefilling) >= self.generator.prefill_batch_size:
             return False
         if not self.kv_memory.fits([*self.requests, request]):
             return False

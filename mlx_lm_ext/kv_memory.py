@@ -10,14 +10,11 @@ from typing import Any, Collection, Optional
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .errors import RequestError
 from .interfaces import RequestInfo
 from .segments import Layout, leaves, nbytes
-
-# What a cache grows by.
-STEP = 256
 
 
 def device_memory() -> int:
@@ -60,7 +57,7 @@ class KVMemory:
 
     def nbytes(self, n_rows: int, n_tokens: int) -> int:
         """Bytes of ``n_rows``, each padded to ``n_tokens``."""
-        n_tokens = -(-n_tokens // STEP) * STEP
+        n_tokens = -(-n_tokens // KVCache.step) * KVCache.step
         total = 0
         for kind, of_one in self.layers:
             kept = kind.n_kept(n_tokens)

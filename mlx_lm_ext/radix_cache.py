@@ -22,7 +22,7 @@ from .interfaces import Clock, Entry, EvictionPolicy
 from .plugins import EVICTION
 from .policies import Guard, Slot
 from .radix_tree import CacheStats, Match, Node
-from .segments import Layout, nbytes
+from .segments import Layout, nbytes_of_layers
 
 UNBOUNDED = 1 << 63
 
@@ -156,7 +156,7 @@ class RadixPromptCache(LRUPromptCache):
                 self.touch(node, now)
                 return
         segments, frozen = node.lacking(arrays, start, n)
-        needed = sum(nbytes(a) for a in (*segments, *frozen) if a is not None)
+        needed = nbytes_of_layers((*segments, *frozen))
         if not self.make_room(needed, adds + splits, node):
             if not splits or len(self) >= self.max_size:
                 return

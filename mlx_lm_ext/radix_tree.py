@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .interfaces import Entry
 from .segmented_cache import Arrays, SegmentedKVCache
-from .segments import Layout, copy, nbytes
+from .segments import Layout, copy, nbytes_of_layers
 
 
 def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:
@@ -96,7 +96,7 @@ class Node:
 
     @property
     def frozen_nbytes(self) -> int:
-        return sum(nbytes(a) for a in self.frozen or () if a is not None)
+        return nbytes_of_layers(self.frozen or ())
 
     @property
     def is_passed(self) -> bool:
@@ -144,10 +144,6 @@ class Node:
                 n_later += node.frozen is not None
                 node = node.parent
         return found
-
-    @property
-    def arrays(self) -> List[Arrays]:
-        return [a for a in (*self.segments, *(self.frozen or ())) if a is not None]
 
     def match(self, tokens: List[int]) -> int:
         """How many tokens of the run are found at the same place of ``tokens``."""
@@ -238,7 +234,7 @@ class Node:
         upper = replace(
             entry,
             n_tokens=n_upper,
-            nbytes=sum(nbytes(a) for a in above if a is not None),
+            nbytes=nbytes_of_layers(above),
             depth=n,
             recompute_cost=n_upper,
             data=shallow_copy(entry.data),
@@ -267,7 +263,8 @@ class Node:
             return
         assert entry.n_tokens == len(self.tokens) > 0, "a wrong number of tokens"
         assert entry.depth == parent.end + entry.n_tokens, "a wrong depth"
-        assert entry.nbytes == sum(nbytes(a) for a in self.arrays), "wrong bytes"
+        held = nbytes_of_layers(self.segments) + self.frozen_nbytes
+        assert entry.nbytes == held, "wrong bytes"
         assert self.children or self.is_resumable, "a leaf of no use"
         if parent.entry:
             assert parent.entry.last_hit >= entry.last_hit, "used after its parent"

@@ -103,12 +103,12 @@ class BatchSegmentedKVCache(BatchKVCache):
         length = max(c.size() for c in caches)
         padding = [length - c.size() for c in caches]
         batch = cls(padding)
+        if length == 0:
+            return batch
         rows = [
             getattr(c, "parts", None) or ([(c.keys, c.values)] if c.size() else [])
             for c in caches
         ]
-        if length == 0:
-            return batch
         n_to_come = max(getattr(c, "n_to_come", 0) for c in caches)
         # An array without room would be copied for the next token.
         capacity = ((length + n_to_come) // cls.step + 1) * cls.step

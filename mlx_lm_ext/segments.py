@@ -36,6 +36,10 @@ def nbytes(arrays: Arrays) -> int:
     return sum(x.nbytes for x in arrays if x is not None)
 
 
+def nbytes_of_layers(layers: Iterable[Optional[Arrays]]) -> int:
+    return sum(nbytes(arrays) for arrays in layers if arrays is not None)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A cache type, with the settings that two caches must share to share segments."""

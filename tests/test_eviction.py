@@ -392,12 +392,18 @@ def test_slru_resists_a_scan(policy, survives):
     assert found == ([6, 6] if survives else [0, 0])
 
 
-def test_slru_protects_four_fifths_at_most():
-    cache = make_cache(SLRU, 40 * TOKEN)
+def slru_with_used_entries(n_tokens):
+    """Room for so many tokens, and five sequences of 8 that were used once."""
+    cache = make_cache(SLRU, n_tokens * TOKEN)
     texts = [bytes([65 + i]) * 8 for i in range(5)]
     for text in texts:
         insert(cache, text)
         n_found(cache, text)
+    return cache, texts
+
+
+def test_slru_protects_four_fifths_at_most():
+    cache, texts = slru_with_used_entries(40)
     # 40 tokens are wanted, 32 can be protected: the oldest has to go.
     insert(cache, b"new one.")
     assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
@@ -405,11 +411,7 @@ def test_slru_protects_four_fifths_at_most():
 
 
 def test_slru_gives_what_lost_its_protection_another_chance():
-    cache = make_cache(SLRU, 48 * TOKEN)
-    texts = [bytes([65 + i]) * 8 for i in range(5)]
-    for text in texts:
-        insert(cache, text)
-        n_found(cache, text)
+    cache, texts = slru_with_used_entries(48)
     # It is older than what comes now, and no more protected.
     insert(cache, b"newer...")
     insert(cache, b"newest..")

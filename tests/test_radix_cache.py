@@ -62,6 +62,13 @@ RESERVE = st.tuples(st.just("reserve"), st.integers(0, 3000))
 EXPIRE = st.tuples(st.just("expire"))
 
 
+def insert(cache, known, name, model, tokens, n_prompt, cache_type):
+    """Into the cache and into the dictionary."""
+    caches = make(name, tokens, min(n_prompt, len(tokens)))
+    cache.insert_cache(model, tokens, caches, cache_type=cache_type)
+    known.insert(model, tokens)
+
+
 def check_fetch(cache, name, model, tokens):
     """A hit holds the KV of just those tokens, and goes on as from cold."""
     caches, rest = cache.fetch_nearest_cache(model, tokens)
@@ -86,10 +93,7 @@ def test_it_finds_what_a_dictionary_finds(name, steps):
     known = Dictionary(is_cut=name in ("KVCache", "QuantizedKVCache", "CacheList"))
     for step in steps:
         if step[0] == "insert":
-            _, model, tokens, n_prompt, cache_type = step
-            caches = make(name, tokens, min(n_prompt, len(tokens)))
-            cache.insert_cache(model, tokens, caches, cache_type=cache_type)
-            known.insert(model, tokens)
+            insert(cache, known, name, *step[1:])
         else:
             n = check_fetch(cache, name, *step[1:])
             ideal = known.longest(*step[1:])
@@ -110,10 +114,7 @@ def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_
     known = Dictionary(is_cut=True)
     for step in steps:
         if step[0] == "insert":
-            _, model, tokens, n_prompt, cache_type = step
-            caches = make(name, tokens, min(n_prompt, len(tokens)))
-            cache.insert_cache(model, tokens, caches, cache_type=cache_type)
-            known.insert(model, tokens)
+            insert(cache, known, name, *step[1:])
         elif step[0] == "fetch":
             n = check_fetch(cache, name, *step[1:])
             assert n <= known.longest(*step[1:])
