@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm import __version__
-from mlx_lm.generate import BatchGenerator, GenerationBatch
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.server import (
     APIHandler,
     CompletionRequest,
@@ -46,6 +46,35 @@ def check_version() -> None:
             f"mlx-lm {__version__} is installed, and mlx-lm-ext needs "
             "mlx-lm>=0.32.2,<0.33"
         )
+
+
+class LeanPromptBatch(PromptProcessingBatch):
+    """``PromptProcessingBatch`` that does not wait for what it runs.
+
+    The tokens that were decoded before it go out, and the next decoding is prepared,
+    while the device is at it.
+    """
+
+    def prompt(self, tokens: List[List[int]]) -> None:
+        if not tokens:
+            return
+        # One chunk at a time: what runs holds memory.
+        mx.eval([c.state for c in self.prompt_cache])
+        mx.clear_cache()
+        for row, more in zip(self.tokens, tokens):
+            row += more
+        lengths = [len(row) for row in tokens]
+        width = max(lengths)
+        padding = [width - n for n in lengths]
+        if any(padding):
+            tokens = [row + [0] * n for row, n in zip(tokens, padding)]
+            for c in self.prompt_cache:
+                c.prepare(lengths=lengths, right_padding=padding)
+        self.model(mx.array(tokens), cache=self.prompt_cache)
+        if any(padding):
+            for c in self.prompt_cache:
+                c.finalize()
+        mx.async_eval([c.state for c in self.prompt_cache])
 
 
 class LeanGenerationBatch(GenerationBatch):
@@ -99,6 +128,7 @@ class LeanBatchGenerator(BatchGenerator):
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model, **kwargs)
+        self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
 
     def cut(self, uid: int, n: int) -> Optional[int]:
@@ -124,6 +154,13 @@ class LeanBatchGenerator(BatchGenerator):
                 return None
             n -= len(segment)
         return None
+
+    @property
+    def segment_lengths(self) -> List[int]:
+        """Tokens left of the current segment of each prompt that is not at its last."""
+        rows = [row[0] for row in self._currently_processing]
+        rows += [row[1] for row in self._unprocessed_sequences]
+        return [len(row[0]) for row in rows if len(row) > 1 or len(row[0]) > 1]
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:

@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prefill-step-size",
         type=number(int, 1),
         default=2048,
-        help="tokens of a prompt to process between two decode steps",
+        help="tokens of all prompts to process in one step",
     )
     batch(
         "--prefill-budget",
@@ -132,6 +132,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds after which a request goes before those that came later, whatever "
         "--scheduler prefers",
+    )
+
+    batch(
+        "--request-timeout",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="end a request that takes longer, waiting included, with HTTP 408; unset, "
+        "it may take any time",
     )
 
     cache = parser.add_argument_group("cache").add_argument

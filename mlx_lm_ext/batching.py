@@ -29,6 +29,27 @@ from .segments import make_segmented_cache
 
 # Tokens of a common prefix that are worth waiting for.
 MIN_SHARED = 16
+# Tokens of padding in a step that cost less than another step.
+FREE_PADDING = 64
+
+
+def chunk_width(lengths: List[int], n_tokens: int) -> int:
+    """How much of each prompt to run next: as much as fits into ``n_tokens``, if no more
+    than a quarter of it is padding.
+
+    Args:
+        lengths (List[int]): Tokens left to run of each prompt, at least one prompt.
+        n_tokens (int): At most so many in all, with the padding; one of each at least.
+
+    Returns:
+        int: Tokens of each prompt, or all it has left if those are fewer.
+    """
+    n = len(lengths)
+    widest = max(1, n_tokens // n)
+    for width in sorted({min(length, widest) for length in lengths}, reverse=True):
+        padding = sum(max(0, width - length) for length in lengths)
+        if padding <= max(FREE_PADDING, width * n // 4):
+            return width
 
 
 class Batch:
@@ -255,7 +276,7 @@ class Batch:
             self.prompt_cache.reserve(n_bytes)
 
     def plan_prefill(self) -> int:
-        """How many tokens of each prompt the next step processes."""
+        """How many tokens of each prompt the next step processes at most."""
 
         def ask(policy):
             tokens = policy.prefill_tokens(view)
@@ -265,10 +286,8 @@ class Batch:
         limit = self.model_provider.cli_args.prefill_step_size
         tokens = self.policies.scheduler.run(ask)
         self.budget = limit if tokens is None else min(tokens, limit)
-        if tokens is None:
-            return limit
-        n_prompts = min(len(self.prefilling), self.generator.prefill_batch_size)
-        return max(1, min(limit, tokens // n_prompts))
+        lengths = self.generator.segment_lengths
+        return chunk_width(lengths, self.budget) if lengths else limit
 
     def fetch(self, request: Request) -> Tuple[List[List[int]], Any, int]:
         """The segments left to run, and the cache of the tokens before them.

@@ -98,6 +98,7 @@ class Engine(ResponseGeneratorBase):
             completion=request,
             sampler=body.get("sampler", self.cli_args.sampler),
             clock=self.policies.clock,
+            timeout=self.cli_args.request_timeout,
         )
         if job.sampler not in self.policies.samplers:
             names = ", ".join(self.policies.samplers)
@@ -156,7 +157,7 @@ class Engine(ResponseGeneratorBase):
             if idle:
                 self.reported = self.policies.clock()
             try:
-                self.drop_cancelled()
+                self.drop_unwanted()
                 self.admit()
                 self.step()
             except Exception as e:
@@ -203,7 +204,14 @@ class Engine(ResponseGeneratorBase):
         except Empty:
             pass
 
-    def drop_cancelled(self) -> None:
+    def drop_unwanted(self) -> None:
+        """Take out the requests that were cancelled or have taken too long."""
+        for request in (*self.waiting, *self.batch.requests):
+            try:
+                request.check_time()
+            except RequestError as e:
+                request.put(e)
+                request.cancel()
         gone = [r for r in (*self.waiting, *self.batch.requests) if r.cancelled]
         if not gone:
             return
@@ -351,7 +359,7 @@ class Engine(ResponseGeneratorBase):
             len(r.generated) < goal and not (r.finished or r.cancelled)
             for r, goal in zip(requests, goals)
         ):
-            self.drop_cancelled()
+            self.drop_unwanted()
             self.step()
         self.batch.close()
 

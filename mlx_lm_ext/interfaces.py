@@ -216,9 +216,10 @@ class SchedulerPolicy(ABC):
         in each step that has prompts to process.
 
         Returns:
-            ``None`` for no limit but ``--prefill-step-size`` for each prompt. At least
-            one token of each prompt is processed, and a prompt starts when those before
-            it have fewer tokens left than this.
+            ``None`` for no limit but ``--prefill-step-size``. The padding of short
+            prompts beside long ones counts. At least one token of each prompt is
+            processed, and a prompt starts when those before it have fewer tokens left
+            than this.
         """
         return None
 

@@ -51,6 +51,7 @@ class Request(RequestInfo):
         initial_state (str): Where the text state machine starts.
         sampler (str): The name of its sampler.
         clock (Clock): What tells when it started and got its first token.
+        timeout (Optional[float]): Seconds from its arrival to when it ends unfinished.
         n_run (int): Tokens of its prompt whose KV it has.
         leader (Optional[Request]): Who runs a prefix of its prompt, for which it waits.
         n_shared (int): The tokens of that prefix.
@@ -67,6 +68,7 @@ class Request(RequestInfo):
     initial_state: str = "normal"
     sampler: str = "default"
     clock: Clock = time.monotonic
+    timeout: Optional[float] = None
     n_run: int = 0
     leader: Optional["Request"] = None
     n_shared: int = 0
@@ -137,6 +139,15 @@ class Request(RequestInfo):
     def cancel(self) -> None:
         """Leave the waiting list or the batch at the next step (any thread)."""
         self.cancelled = True
+
+    def check_time(self) -> None:
+        """Raise a 408 ``RequestError`` if it has taken too long."""
+        if self.timeout is not None and self.clock() - self.arrival >= self.timeout:
+            raise RequestError(
+                408,
+                f"the request took longer than {self.timeout:g} seconds, the server's "
+                "--request-timeout",
+            )
 
     def start(self) -> None:
         """Note when it first began to run."""
@@ -215,10 +226,19 @@ class SingleQueue:
             request.n_matched = max(0, self.context.prompt_cache_count)
             top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)
             request.put(Token(item.token, item.logprob, top, item.finish_reason))
-            if request.cancelled or self.is_stopping():
+            try:
+                self.check_goes_on()
+            except RequestError as e:
                 self.context.stop()
-        elif item is not None and (request.cancelled or self.is_stopping()):
-            # Progress of the prompt: upstream puts this exception back, and ends.
+                if not request.finished:
+                    self.fail(request, e)
+        elif item is not None:
+            # Progress of the prompt: upstream puts what is raised back, and ends.
+            self.check_goes_on()
+
+    def check_goes_on(self) -> None:
+        self.request.check_time()
+        if self.request.cancelled or self.is_stopping():
             raise RequestError(503, "the server is stopping")
 
 

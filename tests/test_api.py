@@ -429,9 +429,9 @@ class WatchedEngine(Engine):
         self.left = threading.Event()
         super().__init__(*args)
 
-    def drop_cancelled(self):
+    def drop_unwanted(self):
         before = len(self.batch)
-        super().drop_cancelled()
+        super().drop_unwanted()
         if len(self.batch) < before:
             self.left.set()
 
@@ -465,8 +465,8 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
             job.cancel = recorded_cancel
             return job
 
-        def drop_cancelled(self):
-            super().drop_cancelled()
+        def drop_unwanted(self):
+            super().drop_unwanted()
             if self.left.is_set():
                 events.append(self.batch.steps)
 

@@ -78,9 +78,9 @@ def test_cancelled_request_leaves_at_the_next_step(start_engine):
     class Watched(Engine):
         left = threading.Event()
 
-        def drop_cancelled(self):
+        def drop_unwanted(self):
             before = len(self.batch)
-            super().drop_cancelled()
+            super().drop_unwanted()
             if len(self.batch) < before:
                 self.left_at = self.batch.steps
                 self.left.set()

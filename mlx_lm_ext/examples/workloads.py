@@ -305,6 +305,20 @@ async def turns(
     return outcome
 
 
+async def mixed(plan: Plan, client: Client, rng: Random, n: int = 32) -> Outcome:
+    """``n`` clients ask at the same time: prompts from 20 to 2,000 words, each length as
+    likely as its double."""
+    sizes = [round(20 * 100 ** (i / (n - 1))) for i in range(n)]
+    rng.shuffle(sizes)
+    chats = [
+        [{"role": "user", "content": f"{words.text(rng, size)} {words.story(rng)}"}]
+        for size in sizes
+    ]
+    return Outcome(
+        await at_most(n, (client.chat(chat, plan.max_tokens) for chat in chats))
+    )
+
+
 async def late_prompt(
     plan: Plan, client: Client, rng: Random, n_words: int = 3000
 ) -> Outcome:
@@ -358,6 +372,14 @@ WORKLOADS = {
         lambda plan: [
             Figure("longest gap in a stream", "s", lambda o: o.stall, False),
             Figure("TTFT of the long prompt", "s", lambda o: o.late_ttft, False),
+        ],
+    ),
+    "mixed": Workload(
+        "32 clients with prompts of 20 to 2,000 words",
+        mixed,
+        lambda plan: [
+            Figure("throughput", "tok/s", lambda o: timings.throughput(o.timings)),
+            Figure("median TTFT", "s", lambda o: o.median_ttft, False),
         ],
     ),
     "bytes": Workload(
