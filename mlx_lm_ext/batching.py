@@ -45,8 +45,11 @@ def chunk_width(lengths: List[int], n_tokens: int) -> int:
         int: Tokens of each prompt, or all it has left if those are fewer.
     """
     n = len(lengths)
-    widest = max(1, n_tokens // n)
-    for width in sorted({min(length, widest) for length in lengths}, reverse=True):
+    widest = min(max(lengths), max(1, n_tokens // n))
+    # Where padding begins, and where the n shortest would fill the free padding.
+    sums = enumerate(accumulate(sorted(lengths)), 1)
+    widths = [*lengths, *((FREE_PADDING + total) // n for n, total in sums)]
+    for width in sorted({min(width, widest) for width in widths}, reverse=True):
         padding = sum(max(0, width - length) for length in lengths)
         if padding <= max(FREE_PADDING, width * n // 4):
             return width

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -51,7 +52,13 @@ def start_engine(model_folder, caplog):
     """
     engines, spotless = [], []
 
-    def start(architecture="llama", *argv, make_engine=Engine, plugin=None):
+    def start(
+        architecture="llama",
+        *argv,
+        make_engine=Engine,
+        plugin=None,
+        clock=time.monotonic,
+    ):
         args = make_parser().parse_args(
             ["--model", str(model_folder(architecture)), *argv]
         )
@@ -59,7 +66,7 @@ def start_engine(model_folder, caplog):
         plugins = Plugins()
         if plugin is not None:
             plugins.add("test", lambda: plugin, "tests", "0")
-        policies = Policies(plugins, args)
+        policies = Policies(plugins, args, clock)
         cache = None
         if args.use_prompt_cache:
             cache = RadixPromptCache(
