@@ -3,6 +3,7 @@
 import gc
 import logging
 import random
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -192,7 +193,11 @@ def test_requests_that_come_together_equal_those_from_cold(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon_h1"])
-def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path):
+def test_memory_is_what_the_cache_says(
+    architecture, start_engine, tmp_path, request
+):
+    # A buffer that MLX uses again may be larger than what is in it.
+    request.addfinalizer(partial(mx.set_cache_limit, mx.set_cache_limit(0)))
     # Heads as large as those of real models: MLX allocates whole pages.
     config = CONFIGS[architecture] | dict(head_dim=64, num_key_value_heads=4)
     folder = write_model(tmp_path / "model", architecture, config)
@@ -213,7 +218,7 @@ def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path):
     assert cache.stats().evictions["evicted"] > 10
     gc.collect()
     held = mx.get_active_memory() - before
-    assert held == pytest.approx(cache.nbytes, rel=0.05)
+    assert held == pytest.approx(cache.nbytes, rel=0.01)
 
 
 def test_no_other_model_finds_a_prompt(model_folder, start_engine, tmp_path):
