@@ -13,6 +13,7 @@ from test_timings import FAILED, FIRST, SECOND, stream
 
 from mlx_lm_ext.examples import compare, servers
 from mlx_lm_ext.examples.chat_client import Client
+from mlx_lm_ext.examples.prefixes import Prefixes
 from mlx_lm_ext.examples.servers import Server
 from mlx_lm_ext.examples.workloads import (
     SWEEPS,
@@ -20,7 +21,6 @@ from mlx_lm_ext.examples.workloads import (
     Figure,
     Outcome,
     Plan,
-    Prefixes,
     Sweep,
     Workload,
     conversations,

@@ -13,34 +13,11 @@ from typing import Any, Awaitable, Callable, Dict, Iterable, List, Optional
 
 from mlx_lm_ext.examples import timings, words
 from mlx_lm_ext.examples.chat_client import GREEDY, Client, Messages
+from mlx_lm_ext.examples.prefixes import Prefixes
 from mlx_lm_ext.examples.timings import Timing
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 SAMPLING = {"greedy": GREEDY, "sampled": SAMPLED}
-
-
-class Prefixes:
-    """The token sequences that some request has computed, as a tree."""
-
-    def __init__(self):
-        self.root: Dict[int, Any] = {}
-        self.n_tokens = 0
-
-    def match(self, tokens: List[int]) -> int:
-        """How many of the first ``tokens`` need no computing; one has to run."""
-        node, n = self.root, 0
-        while n < len(tokens) - 1 and tokens[n] in node:
-            node = node[tokens[n]]
-            n += 1
-        return n
-
-    def add(self, tokens: List[int]) -> None:
-        node = self.root
-        for token in tokens:
-            if token not in node:
-                node[token] = {}
-                self.n_tokens += 1
-            node = node[token]
 
 
 @dataclass
