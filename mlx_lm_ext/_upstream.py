@@ -4,7 +4,8 @@ Each adapter below gives a private step of mlx-lm 0.32 a public name. What upstr
 makes public (see ``patches/``) is deleted here.
 """
 
-from typing import Any, Dict, List, Optional, Tuple
+from functools import cached_property, partial
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm import __version__
@@ -16,22 +17,19 @@ from mlx_lm.server import (
     ModelDescription,
     ModelProvider,
     ResponseGenerator,
-    _format_top_logprobs,
     _image_parts,
     _make_logits_processors,
-    _make_sampler,
 )
 from mlx_lm.utils import _download
 
-from .row_samplers import RowSamplers
+from .penalties import Penalties
+from .row_samplers import RowSampler, RowSamplers
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
 download = _download
-format_top_logprobs = _format_top_logprobs
 image_parts = _image_parts
 make_logits_processors = _make_logits_processors
-make_sampler = _make_sampler
 
 
 def check_version() -> None:
@@ -76,26 +74,83 @@ class LeanPromptBatch(PromptProcessingBatch):
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
 
+    def generate(self, tokens: List[List[int]]) -> "LeanGenerationBatch":
+        """The batch that goes on after these last tokens, one of each prompt."""
+        return LeanGenerationBatch(
+            self.model,
+            self.uids,
+            mx.array([token for (token,) in tokens]),
+            self.prompt_cache,
+            self.tokens,
+            self.samplers,
+            self.fallback_sampler,
+            self.logits_processors,
+            self.stop_sequences,
+            self.max_tokens,
+        )
 
-class LeanGenerationBatch(GenerationBatch):
-    """``GenerationBatch`` that samples all rows in one call, and makes no log
-    probabilities for those that need none.
 
-    Upstream normalises and copies (B, V) values in every step, and samples row by row
-    unless the rows share a sampler.
+class Logprobs:
+    """Log probabilities of some rows of a step.
+
+    Args:
+        logits (mx.array): Of shape (rows, vocabulary).
+        tokens (mx.array): What the rows got, of shape (rows,).
+        n_top (int): How many of the most likely tokens are wanted.
     """
 
-    # Whether a request wants log probabilities.
-    logprobs = False
+    def __init__(self, logits: mx.array, tokens: mx.array, n_top: int):
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self.arrays = [mx.take_along_axis(logprobs, tokens[:, None], axis=-1)]
+        if n_top:
+            ids = mx.argpartition(-logprobs, kth=n_top - 1, axis=-1)[:, :n_top]
+            top = mx.take_along_axis(logprobs, ids, axis=-1)
+            order = mx.argsort(-top, axis=-1)
+            self.arrays += [mx.take_along_axis(x, order, axis=-1) for x in (ids, top)]
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.row_samplers = RowSamplers()
-        super().__init__(*args, **kwargs)
+    @cached_property
+    def lists(self) -> List[List]:
+        return [x.tolist() for x in self.arrays]
 
-    def extend(self, batch: GenerationBatch) -> None:
-        self.row_samplers.extend(batch.samplers)
+    def row(self, i: int, n_top: int) -> Tuple[float, Tuple[Tuple[int, float], ...]]:
+        """The log probability of a row's token, and its ``n_top`` most likely tokens."""
+        chosen, *tops = self.lists
+        return chosen[i][0], tuple(zip(*(top[i][:n_top] for top in tops)))
+
+
+class LeanGenerationBatch(GenerationBatch):
+    """``GenerationBatch`` that samples all rows in one call. It makes log probabilities
+    only of the rows that asked, and runs logits processors only on rows that have some.
+
+    In its responses ``logprobs`` is a function: what ``Logprobs.row`` gives. For rows
+    that did not ask, it is ``None``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        uids: List[int],
+        inputs: mx.array,
+        prompt_cache: List[Any],
+        tokens: List[List[int]],
+        samplers: List[RowSampler],
+        *args: Any,
+        **kwargs: Any,
+    ):
+        self.row_samplers = RowSamplers(samplers)
+        self.penalties = Penalties([s.penalties for s in samplers])
+        self.n_top = [s.n_top for s in samplers]
+        # Upstream counts them, and calls none.
+        samplers = [None] * len(uids)
+        super().__init__(
+            model, uids, inputs, prompt_cache, tokens, samplers, *args, **kwargs
+        )
+
+    def extend(self, batch: "LeanGenerationBatch") -> None:
+        self.row_samplers.extend(batch.row_samplers)
+        self.penalties.extend(batch.penalties)
+        self.n_top += batch.n_top
         super().extend(batch)
-        self.samplers = [self.row_samplers] * len(self.uids)
 
     def filter(self, keep: List[int]) -> None:
         # The last rows take the places of those that leave: few have to move.
@@ -103,28 +158,51 @@ class LeanGenerationBatch(GenerationBatch):
         keep = [i if i in stay else movers.pop() for i in range(len(keep))]
         super().filter(keep)
         self.row_samplers.filter(keep)
+        self.penalties.filter(keep)
+        self.n_top = [self.n_top[i] for i in keep]
 
-    def _step(self) -> Tuple[List[int], List[Optional[mx.array]]]:
-        if (
-            self.logprobs
-            or self.row_samplers.needs_logprobs
-            or any(self.logits_processors)
-        ):
-            return super()._step()
+    def _step(self) -> Tuple[List[int], List[Optional[Callable]]]:
         inputs = self._current_tokens = self._next_tokens
         self._current_logprobs = self._next_logprobs
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)
-        self._next_tokens = self.row_samplers(logits[:, -1, :])
+        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        logits = self.penalties(self.tokens, inputs, logits)
+        logits, contexts = self.process(inputs, logits)
+        tokens = self._next_tokens = self.row_samplers(logits)
         self._next_logprobs = [None] * len(self.uids)
-        mx.async_eval(self._next_tokens)
-        tokens = inputs.tolist()
-        for row, token in zip(self.tokens, tokens):
+        rows = [i for i, n in enumerate(self.n_top) if n is not None]
+        if rows:
+            n_top = [self.n_top[i] for i in rows]
+            asked = mx.array(rows)
+            found = Logprobs(logits[asked], tokens[asked], max(n_top))
+            for i, row in enumerate(rows):
+                self._next_logprobs[row] = partial(found.row, i, n_top[i])
+            contexts += found.arrays
+        mx.async_eval(tokens, contexts)
+        done = inputs.tolist()
+        for row, token in zip(self.tokens, done):
             row.append(token)
-        return tokens, self._current_logprobs
+        return done, self._current_logprobs
+
+    def process(
+        self, inputs: mx.array, logits: mx.array
+    ) -> Tuple[mx.array, List[mx.array]]:
+        """Run the logits processors; gives the logits, and what is to be evaluated."""
+        rows = [i for i, p in enumerate(self.logits_processors) if p]
+        processed, contexts = [], []
+        for i in rows:
+            context = self._token_context[i].update_and_fetch(inputs[i : i + 1])
+            contexts.append(context)
+            x = logits[i : i + 1]
+            for processor in self.logits_processors[i]:
+                x = processor(context, x)
+            processed.append(x)
+        if rows:
+            logits[mx.array(rows)] = mx.concatenate(processed)
+        return logits, contexts
 
 
 class LeanBatchGenerator(BatchGenerator):
-    """``BatchGenerator`` on a ``LeanGenerationBatch``. Its samplers are RowSamplers'."""
+    """``BatchGenerator`` on lean batches. Each sampler is a ``RowSampler``."""
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model, **kwargs)

@@ -12,11 +12,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
 
-from ._upstream import (
-    LeanBatchGenerator,
-    format_top_logprobs,
-    make_logits_processors,
-)
+from ._upstream import LeanBatchGenerator, make_logits_processors
 from .interfaces import SchedulerView
 from .kv_memory import KVMemory
 from .model_provider import BatchModelProvider
@@ -134,14 +130,16 @@ class Batch:
             )
         self.kv_memory.check(request)
         tokenizer = self.model_provider.tokenizer
-        processors = make_logits_processors(request.args)
-        processors += self.policies.make_logits_processors(request, tokenizer)
         sampler = RowSampler(
             self.policies.samplers[request.sampler],
             self.policies.args,
             request,
             tokenizer,
         )
+        processors = []
+        if sampler.penalties is None:
+            processors += make_logits_processors(request.args)
+        processors += self.policies.make_logits_processors(request, tokenizer)
         segments, cache, n_cached = self.fetch(request)
         (uid,) = self.generator.insert_segments(
             segments=[segments],
@@ -239,9 +237,6 @@ class Batch:
         scheduler = self.policies.scheduler
         if self.prefilling:
             self.generator.prefill_step_size = self.plan_prefill()
-        self.generator.generation_batch.logprobs = any(
-            r.args.logprobs for r in self.active.values()
-        )
         prompt_responses, responses = self.generator.next()
         self.reserve()
         for r in prompt_responses:
@@ -257,12 +252,7 @@ class Batch:
         finished = []
         for r in responses:
             request = self.active[r.uid]
-            logprob, top = None, ()
-            if request.args.logprobs:
-                logprob = r.logprobs[r.token].item()
-                n = request.args.top_logprobs
-                found = format_top_logprobs(r.logprobs, n, request.model.tokenizer)
-                top = tuple((t["id"], t["logprob"]) for t in found)
+            logprob, top = r.logprobs() if r.logprobs else (None, ())
             request.put(Token(r.token, logprob, top, r.finish_reason))
             if r.finish_reason is not None:
                 del self.active[r.uid]

@@ -293,7 +293,6 @@ class Engine(ResponseGeneratorBase):
         return (
             self.model_provider.is_batchable
             and self.cli_args.kv_bits is None
-            and request.args.seed is None
             and bool(request.segments)
         )
 
@@ -305,8 +304,8 @@ class Engine(ResponseGeneratorBase):
         ):
             raise RequestError(
                 400,
-                "a request with a seed or images, or to a model that cannot be batched, "
-                "cannot use the samplers and logits processors of plugins",
+                "a request with images, or to a model that cannot be batched, cannot use "
+                "the samplers and logits processors of plugins",
             )
         request.start()
         # Stop words are found in the text, on the handler's thread.

@@ -13,23 +13,24 @@ from typing import Any, Callable, Dict, List, Tuple
 import mlx.core as mx
 
 from .interfaces import RequestInfo
+from .penalties import Row
 from .policies import Slot
 
 
-def apply_by_rows(parts: List[Tuple[Callable, List[int]]], logprobs: mx.array):
+def apply_by_rows(parts: List[Tuple[Callable, List[int]]], logits: mx.array):
     """Sample each part of the rows with its sampler.
 
     Args:
         parts (List[Tuple[Callable, List[int]]]): Samplers and their rows, which
           together are all rows.
-        logprobs (mx.array): Of shape (rows, vocabulary).
+        logits (mx.array): Of shape (rows, vocabulary).
 
     Returns:
         mx.array: Token ids of shape (rows,), in the order of the rows.
     """
     if len(parts) == 1:
-        return parts[0][0](logprobs)
-    tokens = [sample(logprobs[mx.array(rows)]) for sample, rows in parts]
+        return parts[0][0](logits)
+    tokens = [sample(logits[mx.array(rows)]) for sample, rows in parts]
     places = {row: i for i, row in enumerate(r for _, rows in parts for r in rows)}
     return mx.concatenate(tokens)[mx.array([places[i] for i in range(len(places))])]
 
@@ -51,11 +52,10 @@ class RowSampler:
         self.args = args
         self.tokenizer = tokenizer
         self.requests = [request]
+        # How many top log probabilities the request wants; None: none at all.
+        self.n_top = request.args.top_logprobs if request.args.logprobs else None
+        self.penalties = Row.make(request.args.logits)
         self.sampler = slot.make(args, request, tokenizer)
-
-    @property
-    def needs_logprobs(self) -> bool:
-        return self.sampler.needs_logprobs
 
     def extend(self, other: "RowSampler") -> None:
         self.requests += other.requests
@@ -89,55 +89,61 @@ class RowSampler:
         for other in samplers[1:]:
             self.sampler.extend(other)
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array) -> mx.array:
         start = time.perf_counter()
         try:
-            tokens = self.sample(logprobs)
+            tokens = self.sample(logits)
         except Exception as e:
             self.replace(e)
-            # The one that failed may have needed none.
-            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-            tokens = self.sample(logprobs)
+            tokens = self.sample(logits)
         self.slot.seconds += time.perf_counter() - start
         return tokens
 
-    def sample(self, logprobs: mx.array) -> mx.array:
-        tokens = self.sampler(logprobs)
+    def sample(self, logits: mx.array) -> mx.array:
+        x = logits
+        if self.sampler.needs_logprobs:
+            x = x - mx.logsumexp(x, axis=-1, keepdims=True)
+        tokens = self.sampler(x)
         if type(self.sampler) is self.slot.default:
             return tokens
-        if tokens.shape != logprobs.shape[:1] or not mx.issubdtype(
-            tokens.dtype, mx.integer
-        ):
+        if tokens.shape != x.shape[:1] or not mx.issubdtype(tokens.dtype, mx.integer):
             raise ValueError(
                 f"it gave {tokens.dtype} of shape {tokens.shape} for "
-                f"{logprobs.shape[0]} rows"
+                f"{x.shape[0]} rows"
             )
         # A token that is not there would be read from beyond the embedding.
-        return mx.minimum(tokens.astype(mx.uint32), logprobs.shape[-1] - 1)
+        return mx.minimum(tokens.astype(mx.uint32), x.shape[-1] - 1)
 
 
 class RowSamplers:
-    """The samplers of a batch, called as one."""
+    """The samplers of a batch, called as one.
 
-    def __init__(self):
+    Args:
+        samplers (List[RowSampler]): One of each row.
+    """
+
+    def __init__(self, samplers: List[RowSampler]):
         self.samplers: Dict[Slot, RowSampler] = {}
         self.rows: Dict[Slot, List[int]] = {}
         self.n_rows = 0
-
-    @property
-    def needs_logprobs(self) -> bool:
-        return any(s.needs_logprobs for s in self.samplers.values())
-
-    def extend(self, samplers: List[RowSampler]) -> None:
-        """Add rows, each with a sampler of its own."""
         for sampler in samplers:
-            slot = sampler.slot
-            if slot in self.samplers:
-                self.samplers[slot].extend(sampler)
-            else:
-                self.samplers[slot], self.rows[slot] = sampler, []
-            self.rows[slot].append(self.n_rows)
+            self.add(sampler, [0])
             self.n_rows += 1
+
+    def add(self, sampler: RowSampler, rows: List[int]) -> None:
+        """Add a sampler of these rows, counted from those that there are."""
+        slot = sampler.slot
+        if slot in self.samplers:
+            self.samplers[slot].extend(sampler)
+        else:
+            self.samplers[slot], self.rows[slot] = sampler, []
+        self.rows[slot] += [self.n_rows + row for row in rows]
+
+    def extend(self, other: "RowSamplers") -> None:
+        """Add the rows of another batch after these."""
+        for slot, sampler in other.samplers.items():
+            self.add(sampler, other.rows[slot])
+        self.n_rows += other.n_rows
 
     def filter(self, keep: List[int]) -> None:
         """Keep only these rows, in this order."""
@@ -147,12 +153,13 @@ class RowSamplers:
             if not kept:
                 del self.samplers[slot], self.rows[slot]
                 continue
-            if len(kept) < len(rows):
+            kept.sort(key=lambda i: new_rows[rows[i]])
+            if kept != [*range(len(rows))]:
                 self.samplers[slot].filter(kept)
             self.rows[slot] = [new_rows[rows[i]] for i in kept]
         self.n_rows = len(keep)
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array) -> mx.array:
         return apply_by_rows(
-            [(s, self.rows[slot]) for slot, s in self.samplers.items()], logprobs
+            [(s, self.rows[slot]) for slot, s in self.samplers.items()], logits
         )

@@ -13,6 +13,9 @@ from mlx_lm_ext import hookimpl
 from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.validation import parse_arguments, parse_body
 
+# A server with these has upstream serve each request alone.
+ALONE = ["--kv-bits", "8", "--quantized-kv-start", "100000"]
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,.ABC012"
 
 

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from helpers import Reference, read, submit, texts
+from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
@@ -178,22 +178,21 @@ def test_stop_token_is_found_after_a_failed_step():
 
 
 @pytest.mark.parametrize(
-    "architecture, argv, body",
+    "architecture, argv",
     [
-        ("llama", [], {"seed": 7}),
-        ("llama", ["--kv-bits", "8", "--quantized-kv-start", "1000"], {}),
-        ("llama", ["--draft-model", "SAME"], {}),
-        ("llama4", [], {}),
+        ("llama", ALONE),
+        ("llama", ["--draft-model", "SAME"]),
+        ("llama4", []),
     ],
 )
 def test_what_upstream_serves_alone_is_served_alone(
-    architecture, argv, body, model_folder, start_engine
+    architecture, argv, model_folder, start_engine
 ):
     folder = model_folder(architecture)
     reference = Reference(folder)
     argv = [str(folder) if a == "SAME" else a for a in argv]
     engine = start_engine(architecture, *argv)
-    jobs = [submit(engine, p, max_tokens=10, **body) for p in texts(3)]
+    jobs = [submit(engine, p, max_tokens=10) for p in texts(3)]
     for prompt, job in zip(texts(3), jobs):
         assert read(job) == reference.tokens(prompt, 10)
     # One step here is one step of a batch.
@@ -203,30 +202,28 @@ def test_what_upstream_serves_alone_is_served_alone(
 def test_request_alone_waits_for_the_batch_and_keeps_the_order(
     model_folder, start_engine
 ):
-    reference = Reference(model_folder())
+    folders = [str(model_folder(a)) for a in ("llama", "llama4")]
+    references = [Reference(folder) for folder in folders]
     engine = start_engine()
-    bodies = [{}, {}, {"seed": 1}, {}, {"seed": 2}]
+    which = [0, 0, 1, 0, 1]
     prompts = texts(5)
-    jobs = [submit(engine, p, max_tokens=20, **b) for p, b in zip(prompts, bodies)]
-    for prompt, job in zip(prompts, jobs):
-        assert read(job) == reference.tokens(prompt, 20)
+    jobs = [
+        submit(engine, p, max_tokens=20, model=folders[i])
+        for p, i in zip(prompts, which)
+    ]
+    for prompt, job, i in zip(prompts, jobs, which):
+        assert read(job) == references[i].tokens(prompt, 20)
+    starts = [job.started for job in jobs]
+    assert starts == sorted(starts)
 
 
 def test_request_alone_can_be_cancelled(start_engine):
-    engine = start_engine()
-    job = submit(engine, "hello", max_tokens=4000, seed=1)
+    engine = start_engine("llama", *ALONE)
+    job = submit(engine, "hello", max_tokens=4000)
     job.receive(timeout=60)
     job.cancel()
     assert len(read(submit(engine, "next", max_tokens=3))) == 3
     assert len(job.generated) < 4000
-
-
-def test_seed_gives_the_same_tokens_again(start_engine):
-    engine = start_engine()
-    body = dict(max_tokens=30, seed=11, temperature=1.0)
-    first, second = (read(submit(engine, "hello", **body)) for _ in range(2))
-    other = read(submit(engine, "hello", **dict(body, seed=12)))
-    assert first == second != other
 
 
 def test_other_models_are_loaded_when_asked_for(model_folder, start_engine):
@@ -276,8 +273,8 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
 
 
 def test_stopping_ends_a_request_served_alone_and_those_behind_it(start_engine):
-    engine = start_engine()
-    jobs = [submit(engine, p, max_tokens=3000, seed=1) for p in texts(4)]
+    engine = start_engine("llama", *ALONE)
+    jobs = [submit(engine, p, max_tokens=3000) for p in texts(4)]
     jobs[0].receive(timeout=60)
     engine.stop_and_join()
     for job in jobs:

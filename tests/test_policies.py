@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from helpers import (
+    ALONE,
     Always,
     Reference,
     only_error,
@@ -20,12 +21,14 @@ from helpers import (
     wait_until_idle,
 )
 
+from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.plugins import SAMPLER
 from mlx_lm_ext.policies import Slot
 from mlx_lm_ext.row_samplers import RowSampler, RowSamplers
+from mlx_lm_ext.validation import parse_arguments
 
 # Room for 600 tokens, of which a running request takes 256.
 CACHE = ["--use-prompt-cache", "--radix-cache-size", str(600 * 512)]
@@ -127,7 +130,7 @@ def test_order_of_a_policy_is_asked_for_when_someone_comes_or_leaves(start_with)
     assert Counting.views == [(1, 0, 1), (2, 0, 1), (1, 0, 1)]
 
 
-def test_order_is_not_asked_for_while_nothing_changes(start_with):
+def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     class Counting(SchedulerPolicy):
         name = "patient"
         calls = []
@@ -138,12 +141,12 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with):
     engine = start_with(Counting)
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
-    # There is room, but a seed is served alone.
-    seeded = submit(engine, "b", max_tokens=2, seed=1)
+    # There is room, but not for another model.
+    other = submit(engine, "b", max_tokens=2, model=str(model_folder("lfm2")))
     while first.n_generated < 100:
         first.receive(timeout=60)
     first.cancel()
-    read(seeded)
+    read(other)
     assert len(Counting.calls) <= 3
 
 
@@ -160,9 +163,9 @@ def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine)
             request[0].put(ArithmeticError("a fault of this request"))
 
     hook = plugin(mlx_lm_register_scheduler_policies=lambda: [Counting])
-    argv = ["--scheduler", "counting"]
+    argv = [*ALONE, "--scheduler", "counting"]
     engine = start_engine("llama", *argv, make_engine=FailingEngine, plugin=hook)
-    job = submit(engine, "a", max_tokens=2, seed=1)
+    job = submit(engine, "a", max_tokens=2)
     with pytest.raises(RequestError):
         read(job)
     engine.stop_and_join()
@@ -275,7 +278,9 @@ def test_long_prompt_is_run_in_small_parts_beside_a_stream(start_engine, model_f
     assert 8 < watch.longest <= 20
 
 
-def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(start_with):
+def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(
+    start_with, model_folder
+):
     class Counting(SchedulerPolicy):
         name = "counting"
         tokens, ended = {}, []
@@ -293,7 +298,8 @@ def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(start_with):
         job.receive(timeout=60)
     never_ran = submit(engine, "b", max_tokens=5)
     jobs = [submit(engine, "b", max_tokens=n) for n in (1, 5)]
-    jobs += [submit(engine, "b", max_tokens=5, seed=1)]
+    alone = str(model_folder("llama4"))
+    jobs += [submit(engine, "b", max_tokens=5, model=alone)]
     for job in (never_ran, *running):
         job.cancel()
     for job in jobs:
@@ -319,7 +325,8 @@ class Greedy(BatchSampler):
 
 def row(slot, n):
     """The sampler of a request whose tokens start at n."""
-    return RowSampler(slot, None, SimpleNamespace(n=n), None)
+    args = parse_arguments({}, make_parser().parse_args([]))
+    return RowSampler(slot, None, SimpleNamespace(n=n, args=args), None)
 
 
 class Counter(Always):
@@ -337,14 +344,15 @@ class Counter(Always):
 def test_rows_keep_their_own_state_as_they_come_and_go():
     rng = random.Random(0)
     slots = [Slot(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
-    samplers, expected = RowSamplers(), []
+    samplers, expected = RowSamplers([]), []
     for i in range(200):
         if rng.random() < 0.5 or not expected:
             new = [rng.randrange(100, 10**6) for _ in range(rng.randint(1, 4))]
-            samplers.extend([row(rng.choice(slots), n) for n in new])
+            samplers.extend(RowSamplers([row(rng.choice(slots), n) for n in new]))
             expected += new
         else:
             keep = [i for i in range(len(expected)) if rng.random() < 0.7]
+            rng.shuffle(keep)
             samplers.filter(keep)
             expected = [expected[i] for i in keep]
         if expected:
@@ -456,15 +464,6 @@ def test_sampler_refuses_a_request_without_being_replaced(start_with):
         read(submit(engine, "a", max_tokens=2, tau=-1))
     assert len(read(submit(engine, "a", max_tokens=2, tau=1))) == 2
     assert engine.policies.samplers["strict"].cls is Strict
-
-
-def test_greedy_rows_make_no_log_probabilities(start_engine):
-    engine = start_engine()
-    job = submit(engine, "a", max_tokens=4000)
-    job.receive(timeout=60)
-    assert not engine.batch.generator.generation_batch.row_samplers.needs_logprobs
-    submit(engine, "a", max_tokens=4000, temperature=1.0).receive(timeout=60)
-    assert engine.batch.generator.generation_batch.row_samplers.needs_logprobs
 
 
 # Time

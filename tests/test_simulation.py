@@ -132,9 +132,7 @@ def random_arrivals(rng, n=60):
 def test_every_request_ends_once_with_its_tokens(policy, cache, start_engine):
     rng = random.Random(policy.name)
     arrivals = random_arrivals(rng)
-    cancels = {
-        i: arrivals[i][0] + rng.uniform(0, 2) for i in rng.sample(range(60), 15)
-    }
+    cancels = {i: arrivals[i][0] + rng.uniform(0, 2) for i in rng.sample(range(60), 15)}
     flags = ["--scheduler", policy.name, "--max-wait", "1", *cache]
     done = Simulation(start_engine, arrivals, *flags, cancels=cancels)
     assert len(done.jobs) == 60

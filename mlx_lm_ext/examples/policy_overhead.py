@@ -31,8 +31,6 @@ from mlx_lm_ext.validation import parse_arguments
 class Greedy:
     """Stands for ``RowSamplers``: one function for all rows, and nothing else."""
 
-    needs_logprobs = False
-
     def extend(self, samplers):
         pass
 
