@@ -67,6 +67,7 @@ class BatchAPIHandler(HTTPHandler):
             request = self.handle_chat_completions()
         engine = self.response_generator
         job = engine.generate(request, self.args, self.body, self.request_id)
+        job.reads_each = self.stream or bool(self.args.stop_words)
         reason = "error"
         try:
             reason = self.send_stream(job) if self.stream else self.send_answer(job)

@@ -141,6 +141,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="end a request that takes longer, waiting included, with HTTP 408; unset, "
         "it may take any time",
     )
+    batch(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run batches of all sizes before the first request, which then need not wait "
+        "until kernels are compiled",
+    )
 
     cache = parser.add_argument_group("cache").add_argument
     cache(

@@ -8,7 +8,7 @@ Rules:
 
 import logging
 from itertools import accumulate
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
 
@@ -22,6 +22,7 @@ from .radix_tree import n_common
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
 from .segments import make_segmented_cache
+from .turnstile import Turnstile
 
 # Tokens of a common prefix that are worth waiting for.
 MIN_SHARED = 16
@@ -58,6 +59,7 @@ class Batch:
         model_provider (BatchModelProvider): Holds the model that the batch runs.
         policies (Policies): Samples, and sets how much prefill a step does.
         prompt_cache (Optional[RadixPromptCache]): Gives KV to requests and takes it back.
+        turnstile (Turnstile): Takes the tokens to the handlers.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Batch:
         model_provider: BatchModelProvider,
         policies: Policies,
         prompt_cache: Optional[RadixPromptCache],
+        turnstile: Turnstile,
     ):
+        self.turnstile = turnstile
         self.model_provider = model_provider
         self.policies = policies
         # Without a cache, KV is kept only while others wait for it.
@@ -202,7 +206,7 @@ class Batch:
         if not self.caching:
             self.prompt_cache.trim_to(n_bytes=0)
 
-    def remove(self, requests: List[Request]) -> None:
+    def remove(self, requests: Collection[Request]) -> None:
         """Take requests out before they end; what they have run stays in the cache."""
         uids = [uid for uid, r in self.active.items() if r in requests]
         if not uids:
@@ -249,16 +253,18 @@ class Batch:
             counts = [(self.active[r.uid], 1) for r in responses]
             scheduler.run(lambda policy: policy.on_tokens(counts))
         self.n_generated += len(responses)
-        finished = []
+        finished, events = [], []
         for r in responses:
             request = self.active[r.uid]
             logprob, top = r.logprobs() if r.logprobs else (None, ())
-            request.put(Token(r.token, logprob, top, r.finish_reason))
+            token = Token(r.token, logprob, top, r.finish_reason)
+            events.append(request.note(token))
             if r.finish_reason is not None:
                 del self.active[r.uid]
                 if self.caching:
                     self.store(request, r.all_tokens, r.prompt_cache)
                 finished.append(request)
+        self.turnstile.put(events)
         return finished
 
     def reserve(self) -> None:

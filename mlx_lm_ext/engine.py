@@ -27,6 +27,8 @@ from .model_provider import BatchModelProvider
 from .policies import Policies
 from .radix_cache import RadixPromptCache
 from .request import Request, SingleCache, SingleQueue
+from .turnstile import Mailbox, Turnstile
+from .warm_up import warm_up
 
 # Seconds between two lines of statistics, and between two looks for what has expired.
 STATISTICS_INTERVAL = 10.0
@@ -55,13 +57,18 @@ class Engine(ResponseGeneratorBase):
         self.waiting: Deque[Request] = deque()
         # Whether the waiting list or the batch has changed since it was put in order.
         self.changed = False
+        # Those that were cancelled since the last step.
+        self.cancelled = SimpleQueue()
         # How many rows may run: fewer for a while after a step failed.
         self.limit = model_provider.cli_args.batch_size
         self.loaded = Event()
         self.load_error: Optional[Exception] = None
         self.stopping = False
         self.n_reported, self.reported = 0, policies.clock()
-        self.batch = self.batch_class(model_provider, policies, prompt_cache)
+        self.turnstile = Turnstile()
+        self.batch = self.batch_class(
+            model_provider, policies, prompt_cache, self.turnstile
+        )
         # An empty cache is false.
         if prompt_cache is None:
             prompt_cache = LRUPromptCache(max_size=0)
@@ -99,6 +106,8 @@ class Engine(ResponseGeneratorBase):
             sampler=body.get("sampler", self.cli_args.sampler),
             clock=self.policies.clock,
             timeout=self.cli_args.request_timeout,
+            cancellations=self.cancelled,
+            mailbox=Mailbox(self.turnstile),
         )
         if job.sampler not in self.policies.samplers:
             names = ", ".join(self.policies.samplers)
@@ -149,6 +158,11 @@ class Engine(ResponseGeneratorBase):
         except Exception as e:
             self.load_error = e
             self.stopping = True
+        if self.cli_args.warmup and self.has_batches:
+            try:
+                warm_up(self.model_provider, lambda: self.stopping)
+            except Exception:
+                logging.warning("The warm-up failed", exc_info=True)
         self.loaded.set()
         while not self.stopping:
             idle = not (self.waiting or self.batch)
@@ -197,7 +211,7 @@ class Engine(ResponseGeneratorBase):
         try:
             while True:
                 request = self.inbox.get(block, timeout)
-                if request is not None:
+                if request is not None and not request.cancelled:
                     self.waiting.append(request)
                     self.changed = True
                 block = False
@@ -206,16 +220,21 @@ class Engine(ResponseGeneratorBase):
 
     def drop_unwanted(self) -> None:
         """Take out the requests that were cancelled or have taken too long."""
-        for request in (*self.waiting, *self.batch.requests):
-            try:
-                request.check_time()
-            except RequestError as e:
-                request.put(e)
-                request.cancel()
-        gone = [r for r in (*self.waiting, *self.batch.requests) if r.cancelled]
+        if self.cli_args.request_timeout is not None:
+            for request in (*self.waiting, *self.batch.requests):
+                try:
+                    request.check_time()
+                except RequestError as e:
+                    request.put(e)
+                    request.cancel()
+        gone = set()
+        while not self.cancelled.empty():
+            request = self.cancelled.get()
+            # Handlers cancel what has ended as well.
+            if not request.forgotten:
+                gone.add(request)
         if not gone:
             return
-        # Not those that were cancelled since: the policy has to be told of them.
         self.waiting = deque(r for r in self.waiting if r not in gone)
         self.batch.remove(gone)
         for request in gone:
@@ -288,13 +307,14 @@ class Engine(ResponseGeneratorBase):
             view = self.batch.view
             self.waiting = deque(scheduler.run(ask))
 
+    @property
+    def has_batches(self) -> bool:
+        """Whether upstream can run the model in batches."""
+        return self.model_provider.is_batchable and self.cli_args.kv_bits is None
+
     def is_batchable(self, request: Request) -> bool:
-        """Whether upstream can serve a request in a batch."""
-        return (
-            self.model_provider.is_batchable
-            and self.cli_args.kv_bits is None
-            and bool(request.segments)
-        )
+        """Whether upstream can serve a request in a batch. Images it cannot."""
+        return self.has_batches and bool(request.segments)
 
     def serve_alone(self, request: Request) -> None:
         tokenizer = self.model_provider.tokenizer
@@ -330,7 +350,7 @@ class Engine(ResponseGeneratorBase):
         suspects = [r for r in self.batch.requests if not r.finished]
         logging.error(f"A step of {len(suspects)} requests failed", exc_info=error)
         self.isolate(suspects, error)
-        innocent = [r for r in suspects if not r.finished]
+        innocent = [r for r in suspects if not (r.finished or r.cancelled)]
         if innocent and len(innocent) == len(suspects):
             # None fails by itself: together they were too many.
             self.limit = max(1, len(suspects) // 2)

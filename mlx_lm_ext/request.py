@@ -7,8 +7,8 @@ Rules:
 
 import time
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from queue import SimpleQueue
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import LRUPromptCache
@@ -17,10 +17,13 @@ from mlx_lm.server import CompletionRequest, GenerationContext, Response
 from .errors import RequestError
 from .interfaces import Clock, RequestInfo, RequestStats
 from .model_provider import ServedModel
+from .turnstile import Mailbox, Turnstile
+
+# After how many tokens a handler is woken that sends its answer in one piece.
+TOKENS_OF_WHOLE = 32
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One generated token, as it is handed to a handler thread.
 
     Args:
@@ -52,11 +55,14 @@ class Request(RequestInfo):
         sampler (str): The name of its sampler.
         clock (Clock): What tells when it started and got its first token.
         timeout (Optional[float]): Seconds from its arrival to when it ends unfinished.
+        cancellations (SimpleQueue): Where the engine looks for those that are cancelled.
         n_run (int): Tokens of its prompt whose KV it has.
         leader (Optional[Request]): Who runs a prefix of its prompt, for which it waits.
         n_shared (int): The tokens of that prefix.
         has_followers (bool): Whether others wait for what it runs.
         shares (bool): False once it has waited in vain.
+        mailbox (Mailbox): Takes its events to the handler.
+        reads_each (bool): Whether the handler wants each token when it is made.
     """
 
     model: Optional[ServedModel] = None
@@ -69,6 +75,7 @@ class Request(RequestInfo):
     sampler: str = "default"
     clock: Clock = time.monotonic
     timeout: Optional[float] = None
+    cancellations: SimpleQueue = field(default_factory=SimpleQueue)
     n_run: int = 0
     leader: Optional["Request"] = None
     n_shared: int = 0
@@ -80,7 +87,8 @@ class Request(RequestInfo):
     cancelled: bool = False
     finished: bool = False
     forgotten: bool = False
-    events: SimpleQueue = field(default_factory=SimpleQueue)
+    mailbox: Mailbox = field(default_factory=lambda: Mailbox(Turnstile()))
+    reads_each: bool = True
 
     @property
     def cache_key(self) -> Tuple:
@@ -139,6 +147,7 @@ class Request(RequestInfo):
     def cancel(self) -> None:
         """Leave the waiting list or the batch at the next step (any thread)."""
         self.cancelled = True
+        self.cancellations.put(self)
 
     def check_time(self) -> None:
         """Raise a 408 ``RequestError`` if it has taken too long."""
@@ -169,15 +178,21 @@ class Request(RequestInfo):
 
     def put(self, event: Union[Token, RequestError]) -> None:
         """Hand an event to the handler thread; an error is the last one."""
+        self.mailbox.turnstile.put([self.note(event)])
+
+    def note(self, event: Union[Token, RequestError]) -> Tuple[Mailbox, Any, bool]:
+        """Note an event; gives what the turnstile takes to hand it over."""
+        wakes = self.reads_each
         if isinstance(event, Token):
             if self.first_token is None:
                 self.first_token = self.clock()
             self.generated.append(event.id)
             self.n_generated += 1
             self.finished = event.finish_reason is not None
+            wakes = wakes or self.n_generated % TOKENS_OF_WHOLE == 0
         else:
             self.finished = True
-        self.events.put(event)
+        return self.mailbox, event, wakes or self.finished
 
     def receive(self, timeout: float) -> List[Token]:
         """All tokens that have piled up, at least one unless the time runs out.
@@ -185,15 +200,10 @@ class Request(RequestInfo):
         Raises:
             RequestError: What ended the request on the generation thread.
         """
-        tokens = []
-        try:
-            event = self.events.get(timeout=timeout)
-            while not isinstance(event, Exception):
-                tokens.append(event)
-                event = self.events.get_nowait()
-        except Empty:
-            return tokens
-        raise event
+        events = self.mailbox.take(timeout)
+        if events and isinstance(events[-1], Exception):
+            raise events[-1]
+        return events
 
 
 class SingleQueue:

@@ -60,7 +60,7 @@ def start_engine(model_folder, caplog):
         clock=time.monotonic,
     ):
         args = make_parser().parse_args(
-            ["--model", str(model_folder(architecture)), *argv]
+            ["--no-warmup", "--model", str(model_folder(architecture)), *argv]
         )
         args.model_id = args.model
         plugins = Plugins()

@@ -7,7 +7,6 @@ without guards, policies and groups of rows.
 import argparse
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from mlx_lm_ext import blas
@@ -15,7 +14,6 @@ from mlx_lm_ext import blas
 blas.load()
 
 import mlx.core as mx
-from mlx_lm.generate import StopSequences
 
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.batching import Batch
@@ -24,8 +22,8 @@ from mlx_lm_ext.examples.random_model import LLAMA, write_model
 from mlx_lm_ext.model_provider import BatchModelProvider
 from mlx_lm_ext.plugins import Plugins
 from mlx_lm_ext.policies import Policies
-from mlx_lm_ext.request import Request
-from mlx_lm_ext.validation import parse_arguments
+from mlx_lm_ext.turnstile import Turnstile
+from mlx_lm_ext.warm_up import make_request
 
 
 class Greedy:
@@ -55,22 +53,10 @@ def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
     """A batch of ``n_rows`` requests that decode."""
     provider = BatchModelProvider(args)
     provider.switch_to(provider.default_key)
-    batch = Batch(provider, Policies(Plugins(), args), None)
+    batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
     for i in range(n_rows):
-        generation_args = parse_arguments({"max_tokens": n_tokens}, args)
-        model = provider.describe(generation_args.model)
         prompt = [i + 3, 4, 5]
-        batch.add(
-            Request(
-                str(i),
-                generation_args,
-                # No token ends the text.
-                model=replace(model, end_of_text=StopSequences()),
-                prompt=prompt,
-                segments=[prompt],
-                segment_types=["assistant"],
-            )
-        )
+        batch.add(make_request(provider, args, prompt, max_tokens=n_tokens))
     while batch.prefilling:
         batch.step()
     return batch

@@ -1,7 +1,14 @@
-"""Models of random weights, with one token a byte: for measurements and tests."""
+"""Models of random weights, for measurements and tests.
 
+Run as a script, it writes one with the tokenizer of a real model. Of two layers::
+
+    python -m mlx_lm_ext.examples.random_model two_layers --config num_hidden_layers=2
+"""
+
+import argparse
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Dict, Sequence
 
@@ -9,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers.pre_tokenizers import ByteLevel
 
+from mlx_lm_ext import demo_model
 from mlx_lm_ext.demo_model import write_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -24,6 +32,21 @@ COMMON = dict(
     max_position_embeddings=4096,
 )
 LLAMA = dict(COMMON, model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5)
+
+
+def make_model(architecture: str, config: Dict[str, Any], seed: int) -> Any:
+    """The model of a ``config.json``."""
+    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    mx.random.seed(seed)
+    return module.Model(module.ModelArgs.from_dict(config))
+
+
+def save(folder: Path, weights: Dict[str, mx.array], config: Dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_model(
@@ -48,18 +71,12 @@ def write_model(
     config = config | dict(
         vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
     )
-    module = importlib.import_module(f"mlx_lm.models.{architecture}")
-    mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = make_model(architecture, config, seed)
     # Larger than the default, so that the likely tokens stand apart.
     weights = [
         (k, v * 3 if v.ndim > 1 else v) for k, v in tree_flatten(model.parameters())
     ]
-    folder.mkdir(parents=True)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(weights), metadata={"format": "mlx"}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
+    save(folder, dict(weights), config)
     write_tokenizer(
         folder,
         tokens,
@@ -69,3 +86,55 @@ def write_model(
         eos_token="<|im_end|>",
     )
     return folder
+
+
+def write_like(
+    folder: Path, source: Path, changes: Dict[str, Any], dtype: str, seed: int = 0
+) -> Path:
+    """Write a model with the tokenizer of the one in ``source``.
+
+    Args:
+        folder (Path): A folder that does not exist.
+        source (Path): The folder of a model.
+        changes (Dict[str, Any]): What is other than in its ``config.json``.
+        dtype (str): Of the weights.
+        seed (int): Of the weights.
+    """
+    config = json.loads((source / "config.json").read_text()) | changes
+    model = make_model(config["model_type"], config, seed)
+    model.set_dtype(getattr(mx, dtype))
+    save(folder, dict(tree_flatten(model.parameters())), config)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith(("config.", "model")):
+            shutil.copy(path, folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a model of random weights.")
+    parser.add_argument("folder", type=Path, help="where to; it must not exist")
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="FOLDER",
+        help="a model for its tokenizer and config (default: SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument(
+        "--config",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="numbers to change in its config",
+    )
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    args = parser.parse_args()
+    changes = {
+        name: json.loads(value)
+        for name, _, value in (change.partition("=") for change in args.config)
+    }
+    source = args.like or demo_model.ensure(quantized=False)
+    print(write_like(args.folder, source, changes, args.dtype))
+
+
+if __name__ == "__main__":
+    main()
