@@ -84,7 +84,10 @@ class Batch:
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
         # Tokens of prompts that the last step was allowed.
-        self.budget = model_provider.cli_args.prefill_step_size
+        self.step_size = model_provider.cli_args.prefill_step_size
+        if self.step_size is None:
+            self.step_size = 256 if mx.default_device() == mx.cpu else 2048
+        self.budget = self.step_size
         self.steps = 0
         self.n_generated = 0
 
@@ -129,7 +132,7 @@ class Batch:
                 self.model_provider.model,
                 completion_batch_size=args.batch_size,
                 prefill_batch_size=min(args.batch_size, args.prompt_concurrency),
-                prefill_step_size=args.prefill_step_size,
+                prefill_step_size=self.step_size,
                 stream=mx.default_stream(mx.default_device()),
             )
         self.kv_memory.check(request)
@@ -282,7 +285,7 @@ class Batch:
             return None if tokens is None else max(1, int(tokens))
 
         view = self.view
-        limit = self.model_provider.cli_args.prefill_step_size
+        limit = self.step_size
         tokens = self.policies.scheduler.run(ask)
         self.budget = limit if tokens is None else min(tokens, limit)
         lengths = self.generator.segment_lengths
