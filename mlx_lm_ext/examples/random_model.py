@@ -91,7 +91,8 @@ def write_model(
 def write_like(
     folder: Path, source: Path, changes: Dict[str, Any], dtype: str, seed: int = 0
 ) -> Path:
-    """Write a model with the tokenizer of the one in ``source``.
+    """Write a model with the tokenizer of the one in ``source``, without the token that
+    ends texts: it might be drawn at any time.
 
     Args:
         folder (Path): A folder that does not exist.
@@ -101,12 +102,17 @@ def write_like(
         seed (int): Of the weights.
     """
     config = json.loads((source / "config.json").read_text()) | changes
+    config.pop("eos_token_id", None)
     model = make_model(config["model_type"], config, seed)
     model.set_dtype(getattr(mx, dtype))
     save(folder, dict(tree_flatten(model.parameters())), config)
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(("config.", "model")):
             shutil.copy(path, folder)
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer.pop("eos_token", None)
+    path.write_text(json.dumps(tokenizer))
     return folder
 
 
