@@ -110,8 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     batch(
         "--prefill-step-size",
         type=number(int, 1),
-        help="tokens of all prompts to process in one step; unset, 2048, and 256 on a CPU, "
-        "which is slower with more",
+        default=2048,
+        help="tokens of all prompts to process in one step; on a CPU, which is slower with "
+        "more, 256 at most",
     )
     batch(
         "--prefill-budget",

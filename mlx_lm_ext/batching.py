@@ -17,6 +17,7 @@ from .interfaces import SchedulerView
 from .kv_memory import KVMemory
 from .model_provider import BatchModelProvider
 from .policies import Policies
+from .prefill import chunk_width, step_size
 from .radix_cache import RadixPromptCache
 from .radix_tree import n_common
 from .request import Request, ResumedStopSequences, Token
@@ -26,30 +27,6 @@ from .turnstile import Turnstile
 
 # Tokens of a common prefix that are worth waiting for.
 MIN_SHARED = 16
-# Tokens of padding in a step that cost less than another step.
-FREE_PADDING = 64
-
-
-def chunk_width(lengths: List[int], n_tokens: int) -> int:
-    """How much of each prompt to run next: as much as fits into ``n_tokens``, if no more
-    than a quarter of it is padding.
-
-    Args:
-        lengths (List[int]): Tokens left to run of each prompt, at least one prompt.
-        n_tokens (int): At most so many in all, with the padding; one of each at least.
-
-    Returns:
-        int: Tokens of each prompt, or all it has left if those are fewer.
-    """
-    n = len(lengths)
-    widest = min(max(lengths), max(1, n_tokens // n))
-    # Where padding begins, and where the n shortest would fill the free padding.
-    sums = enumerate(accumulate(sorted(lengths)), 1)
-    widths = [*lengths, *((FREE_PADDING + total) // n for n, total in sums)]
-    for width in sorted({min(width, widest) for width in widths}, reverse=True):
-        padding = sum(max(0, width - length) for length in lengths)
-        if padding <= max(FREE_PADDING, width * n // 4):
-            return width
 
 
 class Batch:
@@ -84,9 +61,7 @@ class Batch:
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
         # Tokens of prompts that the last step was allowed.
-        self.step_size = model_provider.cli_args.prefill_step_size
-        if self.step_size is None:
-            self.step_size = 256 if mx.default_device() == mx.cpu else 2048
+        self.step_size = step_size(model_provider.cli_args.prefill_step_size)
         self.budget = self.step_size
         self.steps = 0
         self.n_generated = 0

@@ -16,6 +16,7 @@ from .batching import Batch
 from .model_provider import BatchModelProvider
 from .plugins import Plugins
 from .policies import Policies
+from .prefill import ROUNDED
 from .request import Request
 from .turnstile import Turnstile
 from .validation import parse_arguments
@@ -47,17 +48,21 @@ def make_request(
 
 
 def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Fill a batch step by step, and let half of it leave."""
+    """Fill a batch step by step, and let half of it leave. Where each shape of a chunk
+    costs, run the likely ones."""
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
-    n_prompt = args.prefill_budget
+
+    def add(n: int, n_prompt: int, max_tokens: int) -> None:
+        for i in range(n):
+            body = BODIES[i % len(BODIES)] | {"max_tokens": max_tokens}
+            batch.add(make_request(provider, args, [i] * n_prompt, **body))
+
+    add(1, args.prefill_budget, 64 + args.batch_size)
     size = 1
     while not is_stopping():
-        for i in range(len(batch), size):
-            body = BODIES[i % len(BODIES)] | {"max_tokens": 64 + args.batch_size}
-            batch.add(make_request(provider, args, [i] * n_prompt, **body))
-            n_prompt = 8
+        add(size - len(batch), 8, 64 + args.batch_size)
         while batch.prefilling:
             batch.step()
         for _ in range(2):
@@ -67,5 +72,13 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
             batch.step()
             break
         size = min(2 * size, args.batch_size)
+    batch.remove(batch.requests)
+    for n in range(1, args.prompt_concurrency + 1 if ROUNDED else 1):
+        width = 8
+        while n * width <= args.prefill_budget and not is_stopping():
+            add(n, width + 1, 1)
+            while batch:
+                batch.step()
+            width *= 2
     batch.close()
     logging.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")

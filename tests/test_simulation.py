@@ -13,7 +13,6 @@ from helpers import read, submit
 from mlx import nn
 from mlx_lm.models.cache import KVCache
 
-from mlx_lm_ext.batching import chunk_width
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.scheduling import POLICIES
@@ -188,23 +187,3 @@ def test_request_past_its_time_leaves_at_the_next_step(batch_size, start_engine)
     assert 1.5 <= done.now <= 1.5 + 2 * TOKEN_TIME
     begun = [bool(job.generated) for job in done.jobs]
     assert begun == [True, batch_size == "2"]
-
-
-@pytest.mark.parametrize(
-    "lengths, n_tokens, width",
-    [
-        ([500], 256, 256),
-        ([5, 500], 256, 69),
-        ([500] * 8, 256, 32),
-        ([500] * 8, 4, 1),
-        # A few tokens of padding are cheaper than a step.
-        ([4, 500, 500], 96, 32),
-        ([4] * 7 + [2000], 256, 13),
-        # A quarter may be padding: 180 of 1,200, 332 of 1,464.
-        ([400, 220, 400], 1200, 400),
-        ([1000, 400], 2000, 732),
-    ],
-)
-def test_padding_of_a_step_is_bounded(lengths, n_tokens, width):
-    found = chunk_width(lengths, n_tokens)
-    assert found == width

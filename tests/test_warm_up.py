@@ -1,0 +1,112 @@
+"""What runs before the first request."""
+
+import pytest
+from helpers import plugin, read, submit
+from tiny_models import CONFIGS
+
+from mlx_lm_ext import warm_up
+from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.interfaces import SchedulerPolicy
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The sizes of the batches that the warm-up runs."""
+    seen = []
+
+    class WatchedBatch(Batch):
+        def step(self):
+            if not self.prefilling:
+                seen.append(len(self))
+            return super().step()
+
+    monkeypatch.setattr(warm_up, "Batch", WatchedBatch)
+    return seen
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_batches_of_all_sizes_run_before_the_first_request(
+    architecture, sizes, start_engine, caplog
+):
+    caplog.set_level("INFO")
+    engine = start_engine(architecture, "--warmup", "--batch-size", "12")
+    assert list(dict.fromkeys(sizes)) == [1, 2, 4, 8, 12, 6]
+    assert "Warmed up in" in caplog.text
+    # Nothing is left of it.
+    assert len(engine.batch) == engine.batch.n_generated == 0
+    assert len(read(submit(engine, "hello", max_tokens=3))) == 3
+
+
+def test_shapes_of_chunks_run_where_they_cost(monkeypatch, start_engine):
+    shapes = []
+    monkeypatch.setattr(warm_up, "ROUNDED", True)
+
+    class WatchingEngine(Engine):
+        def __init__(self, provider, *args):
+            load = provider.switch_to
+
+            def switch_to(key):
+                load(key)
+                model, call = provider.model, type(provider.model).__call__
+
+                class Watched(type(model)):
+                    def __call__(self, inputs, *args, **kwargs):
+                        shapes.append(inputs.shape)
+                        return call(self, inputs, *args, **kwargs)
+
+                model.__class__ = Watched
+
+            provider.switch_to = switch_to
+            super().__init__(provider, *args)
+
+    argv = ["--warmup", "--prefill-budget", "64", "--prompt-concurrency", "4"]
+    start_engine("llama", *argv, make_engine=WatchingEngine)
+    wanted = {(n, w) for n in (1, 2, 3, 4) for w in (8, 16, 32, 64) if n * w <= 64}
+    assert wanted <= set(shapes)
+
+
+def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
+    class Nosy(SchedulerPolicy):
+        name = "nosy"
+        heard = []
+
+        def on_tokens(self, counts):
+            self.heard.append(counts)
+
+    hooks = plugin(
+        mlx_lm_register_scheduler_policies=lambda: [Nosy],
+        mlx_lm_make_logits_processors=lambda request: Nosy.heard.append(request),
+    )
+    argv = ["--warmup", "--scheduler", "nosy"]
+    engine = start_engine("llama", *argv, plugin=hooks)
+    assert not Nosy.heard
+    read(submit(engine, "hello", max_tokens=3))
+    assert Nosy.heard
+
+
+def test_server_serves_although_the_warm_up_fails(start_engine, monkeypatch, caplog):
+    def fail(self, request):
+        raise MemoryError("too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "add", fail)
+        engine = start_engine("llama", "--warmup")
+    assert "The warm-up failed" in caplog.text
+    assert len(read(submit(engine, "hello", max_tokens=3))) == 3
+
+
+def test_server_is_not_healthy_until_it_is_warm(start_engine, monkeypatch):
+    engines, healthy = [], []
+
+    class WatchedEngine(Engine):
+        def __init__(self, *args):
+            engines.append(self)
+            super().__init__(*args)
+
+    def warm_up(provider, is_stopping):
+        healthy.append(engines[0].is_healthy)
+
+    monkeypatch.setattr("mlx_lm_ext.engine.warm_up", warm_up)
+    engine = start_engine("llama", "--warmup", make_engine=WatchedEngine)
+    assert healthy == [False] and engine.is_healthy
