@@ -5,8 +5,9 @@ from typing import List
 
 import mlx.core as mx
 
-# Whether a chunk has a power of two of tokens, padding included. With CUDA a chunk of a
-# new shape costs what ten steps cost.
+# Whether chunks have a power of two of tokens, padding included, and attention takes all
+# of the KV's arrays. With CUDA, cuDNN prepares for 60 ms and more for attention of a new
+# shape, as long as ten steps take.
 ROUNDED = mx.cuda.is_available()
 # Tokens of padding in a step that cost less than another step.
 FREE_PADDING = 512 if ROUNDED else 64

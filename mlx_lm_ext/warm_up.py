@@ -12,11 +12,11 @@ from typing import Any, Callable, List
 
 from mlx_lm.generate import StopSequences
 
+from . import prefill
 from .batching import Batch
 from .model_provider import BatchModelProvider
 from .plugins import Plugins
 from .policies import Policies
-from .prefill import ROUNDED
 from .request import Request
 from .turnstile import Turnstile
 from .validation import parse_arguments
@@ -73,7 +73,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
             break
         size = min(2 * size, args.batch_size)
     batch.remove(batch.requests)
-    for n in range(1, args.prompt_concurrency + 1 if ROUNDED else 1):
+    for n in range(1, args.prompt_concurrency + 1 if prefill.ROUNDED else 1):
         width = 8
         while n * width <= args.prefill_budget and not is_stopping():
             add(n, width + 1, 1)

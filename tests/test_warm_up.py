@@ -4,7 +4,7 @@ import pytest
 from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import warm_up
+from mlx_lm_ext import prefill, warm_up
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
@@ -40,7 +40,7 @@ def test_batches_of_all_sizes_run_before_the_first_request(
 
 def test_shapes_of_chunks_run_where_they_cost(monkeypatch, start_engine):
     shapes = []
-    monkeypatch.setattr(warm_up, "ROUNDED", True)
+    monkeypatch.setattr(prefill, "ROUNDED", True)
 
     class WatchingEngine(Engine):
         def __init__(self, provider, *args):
