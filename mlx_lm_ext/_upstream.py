@@ -23,7 +23,6 @@ from mlx_lm.server import (
 from mlx_lm.utils import _download
 
 from .penalties import Penalties
-from .prefill import padded_width
 from .row_samplers import RowSampler, RowSamplers
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
@@ -63,7 +62,7 @@ class LeanPromptBatch(PromptProcessingBatch):
         for row, more in zip(self.tokens, tokens):
             row += more
         lengths = [len(row) for row in tokens]
-        width = padded_width(max(lengths))
+        width = max(lengths)
         padding = [width - n for n in lengths]
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]

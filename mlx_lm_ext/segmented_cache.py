@@ -10,8 +10,6 @@ from typing import Iterable, List, Optional, Tuple
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from . import prefill
-
 # The arrays of one layer. Those of a segment have the tokens on the last axis but one.
 Arrays = List[Optional[mx.array]]
 
@@ -91,9 +89,6 @@ class BatchSegmentedKVCache(BatchKVCache):
     prompt cache copies what it lacks.
     """
 
-    # Tokens of padding that all rows of a chunk have.
-    n_common = 0
-
     @property
     def n_rows(self) -> int:
         return self.offset.shape[0]
@@ -143,56 +138,28 @@ class BatchSegmentedKVCache(BatchKVCache):
         n, end = self.n_rows, self.size()
         return self.keys[:n, :, :end], self.values[:n, :, :end]
 
-    def capacity(self, length: int) -> int:
-        """Tokens that its arrays have room for when ``length`` more have come."""
-        room = 0 if self.keys is None else self.keys.shape[2]
-        missing = self.size() + length - room
-        return room if missing <= 0 else room - (-missing // self.step) * self.step
-
-    def make_mask(self, N: int, return_array: bool = False, **kwargs) -> mx.array:
-        mask = super().make_mask(N, return_array, **kwargs)
-        if prefill.ROUNDED and N > 1:
-            # Attention over all of the arrays: those have few lengths.
-            spare = self.capacity(N) - mask.shape[-1]
-            mask = mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, spare)])
-        return mask
-
     def prepare(self, **kwargs) -> None:
         self.drop_spare_rows()
-        if padding := kwargs.get("right_padding"):
-            self.n_common = min(padding)
-            kwargs["right_padding"] = [n - self.n_common for n in padding]
         super().prepare(**kwargs)
-
-    def finalize(self) -> None:
-        # Padding that all rows have is cut off; only the rest has to change sides.
-        self.trim(self.n_common)
-        self.n_common = 0
-        super().finalize()
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> Tuple[mx.array, mx.array]:
-        n, start, length = self.n_rows, self.size(), keys.shape[2]
-        capacity = self.capacity(length)
-        if self.keys is None:
-            self.keys, self.values = (
-                mx.zeros((n, x.shape[1], capacity, x.shape[3]), x.dtype)
-                for x in (keys, values)
-            )
-        elif capacity > self.keys.shape[2]:
-            more = capacity - self.keys.shape[2]
+        n = self.n_rows
+        if self.keys is None or self.keys.shape[0] == n:
+            return super().update_and_fetch(keys, values)
+        start, length = self.size(), keys.shape[2]
+        end = start + length
+        if end > self.keys.shape[2]:
+            more = -(-length // self.step) * self.step
             self.keys, self.values = (
                 mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
             )
-        end = start + length
         self.keys[:n, :, start:end] = keys
         self.values[:n, :, start:end] = values
         offset = self.offset + length
         self.state = (self.keys, self.values, offset, self.left_padding, end)
-        if prefill.ROUNDED and length > 1:
-            return self.keys[:n], self.values[:n]
         return self.keys_and_values()
 
     def extend(self, other: "BatchSegmentedKVCache") -> None:

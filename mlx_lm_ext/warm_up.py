@@ -12,7 +12,6 @@ from typing import Any, Callable, List
 
 from mlx_lm.generate import StopSequences
 
-from . import prefill
 from .batching import Batch
 from .model_provider import BatchModelProvider
 from .plugins import Plugins
@@ -48,21 +47,18 @@ def make_request(
 
 
 def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Fill a batch step by step, and let half of it leave. Where each shape of a chunk
-    costs, run the likely ones."""
+    """Fill a batch step by step, and let half of it leave."""
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
 
-    def add(n: int, n_prompt: int, max_tokens: int) -> None:
-        for i in range(n):
-            body = BODIES[i % len(BODIES)] | {"max_tokens": max_tokens}
-            batch.add(make_request(provider, args, [i] * n_prompt, **body))
-
-    add(1, args.prefill_budget, 64 + args.batch_size)
+    n_prompt = args.prefill_budget
     size = 1
     while not is_stopping():
-        add(size - len(batch), 8, 64 + args.batch_size)
+        for i in range(len(batch), size):
+            body = BODIES[i % len(BODIES)] | {"max_tokens": 64 + args.batch_size}
+            batch.add(make_request(provider, args, [i % 64] * n_prompt, **body))
+            n_prompt = 8
         while batch.prefilling:
             batch.step()
         for _ in range(2):
@@ -72,13 +68,5 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
             batch.step()
             break
         size = min(2 * size, args.batch_size)
-    batch.remove(batch.requests)
-    for n in range(1, args.prompt_concurrency + 1 if prefill.ROUNDED else 1):
-        width = 8
-        while n * width <= args.prefill_budget and not is_stopping():
-            add(n, width + 1, 1)
-            while batch:
-                batch.step()
-            width *= 2
     batch.close()
     logging.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")

@@ -4,7 +4,7 @@ import pytest
 from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import prefill, warm_up
+from mlx_lm_ext import warm_up
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
@@ -36,34 +36,6 @@ def test_batches_of_all_sizes_run_before_the_first_request(
     # Nothing is left of it.
     assert len(engine.batch) == engine.batch.n_generated == 0
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
-
-
-def test_shapes_of_chunks_run_where_they_cost(monkeypatch, start_engine):
-    shapes = []
-    monkeypatch.setattr(prefill, "ROUNDED", True)
-
-    class WatchingEngine(Engine):
-        def __init__(self, provider, *args):
-            load = provider.switch_to
-
-            def switch_to(key):
-                load(key)
-                model, call = provider.model, type(provider.model).__call__
-
-                class Watched(type(model)):
-                    def __call__(self, inputs, *args, **kwargs):
-                        shapes.append(inputs.shape)
-                        return call(self, inputs, *args, **kwargs)
-
-                model.__class__ = Watched
-
-            provider.switch_to = switch_to
-            super().__init__(provider, *args)
-
-    argv = ["--warmup", "--prefill-budget", "64", "--prompt-concurrency", "4"]
-    start_engine("llama", *argv, make_engine=WatchingEngine)
-    wanted = {(n, w) for n in (1, 2, 3, 4) for w in (8, 16, 32, 64) if n * w <= 64}
-    assert wanted <= set(shapes)
 
 
 def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
