@@ -231,19 +231,20 @@ class Batch:
             counts = [(self.active[r.uid], 1) for r in responses]
             scheduler.run(lambda policy: policy.on_tokens(counts))
         self.n_generated += len(responses)
-        finished, events = [], []
+        events, ended = [], []
         for r in responses:
             request = self.active[r.uid]
             logprob, top = r.logprobs() if r.logprobs else (None, ())
             token = Token(r.token, logprob, top, r.finish_reason)
             events.append(request.note(token))
             if r.finish_reason is not None:
+                ended.append((request, r))
                 del self.active[r.uid]
-                if self.caching:
-                    self.store(request, r.all_tokens, r.prompt_cache)
-                finished.append(request)
         self.turnstile.put(events)
-        return finished
+        if self.caching:
+            for request, r in ended:
+                self.store(request, r.all_tokens, r.prompt_cache)
+        return [request for request, _ in ended]
 
     def reserve(self) -> None:
         """Tell the prompt cache what the rows hold: one bound is for both."""

@@ -158,7 +158,7 @@ class Engine(ResponseGeneratorBase):
         except Exception as e:
             self.load_error = e
             self.stopping = True
-        if self.cli_args.warmup and self.has_batches:
+        if self.cli_args.warmup and not self.stopping and self.has_batches:
             try:
                 warm_up(self.model_provider, lambda: self.stopping)
             except Exception:
