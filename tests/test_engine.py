@@ -7,7 +7,7 @@ from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import hookimpl
+from mlx_lm_ext import _upstream, hookimpl
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
@@ -170,6 +170,38 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
         assert read(job) == reference.tokens(prompt, 12)
     # Not one for each of the 12 tokens.
     assert engine.failures < 8
+
+
+def test_log_probabilities_are_made_only_of_the_rows_that_ask(
+    start_engine, monkeypatch
+):
+    shapes = []
+
+    class Watched(_upstream.Logprobs):
+        def __init__(self, logits, tokens, n_top):
+            shapes.append((logits.shape[0], n_top))
+            super().__init__(logits, tokens, n_top)
+
+    monkeypatch.setattr(_upstream, "Logprobs", Watched)
+    engine = start_engine()
+    others = [submit(engine, p, max_tokens=3000) for p in texts(3)]
+    for other in others:
+        other.receive(timeout=60)
+    assert not shapes
+    read(submit(engine, "hello", max_tokens=5, logprobs=3))
+    assert set(shapes) == {(1, 3)} and 5 <= len(shapes) <= 7
+    for other in others:
+        other.cancel()
+
+
+def test_whole_answer_wakes_its_handler_now_and_then(start_engine):
+    job = submit(start_engine(), "hello", max_tokens=320)
+    job.reads_each = False
+    batches = [job.receive(timeout=60)]
+    while batches[-1][-1].finish_reason is None:
+        batches.append(job.receive(timeout=60))
+    # A few came before this thread had said so.
+    assert sum(map(len, batches)) > 10 * len(batches)
 
 
 def test_stop_token_is_found_after_a_failed_step():
