@@ -209,14 +209,9 @@ class LeanBatchGenerator(BatchGenerator):
         self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
 
-    def cut(self, uid: int, n: int) -> Optional[int]:
-        """End a segment of a prompt after ``n`` of the tokens that were left to run when
-        it was inserted.
-
-        Returns:
-            Optional[int]: How many segments are left to run before the new one, or
-            ``None`` if one ended there already.
-        """
+    def cut(self, uid: int, n: int) -> None:
+        """Let a segment of a prompt end after ``n`` of the tokens that were left to run
+        when it was inserted."""
         uids = self._prompt_batch.uids
         if uid in uids:
             segments, n_run, _ = self._currently_processing[uids.index(uid)]
@@ -228,10 +223,8 @@ class LeanBatchGenerator(BatchGenerator):
             if n < len(segment):
                 if n > 0:
                     segments[i : i + 1] = [segment[:n], segment[n:]]
-                    return i
-                return None
+                return
             n -= len(segment)
-        return None
 
     @property
     def segment_lengths(self) -> List[int]:

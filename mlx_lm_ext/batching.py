@@ -22,6 +22,7 @@ from .radix_cache import RadixPromptCache
 from .radix_tree import n_common
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
+from .segmented_cache import SegmentedKVCache
 from .segments import make_segmented_cache
 from .turnstile import Turnstile
 
@@ -171,9 +172,10 @@ class Batch:
         leader = request.leader = self.active[uid]
         request.n_shared = n_shared
         leader.has_followers = True
-        before = self.generator.cut(uid, n_shared - leader.n_matched)
-        if before is not None:
-            leader.to_store.insert(before, leader.to_store[before])
+        self.generator.cut(uid, n_shared - leader.n_matched)
+        # It is a part of what ends next.
+        ends = sorted(end for end in leader.to_store if end >= n_shared)
+        leader.to_store.setdefault(n_shared, leader.to_store[ends[0]])
         return True
 
     def n_known(self, request: Request) -> int:
@@ -272,24 +274,33 @@ class Batch:
 
         A request that goes on after a failed step takes nothing from the cache.
         """
-        request.to_store = ["assistant"]
+        prompt, n = request.prompt, request.n_prompt
         if request.generated:
-            return [request.prompt + request.generated], None, 0
-        key, prompt = request.cache_key, request.prompt
+            request.to_store = {}
+            return [prompt + request.generated], None, 0
+        key = request.cache_key
         # Where others branch off, a prompt pauses to leave what they can resume from.
         branch = self.prompt_cache.branch_point(key, prompt)
         cache, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
-        start = request.n_matched = len(prompt) - len(rest)
-        segments, request.to_store = [], []
-        ends = accumulate(len(segment) for segment in request.segments)
-        for end, cache_type in zip(ends, request.segment_types):
+        start = request.n_matched = n - len(rest)
+        request.to_store = {}
+        for end, cache_type in zip(
+            accumulate(len(segment) for segment in request.segments),
+            request.segment_types,
+        ):
             for stop in (branch, end):
-                if stop is not None and start < stop <= end:
-                    segments.append(prompt[start:stop])
-                    request.to_store.append(cache_type)
-                    start = stop
+                # The last token is run with the batch.
+                if stop is not None and start < min(stop, n - 1) and stop <= end:
+                    start = min(stop, n - 1)
+                    request.to_store[start] = cache_type
         if cache is None:
             cache = make_segmented_cache(self.model_provider.model)
+        stops = [*request.to_store, n]
+        if all(type(c) is SegmentedKVCache for c in cache):
+            # Its KV can be cut afterwards.
+            stops = stops[-1:]
+        starts = [request.n_matched, *stops]
+        segments = [prompt[i:j] for i, j in zip(starts, stops)]
         return segments, cache, request.n_matched
 
     def store_segments(self, prompt_responses: List[Any]) -> None:
@@ -297,10 +308,13 @@ class Batch:
         ended = [
             r.uid for r in prompt_responses if r.end_of_segment and not r.end_of_prompt
         ]
-        types = {uid: self.active[uid].to_store.pop(0) for uid in ended}
         wanted = [u for u in ended if self.caching or self.active[u].has_followers]
         for uid, (cache, tokens) in self.generator.extract_cache(wanted).items():
-            self.store(self.active[uid], tokens, cache, types[uid])
+            request = self.active[uid]
+            for end in sorted(request.to_store):
+                if end <= len(tokens):
+                    cache_type = request.to_store.pop(end)
+                    self.store(request, tokens[:end], cache, cache_type)
 
     def store(
         self,

@@ -50,7 +50,8 @@ class Request(RequestInfo):
           them: they are known from the first token on.
         segments (List[List[int]]): The prompt cut where its KV is worth keeping.
         segment_types (List[str]): The cache type of each segment.
-        to_store (List[str]): The cache types of the segments that are left to run.
+        to_store (Dict[int, str]): After how many tokens of its prompt its KV is to be
+          kept, and as what.
         initial_state (str): Where the text state machine starts.
         sampler (str): The name of its sampler.
         clock (Clock): What tells when it started and got its first token.
@@ -70,7 +71,7 @@ class Request(RequestInfo):
     prompt: List[int] = field(default_factory=list)
     segments: List[List[int]] = field(default_factory=list)
     segment_types: List[str] = field(default_factory=list)
-    to_store: List[str] = field(default_factory=list)
+    to_store: Dict[int, str] = field(default_factory=dict)
     initial_state: str = "normal"
     sampler: str = "default"
     clock: Clock = time.monotonic
