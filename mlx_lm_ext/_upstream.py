@@ -4,6 +4,7 @@ Each adapter below gives a private step of mlx-lm 0.32 a public name. What upstr
 makes public (see ``patches/``) is deleted here.
 """
 
+from copy import copy
 from functools import cached_property, partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -24,6 +25,8 @@ from mlx_lm.utils import _download
 
 from .penalties import Penalties
 from .row_samplers import RowSampler, RowSamplers
+from .segmented_cache import BatchSegmentedKVCache
+from .segments import leaves
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
@@ -46,12 +49,32 @@ def check_version() -> None:
         )
 
 
+def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
+    """Evaluate what the ``filter`` of each layer needs, in one call."""
+    if keep:
+        batches = [c for c in caches if isinstance(c, BatchSegmentedKVCache)]
+        mx.eval([c.stage(keep) for c in batches])
+
+
 class LeanPromptBatch(PromptProcessingBatch):
     """``PromptProcessingBatch`` that does not wait for what it runs.
 
     The tokens that were decoded before it go out, and the next decoding is prepared,
     while the device is at it.
     """
+
+    def filter(self, keep: List[int]) -> None:
+        evaluate_staged(self.prompt_cache, keep)
+        super().filter(keep)
+
+    def split(self, indices: List[int]) -> "LeanPromptBatch":
+        if len(indices) < len(self.uids):
+            return super().split(indices)
+        # All leave: none has to be copied.
+        batch = copy(self)
+        batch.prompt_cache = list(self.prompt_cache)
+        self.filter([])
+        return batch
 
     def prompt(self, tokens: List[List[int]]) -> None:
         if not tokens:
@@ -64,6 +87,10 @@ class LeanPromptBatch(PromptProcessingBatch):
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
+        for c in leaves(self.prompt_cache):
+            # Else the mask of several tokens after one is off by one.
+            if width > 1 and getattr(c, "rotated", False):
+                c._temporal_order()
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -151,11 +178,13 @@ class LeanGenerationBatch(GenerationBatch):
         self.penalties.extend(batch.penalties)
         self.n_top += batch.n_top
         super().extend(batch)
+        mx.async_eval([c.state for c in self.prompt_cache])
 
     def filter(self, keep: List[int]) -> None:
         # The last rows take the places of those that leave: few have to move.
         stay, movers = set(keep), [i for i in keep if i >= len(keep)]
         keep = [i if i in stay else movers.pop() for i in range(len(keep))]
+        evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
         self.row_samplers.filter(keep)
         self.penalties.filter(keep)
@@ -208,6 +237,59 @@ class LeanBatchGenerator(BatchGenerator):
         super().__init__(model, **kwargs)
         self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
+
+    def _next(self) -> Tuple[List[Any], List[Any]]:
+        decoding = self._generation_batch
+        responses = []
+        if len(decoding):
+            responses = decoding.next()
+            self._counters.generation_steps += 1
+            if self._counters.generation_steps % 512 == 0:
+                mx.clear_cache()
+        if len(decoding) >= self.completion_batch_size:
+            return [], responses
+        # Before others join them, they need not be told apart.
+        prompt_responses = self.begin()
+        n = min(
+            self.prefill_batch_size - len(self._prompt_batch),
+            self.completion_batch_size - len(decoding),
+            len(self._unprocessed_sequences),
+        )
+        if n > 0:
+            self._prompt_batch.extend(self._make_batch(n))
+            prompt_responses += self.begin()
+        prompts = []
+        for uid, row in zip(self._prompt_batch.uids, self._currently_processing):
+            segments = row[0]
+            prompts.append(segments[0][: self.prefill_step_size])
+            segments[0] = segments[0][self.prefill_step_size :]
+            ended = not segments[0]
+            if ended:
+                del segments[0]
+            row[1] += len(prompts[-1])
+            progress = tuple(row[1:])
+            response = PromptProcessingBatch.Response(uid, progress, ended, False)
+            prompt_responses.append(response)
+        self._prompt_batch.prompt(prompts)
+        return prompt_responses, responses
+
+    def begin(self) -> List[PromptProcessingBatch.Response]:
+        """Let the prompts of which only the last token is left join the decoding."""
+        rows = self._currently_processing
+        ready = [i for i, row in enumerate(rows) if [*map(len, row[0])] == [1]]
+        if not ready:
+            return []
+        tokens = [rows[i][0][0] for i in ready]
+        self._currently_processing = [
+            row for i, row in enumerate(rows) if i not in set(ready)
+        ]
+        batch = self._prompt_batch.split(ready).generate(tokens)
+        responses = [
+            PromptProcessingBatch.Response(uid, (rows[i][2],) * 2, True, True)
+            for i, uid in zip(ready, batch.uids)
+        ]
+        self._generation_batch.extend(batch)
+        return responses
 
     def cut(self, uid: int, n: int) -> None:
         """Let a segment of a prompt end after ``n`` of the tokens that were left to run

@@ -104,8 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     batch(
         "--prompt-concurrency",
         type=number(int, 1),
-        default=8,
-        help="prompts to process at a time",
+        default=256,
+        help="prompts to process at a time, if so many fit into --batch-size and "
+        "--prefill-step-size",
     )
     batch(
         "--prefill-step-size",
@@ -117,9 +118,9 @@ def make_parser() -> argparse.ArgumentParser:
     batch(
         "--prefill-budget",
         type=number(int, 1),
-        default=256,
         help="tokens of all prompts to process between two decode steps of streams that "
-        "have begun: fewer make shorter gaps in those, more a shorter wait for new ones",
+        "have begun: fewer make shorter gaps in those, more a shorter wait for new ones; "
+        "unset, 256, and 2048 with CUDA",
     )
     batch(
         "--max-kv-bytes",

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ._upstream import LeanBatchGenerator, make_logits_processors
 from .interfaces import SchedulerView
@@ -22,7 +23,6 @@ from .radix_cache import RadixPromptCache
 from .radix_tree import n_common
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
-from .segmented_cache import SegmentedKVCache
 from .segments import make_segmented_cache
 from .turnstile import Turnstile
 
@@ -58,6 +58,8 @@ class Batch:
         self.prompt_cache = prompt_cache
         self.generator: Optional[LeanBatchGenerator] = None
         self.kv_memory: Optional[KVMemory] = None
+        # Whether the KV of the model can be cut after any token, when it is there.
+        self.can_cut = False
         self.active: Dict[int, Request] = {}
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
@@ -91,9 +93,9 @@ class Batch:
         if not self.kv_memory.fits([*self.requests, request]):
             return False
         prompts = [self.active[uid] for uid in self.prefilling]
-        n_left = sum(r.n_prompt - r.n_run for r in prompts)
-        # A short prompt need not wait until a long one is done.
-        return n_left < self.budget or request.n_prompt <= self.budget // 4
+        # Short prompts need not wait until a long one is done.
+        most = self.budget // 2
+        return sum(min(most, r.n_prompt - r.n_run) for r in prompts) < self.budget
 
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already.
@@ -104,8 +106,10 @@ class Batch:
         if self.generator is None:
             args = self.model_provider.cli_args
             self.kv_memory = KVMemory(self.model_provider.model, args.max_kv_bytes)
+            model = self.model_provider.model
+            self.can_cut = all(type(c) is KVCache for c in make_prompt_cache(model))
             self.generator = LeanBatchGenerator(
-                self.model_provider.model,
+                model,
                 completion_batch_size=args.batch_size,
                 prefill_batch_size=min(args.batch_size, args.prompt_concurrency),
                 prefill_step_size=self.step_size,
@@ -151,6 +155,7 @@ class Batch:
             if is_running and leader.n_run < request.n_shared:
                 return True
             if leader.n_run >= request.n_shared:
+                self.store_running(request)
                 # If it was not kept, there is no room for it.
                 request.shares = self.n_known(request) >= request.n_shared
             request.leader = None
@@ -172,10 +177,8 @@ class Batch:
         leader = request.leader = self.active[uid]
         request.n_shared = n_shared
         leader.has_followers = True
-        self.generator.cut(uid, n_shared - leader.n_matched)
-        # It is a part of what ends next.
-        ends = sorted(end for end in leader.to_store if end >= n_shared)
-        leader.to_store.setdefault(n_shared, leader.to_store[ends[0]])
+        if not self.can_cut:
+            self.generator.cut(uid, n_shared - leader.n_matched)
         return True
 
     def n_known(self, request: Request) -> int:
@@ -193,12 +196,10 @@ class Batch:
             return
         caches = self.generator.remove(uids, return_prompt_caches=self.caching)
         self.reserve()
-        for uid in uids:
-            request = self.active.pop(uid)
-            self.prefilling.discard(uid)
-            if self.caching:
-                cache, tokens = caches[uid]
-                self.store(request, tokens, cache)
+        self.prefilling.difference_update(uids)
+        removed = {self.active.pop(uid): caches.get(uid) for uid in uids}
+        if self.caching:
+            self.store(removed)
 
     def close(self) -> None:
         """Drop all rows and their KV, and what belongs to the model."""
@@ -233,20 +234,19 @@ class Batch:
             counts = [(self.active[r.uid], 1) for r in responses]
             scheduler.run(lambda policy: policy.on_tokens(counts))
         self.n_generated += len(responses)
-        events, ended = [], []
+        events, ended = [], {}
         for r in responses:
             request = self.active[r.uid]
             logprob, top = r.logprobs() if r.logprobs else (None, ())
             token = Token(r.token, logprob, top, r.finish_reason)
             events.append(request.note(token))
             if r.finish_reason is not None:
-                ended.append((request, r))
+                ended[request] = r.prompt_cache, r.all_tokens
                 del self.active[r.uid]
         self.turnstile.put(events)
         if self.caching:
-            for request, r in ended:
-                self.store(request, r.all_tokens, r.prompt_cache)
-        return [request for request, _ in ended]
+            self.store(ended)
+        return list(ended)
 
     def reserve(self) -> None:
         """Tell the prompt cache what the rows hold: one bound is for both."""
@@ -279,6 +279,8 @@ class Batch:
             request.to_store = {}
             return [prompt + request.generated], None, 0
         key = request.cache_key
+        if self.caching:
+            self.store_running(request)
         # Where others branch off, a prompt pauses to leave what they can resume from.
         branch = self.prompt_cache.branch_point(key, prompt)
         cache, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
@@ -295,36 +297,58 @@ class Batch:
                     request.to_store[start] = cache_type
         if cache is None:
             cache = make_segmented_cache(self.model_provider.model)
-        stops = [*request.to_store, n]
-        if all(type(c) is SegmentedKVCache for c in cache):
-            # Its KV can be cut afterwards.
-            stops = stops[-1:]
+        stops = [n] if self.can_cut else [*request.to_store, n]
         starts = [request.n_matched, *stops]
         segments = [prompt[i:j] for i, j in zip(starts, stops)]
         return segments, cache, request.n_matched
 
     def store_segments(self, prompt_responses: List[Any]) -> None:
-        """Keep the KV of prompts that have reached the end of a segment."""
-        ended = [
-            r.uid for r in prompt_responses if r.end_of_segment and not r.end_of_prompt
+        """Keep the KV of prompts that have reached the end of a segment, unless it can be
+        cut when it is asked for."""
+        wanted = [
+            r.uid
+            for r in prompt_responses
+            if r.end_of_segment and not (r.end_of_prompt or self.can_cut)
+            if self.caching or self.active[r.uid].has_followers
         ]
-        wanted = [u for u in ended if self.caching or self.active[u].has_followers]
-        for uid, (cache, tokens) in self.generator.extract_cache(wanted).items():
-            request = self.active[uid]
-            for end in sorted(request.to_store):
-                if end <= len(tokens):
-                    cache_type = request.to_store.pop(end)
-                    self.store(request, tokens[:end], cache, cache_type)
+        caches = self.generator.extract_cache(wanted)
+        self.store({self.active[uid]: caches[uid] for uid in wanted})
 
-    def store(
-        self,
-        request: Request,
-        tokens: List[int],
-        cache: List[Any],
-        cache_type: str = "assistant",
-    ) -> None:
-        """Keep the KV of ``tokens``, unless the cache has just given it."""
-        if len(tokens) > request.n_matched:
-            self.prompt_cache.insert_cache(
-                request.cache_key, tokens, cache, cache_type=cache_type
-            )
+    def store_running(self, request: Request) -> None:
+        """Keep what a running row has of a prompt, if the prompt cache has less."""
+
+        def n_run(uid: int) -> int:
+            row = self.active[uid]
+            n_run = row.n_run if uid in self.prefilling else row.n_prompt
+            return min(n_run, n_common(row.prompt, request.prompt[:-1]))
+
+        if not self.can_cut:
+            return
+        key = request.cache_key
+        found = [
+            (n_run(uid), uid) for uid, r in self.active.items() if r.cache_key == key
+        ]
+        n, uid = max(found, default=(0, 0))
+        if n >= self.n_known(request) + MIN_SHARED:
+            cache, tokens = self.generator.extract_cache([uid])[uid]
+            self.store({self.active[uid]: (cache, tokens[:n])})
+
+    def store(self, rows: Dict[Request, Tuple[List[Any], List[int]]]) -> None:
+        """Keep the caches of requests and the tokens that they hold, in one evaluation."""
+        arrays = []
+        for request, (cache, tokens) in rows.items():
+            to_store, n = request.to_store, len(tokens)
+            if n <= request.n_matched:
+                # The prompt cache has just given it.
+                continue
+            for end in sorted({n, *(end for end in to_store if end < n)}):
+                next_end = min((e for e in to_store if e >= end), default=None)
+                cache_type = to_store.get(next_end, "assistant")
+                # What follows is a part of the same answer, and can be cut.
+                if end == n or cache_type != "assistant":
+                    key = request.cache_key
+                    arrays.append(
+                        self.prompt_cache.insert(key, tokens[:end], cache, cache_type)
+                    )
+            request.to_store = {e: t for e, t in to_store.items() if e > n}
+        mx.eval(arrays)

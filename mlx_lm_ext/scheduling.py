@@ -8,6 +8,7 @@ import heapq
 from typing import Any, Dict, List, Optional, Set
 
 from .interfaces import RequestInfo, SchedulerPolicy
+from .prefill import default_budget
 
 
 class FCFS(SchedulerPolicy):
@@ -17,7 +18,7 @@ class FCFS(SchedulerPolicy):
 
     def __init__(self, args, clock):
         super().__init__(args, clock)
-        self.budget = args.prefill_budget
+        self.budget = args.prefill_budget or default_budget()
 
     def prefill_tokens(self, view):
         """A few beside streams that run; as many as there are when nobody reads yet."""

@@ -5,7 +5,8 @@ Rules:
 2. A row joins a batch, or leaves it, with one copy of one row.
 """
 
-from typing import Iterable, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
@@ -82,12 +83,32 @@ class SegmentedKVCache(KVCache):
         return BatchSegmentedKVCache.merge(caches)
 
 
+@dataclass
+class Run:
+    """Neighbouring rows of a batch that begin a segment at the same token.
+
+    Args:
+        row (int): The first of them.
+        start (int): The token.
+        part (Arrays): The segment.
+        stop (int): The row after the last.
+    """
+
+    row: int
+    start: int
+    part: Arrays
+    stop: int = 0
+
+
 class BatchSegmentedKVCache(BatchKVCache):
     """A ``BatchKVCache`` that rows join and leave without a copy of the others.
 
     Its arrays may have spare rows. What it extracts is a view of a row, of which the
     prompt cache copies what it lacks.
     """
+
+    # Copies of the rows that ``filter`` is about to move: of keys, and of values.
+    movers: Optional[List[List[mx.array]]] = None
 
     @property
     def n_rows(self) -> int:
@@ -113,15 +134,26 @@ class BatchSegmentedKVCache(BatchKVCache):
         # An array without room would be copied for the next token.
         capacity = ((length + n_to_come) // cls.step + 1) * cls.step
 
+        # Neighbours that share a segment get it with one copy.
+        runs: List[Run] = []
+        found: Dict[Tuple[int, int], Run] = {}
+        for row, (parts, start) in enumerate(zip(rows, padding)):
+            for part in parts:
+                run = found.get((id(part), start))
+                if run is None or run.stop < row:
+                    run = found[id(part), start] = Run(row, start, part)
+                    runs.append(run)
+                run.stop = row + 1
+                start += part[0].shape[2]
+
         def merged(i: int) -> mx.array:
-            like = next(part[i] for parts in rows for part in parts)
+            like = runs[0].part[i]
             shape = (len(rows), like.shape[1], capacity, like.shape[3])
             x = mx.zeros(shape, like.dtype)
-            for row, (parts, start) in enumerate(zip(rows, padding)):
-                for part in parts:
-                    end = min(start + part[i].shape[2], length)
-                    x[row : row + 1, :, start:end] = part[i][..., : end - start, :]
-                    start = end
+            for run in runs:
+                end = min(run.start + run.part[i].shape[2], length)
+                part = run.part[i][..., : end - run.start, :]
+                x[run.row : run.stop, :, run.start : end] = part
             return x
 
         left_padding = mx.array(padding)
@@ -186,33 +218,46 @@ class BatchSegmentedKVCache(BatchKVCache):
             [self.left_padding, other.left_padding + start]
         )
 
+    def stage(self, batch_indices: List[int]) -> List[mx.array]:
+        """Prepare for ``filter``; gives what is best evaluated for all layers at once."""
+        if self.keys is None:
+            return []
+        self.movers = [
+            [mx.contiguous(x[i : i + 1]) for j, i in enumerate(batch_indices) if i != j]
+            for x in (self.keys, self.values)
+        ]
+        return [self.left_padding, *self.movers[0], *self.movers[1]]
+
     def filter(self, batch_indices: List[int]) -> None:
         """Keep these rows, in this order. Only those that move are copied."""
         if self.keys is None:
             super().filter(batch_indices)
             return
-        n = len(batch_indices)
-        moves = [(i, j) for j, i in enumerate(batch_indices) if i != j]
-        for x in (self.keys, self.values):
-            rows = [mx.contiguous(x[i : i + 1]) for i, _ in moves]
-            # While one of them is lazy, the write would copy all of x.
-            mx.eval(rows)
-            for (_, j), row in zip(moves, rows):
-                x[j : j + 1] = row
+        n, end = len(batch_indices), self.size()
+        paddings = self.left_padding.tolist()
+        padding = min(paddings[i] for i in batch_indices)
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
-        padding, end = min(self.left_padding.tolist()), self.size()
         narrow = padding >= max(32, end // 4)
         if narrow or 2 * n < self.keys.shape[0]:
             # Worth a copy of all that stay.
+            self.movers = None
             start = padding if narrow else 0
             self.state = (
-                mx.contiguous(self.keys[: n + n // 4, :, start:]),
-                mx.contiguous(self.values[: n + n // 4, :, start:]),
+                self.keys[batch_indices, :, start:],
+                self.values[batch_indices, :, start:],
                 self.offset,
                 self.left_padding - start,
                 end - start,
             )
+            return
+        # While one of them is lazy, the write would copy all rows.
+        mx.eval(self.movers or self.stage(batch_indices))
+        places = [j for j, i in enumerate(batch_indices) if i != j]
+        for x, rows in zip((self.keys, self.values), self.movers):
+            for j, row in zip(places, rows):
+                x[j : j + 1] = row
+        self.movers = None
 
     def extract(self, idx: int) -> KVCache:
         padding = self.left_padding.tolist()[idx]

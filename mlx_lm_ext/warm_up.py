@@ -16,6 +16,7 @@ from .batching import Batch
 from .model_provider import BatchModelProvider
 from .plugins import Plugins
 from .policies import Policies
+from .prefill import default_budget
 from .request import Request
 from .turnstile import Turnstile
 from .validation import parse_arguments
@@ -52,7 +53,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
 
-    n_prompt = args.prefill_budget
+    n_prompt = default_budget()
     size = 1
     while not is_stopping():
         for i in range(len(batch), size):

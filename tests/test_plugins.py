@@ -303,7 +303,8 @@ def test_hook_register_eviction_policies(start_engine):
     for policy in ("lru", "largest"):
         engine = start_engine("llama", *argv, "--eviction-policy", policy, plugin=hook)
         # The largest leaf is an answer.
-        for prompt, max_tokens in (("a" * 20, 2), ("b" * 20, 60), ("c" * 80, 2)):
+        lengths = ("a" * 20, 2), ("b" * 20, 60), ("c" * 80, 2), ("d", 2)
+        for prompt, max_tokens in lengths:
             read(submit(engine, prompt, max_tokens=max_tokens))
         again = submit(engine, "a" * 20, max_tokens=2)
         read(again)

@@ -78,7 +78,7 @@ def test_installed_sample_changes_what_the_server_does(
     flags += ["--scheduler", "streams-first", "--request-log", str(log)]
     with server_process(*model, *cache, *flags, python=environment) as (port, _, _):
         # The eviction policy keeps the prompt that takes longest to prefill.
-        for prompt in ("a" * 100, "b" * 60, "c" * 60):
+        for prompt in ("a" * 100, "b" * 60, "c" * 60, "d"):
             ask(port, prompt)
         assert cached(ask(port, "a" * 100)) == 99
         # A sampler that is content with no surprise takes the most likely token.
@@ -99,7 +99,7 @@ def test_installed_sample_changes_what_the_server_does(
         list(stream(port, "/v1/completions", prompt="hello", max_tokens=3))
         status, answer = call(port, "POST", "/v1/completions", dict(prompt=""))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert lines[3]["cached_tokens"] == 99
+    assert lines[4]["cached_tokens"] == 99
     assert lines[-1]["completion_tokens"] == 3
     assert lines[-1]["finish_reason"] == "length"
 
@@ -109,7 +109,7 @@ def test_installed_sample_changes_what_the_server_does(
             pass
     with server_process(*model, *cache, python=environment) as (port, _, _):
         # lru, and the words are not banned.
-        for prompt in ("a" * 100, "b" * 60, "c" * 60):
+        for prompt in ("a" * 100, "b" * 60, "c" * 60, "d"):
             ask(port, prompt)
         assert cached(ask(port, "a" * 100)) == 0
         assert ask(port, "hello", banned_words=[banned])["choices"][0]["text"] == greedy
