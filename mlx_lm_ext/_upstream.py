@@ -4,7 +4,7 @@ Each adapter below gives a private step of mlx-lm 0.32 a public name. What upstr
 makes public (see ``patches/``) is deleted here.
 """
 
-from copy import copy
+from copy import copy, deepcopy
 from functools import cached_property, partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -68,12 +68,16 @@ class LeanPromptBatch(PromptProcessingBatch):
         super().filter(keep)
 
     def split(self, indices: List[int]) -> "LeanPromptBatch":
-        if len(indices) < len(self.uids):
-            return super().split(indices)
-        # All leave: none has to be copied.
         batch = copy(self)
-        batch.prompt_cache = list(self.prompt_cache)
-        self.filter([])
+        stay = [i for i in range(len(self.uids)) if i not in set(indices)]
+        if stay:
+            batch.prompt_cache = deepcopy(self.prompt_cache)
+            batch.filter(sorted(indices))
+            # What shares its arrays would be copied as a whole.
+            mx.eval([c.state for c in batch.prompt_cache])
+        else:
+            batch.prompt_cache = list(self.prompt_cache)
+        self.filter(stay)
         return batch
 
     def prompt(self, tokens: List[List[int]]) -> None:

@@ -344,8 +344,8 @@ class Batch:
             for end in sorted({n, *(end for end in to_store if end < n)}):
                 next_end = min((e for e in to_store if e >= end), default=None)
                 cache_type = to_store.get(next_end, "assistant")
-                # What follows is a part of the same answer, and can be cut.
-                if end == n or cache_type != "assistant":
+                # What can be cut later is kept in few parts.
+                if end == n or cache_type == "system" or not self.can_cut:
                     key = request.cache_key
                     arrays.append(
                         self.prompt_cache.insert(key, tokens[:end], cache, cache_type)
