@@ -5,7 +5,7 @@ makes public (see ``patches/``) is deleted here.
 """
 
 from copy import copy, deepcopy
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from mlx_lm.server import (
 )
 from mlx_lm.utils import _download
 
+from .logprobs import Logprobs
 from .penalties import Penalties
 from .row_samplers import RowSampler, RowSamplers
 from .segmented_cache import BatchSegmentedKVCache
@@ -121,40 +122,15 @@ class LeanPromptBatch(PromptProcessingBatch):
         )
 
 
-class Logprobs:
-    """Log probabilities of some rows of a step.
-
-    Args:
-        logits (mx.array): Of shape (rows, vocabulary).
-        tokens (mx.array): What the rows got, of shape (rows,).
-        n_top (int): How many of the most likely tokens are wanted.
-    """
-
-    def __init__(self, logits: mx.array, tokens: mx.array, n_top: int):
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        self.arrays = [mx.take_along_axis(logprobs, tokens[:, None], axis=-1)]
-        if n_top:
-            ids = mx.argpartition(-logprobs, kth=n_top - 1, axis=-1)[:, :n_top]
-            top = mx.take_along_axis(logprobs, ids, axis=-1)
-            order = mx.argsort(-top, axis=-1)
-            self.arrays += [mx.take_along_axis(x, order, axis=-1) for x in (ids, top)]
-
-    @cached_property
-    def lists(self) -> List[List]:
-        return [x.tolist() for x in self.arrays]
-
-    def row(self, i: int, n_top: int) -> Tuple[float, Tuple[Tuple[int, float], ...]]:
-        """The log probability of a row's token, and its ``n_top`` most likely tokens."""
-        chosen, *tops = self.lists
-        return chosen[i][0], tuple(zip(*(top[i][:n_top] for top in tops)))
-
-
 class LeanGenerationBatch(GenerationBatch):
     """``GenerationBatch`` that samples all rows in one call. It makes log probabilities
     only of the rows that asked, and runs logits processors only on rows that have some.
 
     In its responses ``logprobs`` is a function: what ``Logprobs.row`` gives. For rows
     that did not ask, it is ``None``.
+
+    A GPU is given the next step before this one's tokens are read. On the CPU, that would
+    only keep them back: there each step gives the tokens that it makes.
     """
 
     def __init__(
@@ -171,11 +147,14 @@ class LeanGenerationBatch(GenerationBatch):
         self.row_samplers = RowSamplers(samplers)
         self.penalties = Penalties([s.penalties for s in samplers])
         self.n_top = [s.n_top for s in samplers]
+        self.keeps_up = mx.default_device() == mx.cpu
+        self.is_new = True
         # Upstream counts them, and calls none.
         samplers = [None] * len(uids)
         super().__init__(
             model, uids, inputs, prompt_cache, tokens, samplers, *args, **kwargs
         )
+        self.is_new = False
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
         self.row_samplers.extend(batch.row_samplers)
@@ -195,8 +174,12 @@ class LeanGenerationBatch(GenerationBatch):
         self.n_top = [self.n_top[i] for i in keep]
 
     def _step(self) -> Tuple[List[int], List[Optional[Callable]]]:
-        inputs = self._current_tokens = self._next_tokens
-        self._current_logprobs = self._next_logprobs
+        if self.is_new and self.keeps_up:
+            # The first step is one of the whole batch.
+            self._next_logprobs = [None] * len(self.uids)
+            return [], []
+        inputs, logprobs = self._next_tokens, self._next_logprobs
+        self._current_tokens, self._current_logprobs = inputs, logprobs
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
         logits, contexts = self.process(inputs, logits)
@@ -214,7 +197,11 @@ class LeanGenerationBatch(GenerationBatch):
         done = inputs.tolist()
         for row, token in zip(self.tokens, done):
             row.append(token)
-        return done, self._current_logprobs
+        return (
+            (tokens.tolist(), self._next_logprobs)
+            if self.keeps_up
+            else (done, logprobs)
+        )
 
     def process(
         self, inputs: mx.array, logits: mx.array
@@ -242,40 +229,43 @@ class LeanBatchGenerator(BatchGenerator):
         self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
 
-    def _next(self) -> Tuple[List[Any], List[Any]]:
-        decoding = self._generation_batch
-        responses = []
-        if len(decoding):
-            responses = decoding.next()
-            self._counters.generation_steps += 1
-            if self._counters.generation_steps % 512 == 0:
-                mx.clear_cache()
-        if len(decoding) >= self.completion_batch_size:
-            return [], responses
-        # Before others join them, they need not be told apart.
-        prompt_responses = self.begin()
-        n = min(
-            self.prefill_batch_size - len(self._prompt_batch),
-            self.completion_batch_size - len(decoding),
-            len(self._unprocessed_sequences),
-        )
-        if n > 0:
-            self._prompt_batch.extend(self._make_batch(n))
-            prompt_responses += self.begin()
-        prompts = []
-        for uid, row in zip(self._prompt_batch.uids, self._currently_processing):
-            segments = row[0]
-            prompts.append(segments[0][: self.prefill_step_size])
-            segments[0] = segments[0][self.prefill_step_size :]
-            ended = not segments[0]
-            if ended:
-                del segments[0]
-            row[1] += len(prompts[-1])
-            progress = tuple(row[1:])
-            response = PromptProcessingBatch.Response(uid, progress, ended, False)
-            prompt_responses.append(response)
-        self._prompt_batch.prompt(prompts)
-        return prompt_responses, responses
+    def decode(self) -> Tuple[List[Any], List[Any]]:
+        """Run a step of all rows whose prompts are run.
+
+        Returns:
+            Tuple: Responses of the prompts that have joined them, and of the tokens.
+        """
+        with mx.stream(self._stream):
+            joined = self.begin()
+            responses = self._generation_batch.next()
+        self._counters.generation_steps += 1
+        if self._counters.generation_steps % 512 == 0:
+            mx.clear_cache()
+        return joined, responses
+
+    def prefill(self) -> List[PromptProcessingBatch.Response]:
+        """Run some tokens of the prompts; gives the responses of these."""
+        with mx.stream(self._stream):
+            n = self.prefill_batch_size - len(self._prompt_batch)
+            n = min(n, len(self._unprocessed_sequences))
+            joined = []
+            if n > 0:
+                self._prompt_batch.extend(self._make_batch(n))
+                joined = self.begin()
+            responses, tokens = [], []
+            for uid, row in zip(self._prompt_batch.uids, self._currently_processing):
+                segments = row[0]
+                tokens.append(segments[0][: self.prefill_step_size])
+                segments[0] = segments[0][self.prefill_step_size :]
+                ended = not segments[0]
+                if ended:
+                    del segments[0]
+                row[1] += len(tokens[-1])
+                responses.append(
+                    PromptProcessingBatch.Response(uid, tuple(row[1:]), ended, False)
+                )
+            self._prompt_batch.prompt(tokens)
+        return joined + responses
 
     def begin(self) -> List[PromptProcessingBatch.Response]:
         """Let the prompts of which only the last token is left join the decoding."""

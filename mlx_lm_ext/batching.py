@@ -219,17 +219,29 @@ class Batch:
         if not self.active:
             return []
         self.steps += 1
-        scheduler = self.policies.scheduler
+        ended = self.decode()
         if self.prefilling:
-            self.generator.prefill_step_size = self.plan_prefill()
-        prompt_responses, responses = self.generator.next()
+            self.prefill()
+        return ended
+
+    def prefill(self) -> None:
+        """Run a part of the prompts."""
+        self.generator.prefill_step_size = self.plan_prefill()
+        responses = self.generator.prefill()
         self.reserve()
-        for r in prompt_responses:
+        for r in responses:
             if not r.end_of_prompt:
                 request = self.active[r.uid]
                 request.n_run = request.n_matched + r.progress[0]
-        self.store_segments(prompt_responses)
-        self.prefilling -= {r.uid for r in prompt_responses if r.end_of_prompt}
+        self.store_segments(responses)
+        self.prefilling -= {r.uid for r in responses if r.end_of_prompt}
+
+    def decode(self) -> List[Request]:
+        """Run the rows that have their prompts behind them, and hand out the tokens."""
+        scheduler = self.policies.scheduler
+        joined, responses = self.generator.decode()
+        self.prefilling -= {r.uid for r in joined}
+        self.reserve()
         if responses and scheduler.has("on_tokens"):
             counts = [(self.active[r.uid], 1) for r in responses]
             scheduler.run(lambda policy: policy.on_tokens(counts))

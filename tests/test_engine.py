@@ -7,7 +7,7 @@ from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import _upstream, hookimpl
+from mlx_lm_ext import _upstream, hookimpl, logprobs
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
@@ -177,7 +177,7 @@ def test_log_probabilities_are_made_only_of_the_rows_that_ask(
 ):
     shapes = []
 
-    class Watched(_upstream.Logprobs):
+    class Watched(logprobs.Logprobs):
         def __init__(self, logits, tokens, n_top):
             shapes.append((logits.shape[0], n_top))
             super().__init__(logits, tokens, n_top)
