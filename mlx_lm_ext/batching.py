@@ -94,7 +94,7 @@ class Batch:
             return False
         prompts = [self.active[uid] for uid in self.prefilling]
         # Short prompts need not wait until a long one is done.
-        most = self.budget // 2
+        most = -(-self.budget // 2)
         return sum(min(most, r.n_prompt - r.n_run) for r in prompts) < self.budget
 
     def add(self, request: Request) -> None:
@@ -105,8 +105,8 @@ class Batch:
         """
         if self.generator is None:
             args = self.model_provider.cli_args
-            self.kv_memory = KVMemory(self.model_provider.model, args.max_kv_bytes)
             model = self.model_provider.model
+            self.kv_memory = KVMemory(model, args.max_kv_bytes)
             self.can_cut = all(type(c) is KVCache for c in make_prompt_cache(model))
             self.generator = LeanBatchGenerator(
                 model,

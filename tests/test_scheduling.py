@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 
 from mlx_lm_ext.interfaces import RequestInfo, SchedulerView
+from mlx_lm_ext.prefill import default_budget
 from mlx_lm_ext.scheduling import FCFS, LPM, POLICIES, SJF, Fair, Priority
 
 ARGS = Namespace(prefill_budget=256, max_wait=30.0)
@@ -175,3 +176,5 @@ def test_prefill_is_limited_while_streams_run():
     assert policy.prefill_tokens(view(running=[streaming])) is None
     streaming.n_generated = 1
     assert policy.prefill_tokens(view(running=[request(), streaming])) == 256
+    unset = FCFS(Namespace(prefill_budget=None), lambda: 0.0)
+    assert unset.prefill_tokens(view(running=[streaming])) == default_budget()

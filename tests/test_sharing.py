@@ -142,6 +142,22 @@ def test_wait_is_over_when_the_common_prefix_is_run(start_together):
     assert jobs[1].n_matched == len(PREFIX)
 
 
+def test_window_goes_on_after_a_step_of_one_token(model_folder, start_together):
+    """A row that has wrapped and one that has not, in one batch of prompts."""
+    reference = Reference(model_folder("gemma3_text"))
+    prompts = ["a window is shorter than this prompt of a few words", "this one is not"]
+    widths = iter([40, 1])
+    engine = start_together(
+        "gemma3_text",
+        plan_prefill=lambda self: next(widths, 64),
+        can_start=lambda self, request: self.steps == len(self),
+    )
+    jobs = [submit(engine, p, max_tokens=5) for p in prompts]
+    engine.gate.set()
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 5)
+
+
 def test_lpm_knows_what_the_prompt_cache_has(start_engine):
     argv = ["--use-prompt-cache", "--batch-size", "1", "--scheduler", "lpm"]
     engine = start_engine("llama", *argv)
