@@ -57,6 +57,14 @@ def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
         mx.eval([c.stage(keep) for c in batches])
 
 
+def restore_order(caches: List[Any]) -> None:
+    """Put windows in order that have wrapped in a step of one token: upstream's mask of
+    the several tokens that follow would be off by one."""
+    for c in leaves(caches):
+        if getattr(c, "rotated", False):
+            c._temporal_order()
+
+
 class LeanPromptBatch(PromptProcessingBatch):
     """``PromptProcessingBatch`` that does not wait for what it runs.
 
@@ -92,10 +100,8 @@ class LeanPromptBatch(PromptProcessingBatch):
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
-        for c in leaves(self.prompt_cache):
-            # Else the mask of several tokens after one is off by one.
-            if width > 1 and getattr(c, "rotated", False):
-                c._temporal_order()
+        if width > 1:
+            restore_order(self.prompt_cache)
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -147,7 +153,7 @@ class LeanGenerationBatch(GenerationBatch):
         self.row_samplers = RowSamplers(samplers)
         self.penalties = Penalties([s.penalties for s in samplers])
         self.n_top = [s.n_top for s in samplers]
-        self.keeps_up = mx.default_device() == mx.cpu
+        self.is_eager = mx.default_device() == mx.cpu
         self.is_new = True
         # Upstream counts them, and calls none.
         samplers = [None] * len(uids)
@@ -174,7 +180,7 @@ class LeanGenerationBatch(GenerationBatch):
         self.n_top = [self.n_top[i] for i in keep]
 
     def _step(self) -> Tuple[List[int], List[Optional[Callable]]]:
-        if self.is_new and self.keeps_up:
+        if self.is_new and self.is_eager:
             # The first step is one of the whole batch.
             self._next_logprobs = [None] * len(self.uids)
             return [], []
@@ -197,11 +203,9 @@ class LeanGenerationBatch(GenerationBatch):
         done = inputs.tolist()
         for row, token in zip(self.tokens, done):
             row.append(token)
-        return (
-            (tokens.tolist(), self._next_logprobs)
-            if self.keeps_up
-            else (done, logprobs)
-        )
+        if self.is_eager:
+            done, logprobs = tokens.tolist(), self._next_logprobs
+        return done, logprobs
 
     def process(
         self, inputs: mx.array, logits: mx.array

@@ -58,7 +58,9 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
     while not is_stopping():
         for i in range(len(batch), size):
             body = BODIES[i % len(BODIES)] | {"max_tokens": 64 + args.batch_size}
-            batch.add(make_request(provider, args, [i % 64] * n_prompt, **body))
+            # Prompts of two lengths: padding has kernels of its own.
+            prompt = [i % 64] * (n_prompt + i % 2)
+            batch.add(make_request(provider, args, prompt, **body))
             n_prompt = 8
         while batch.prefilling:
             batch.step()
