@@ -2,6 +2,7 @@
 
 import threading
 
+import mlx.core as mx
 import pytest
 from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
@@ -170,6 +171,14 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
         assert read(job) == reference.tokens(prompt, 12)
     # Not one for each of the 12 tokens.
     assert engine.failures < 8
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU is a step ahead")
+def test_each_step_on_the_cpu_gives_the_token_that_it_makes(start_engine):
+    engine = start_engine()
+    read(submit(engine, "hello", max_tokens=5))
+    # One of them is for the prompt.
+    assert engine.batch.steps == 6
 
 
 def test_log_probabilities_are_made_only_of_the_rows_that_ask(

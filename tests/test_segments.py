@@ -75,6 +75,19 @@ def test_rows_of_misses_and_hits_merge():
             assert contents(row, n) == contents(make("KVCache", TOKENS[:n]), n)
 
 
+def test_rows_that_have_two_segments_in_turn_merge():
+    cache = RadixPromptCache()
+    prompts = [TOKENS, [t + 20 for t in TOKENS]]
+    for tokens in prompts:
+        cache.insert_cache("m", tokens, make("KVCache", tokens))
+    order = [0, 1, 0, 1, 1]
+    batch = merge([cache.fetch_nearest_cache("m", prompts[i] + [0])[0] for i in order])
+    n = len(TOKENS)
+    for row, i in enumerate(order):
+        expected = contents(make("KVCache", prompts[i]), n)
+        assert contents([c.extract(row) for c in batch], n) == expected
+
+
 def test_hit_merges_after_plain_caches_as_upstream_merges_them():
     hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
     batch = merge([make("KVCache", TOKENS[:5]), hit])
