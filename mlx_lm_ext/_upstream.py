@@ -23,6 +23,7 @@ from mlx_lm.server import (
 )
 from mlx_lm.utils import _download
 
+from .device import on_cpu
 from .logprobs import Logprobs
 from .penalties import Penalties
 from .row_samplers import RowSampler, RowSamplers
@@ -153,7 +154,7 @@ class LeanGenerationBatch(GenerationBatch):
         self.row_samplers = RowSamplers(samplers)
         self.penalties = Penalties([s.penalties for s in samplers])
         self.n_top = [s.n_top for s in samplers]
-        self.is_eager = mx.default_device() == mx.cpu
+        self.is_eager = on_cpu()
         self.is_new = True
         # Upstream counts them, and calls none.
         samplers = [None] * len(uids)

@@ -5,25 +5,16 @@ which MLX knows without running it.
 """
 
 import logging
-import os
 from typing import Any, Collection, Optional
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from .device import device_memory
 from .errors import RequestError
 from .interfaces import RequestInfo
 from .segments import Layout, leaves, nbytes
-
-
-def device_memory() -> int:
-    """Bytes that MLX may use: those of the GPU, or of the machine."""
-    info = mx.device_info()
-    for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if name in info:
-            return int(info[name])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class KVMemory:

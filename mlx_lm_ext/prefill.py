@@ -5,6 +5,8 @@ from typing import List
 
 import mlx.core as mx
 
+from .device import on_cpu
+
 # Tokens of padding in a step that cost less than another step.
 FREE_PADDING = 64
 
@@ -14,7 +16,7 @@ def step_size(wanted: int) -> int:
 
     On a CPU, a long prompt takes a third longer in chunks of 2,048 than of 256 tokens.
     """
-    return min(wanted, 256) if mx.default_device() == mx.cpu else wanted
+    return min(wanted, 256) if on_cpu() else wanted
 
 
 def default_budget() -> int:

@@ -21,11 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import cpu_sampling, gpu_sampling
+from .device import on_cpu
 from .interfaces import BatchSampler
-
-
-def on_cpu() -> bool:
-    return mx.default_device() == mx.cpu
 
 
 def make_key(seed: Optional[int]) -> Tuple[int, int]:

@@ -7,9 +7,10 @@ from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.device import device_memory
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.kv_memory import KVMemory, device_memory
+from mlx_lm_ext.kv_memory import KVMemory
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4
