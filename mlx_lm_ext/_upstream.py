@@ -54,7 +54,7 @@ def check_version() -> None:
 def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
     """Evaluate what the ``filter`` of each layer needs, in one call."""
     if keep:
-        batches = [c for c in caches if isinstance(c, BatchSegmentedKVCache)]
+        batches = [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
         mx.eval([c.stage(keep) for c in batches])
 
 
@@ -79,10 +79,10 @@ class LeanPromptBatch(PromptProcessingBatch):
 
     def split(self, indices: List[int]) -> "LeanPromptBatch":
         batch = copy(self)
-        stay = [i for i in range(len(self.uids)) if i not in set(indices)]
+        stay = [i for i in range(len(self.uids)) if i not in indices]
         if stay:
             batch.prompt_cache = deepcopy(self.prompt_cache)
-            batch.filter(sorted(indices))
+            batch.filter(indices)
             # What shares its arrays would be copied as a whole.
             mx.eval([c.state for c in batch.prompt_cache])
         else:
@@ -243,9 +243,10 @@ class LeanBatchGenerator(BatchGenerator):
         with mx.stream(self._stream):
             joined = self.begin()
             responses = self._generation_batch.next()
-        self._counters.generation_steps += 1
-        if self._counters.generation_steps % 512 == 0:
-            mx.clear_cache()
+        if responses:
+            self._counters.generation_steps += 1
+            if self._counters.generation_steps % 512 == 0:
+                mx.clear_cache()
         return joined, responses
 
     def prefill(self) -> List[PromptProcessingBatch.Response]:

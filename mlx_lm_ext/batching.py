@@ -93,9 +93,11 @@ class Batch:
         if not self.kv_memory.fits([*self.requests, request]):
             return False
         prompts = [self.active[uid] for uid in self.prefilling]
-        # Short prompts need not wait until a long one is done.
-        most = -(-self.budget // 2)
-        return sum(min(most, r.n_prompt - r.n_run) for r in prompts) < self.budget
+        left = [r.n_prompt - r.n_run for r in prompts]
+        if request.n_prompt <= self.budget // 4:
+            # It need not wait until a long one is done.
+            left = [n for n in left if n <= self.budget // 4]
+        return sum(left) < self.budget
 
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already.
@@ -156,7 +158,7 @@ class Batch:
                 return True
             if leader.n_run >= request.n_shared:
                 self.store_running(request)
-                # If it was not kept, there is no room for it.
+                # If it is not there, there was no room for it.
                 request.shares = self.n_known(request) >= request.n_shared
             request.leader = None
         return request.shares and self.follow(request)
@@ -194,12 +196,18 @@ class Batch:
         uids = [uid for uid, r in self.active.items() if r in requests]
         if not uids:
             return
-        caches = self.generator.remove(uids, return_prompt_caches=self.caching)
-        self.reserve()
+        rows = {uid: self.active.pop(uid) for uid in uids}
         self.prefilling.difference_update(uids)
-        removed = {self.active.pop(uid): caches.get(uid) for uid in uids}
-        if self.caching:
-            self.store(removed)
+        # A prompt of one token may not have begun.
+        wanted = [
+            uid
+            for uid, r in rows.items()
+            if (r.n_run or r.generated) and self.is_kept(r)
+        ]
+        caches = self.generator.extract_cache(wanted)
+        self.generator.remove(uids)
+        self.reserve()
+        self.store({rows[uid]: cache for uid, cache in caches.items()})
 
     def close(self) -> None:
         """Drop all rows and their KV, and what belongs to the model."""
@@ -232,7 +240,8 @@ class Batch:
         for r in responses:
             if not r.end_of_prompt:
                 request = self.active[r.uid]
-                request.n_run = request.n_matched + r.progress[0]
+                done, total = r.progress
+                request.n_run = max(0, request.n_prompt - total + done)
         self.store_segments(responses)
         self.prefilling -= {r.uid for r in responses if r.end_of_prompt}
 
@@ -256,8 +265,7 @@ class Batch:
                 ended[request] = r.prompt_cache, r.all_tokens
                 del self.active[r.uid]
         self.turnstile.put(events)
-        if self.caching:
-            self.store(ended)
+        self.store(ended)
         return list(ended)
 
     def reserve(self) -> None:
@@ -289,11 +297,12 @@ class Batch:
         prompt, n = request.prompt, request.n_prompt
         if request.generated:
             request.to_store = {}
-            return [prompt + request.generated], None, 0
+            cache = make_segmented_cache(self.model_provider.model)
+            return [prompt + request.generated], cache, 0
         key = request.cache_key
         if self.caching:
             self.store_running(request)
-        # Where others branch off, a prompt pauses to leave what they can resume from.
+        # Where others branch off, the prompt leaves what they can resume from.
         branch = self.prompt_cache.branch_point(key, prompt)
         cache, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
         start = request.n_matched = n - len(rest)
@@ -321,7 +330,7 @@ class Batch:
             r.uid
             for r in prompt_responses
             if r.end_of_segment and not (r.end_of_prompt or self.can_cut)
-            if self.caching or self.active[r.uid].has_followers
+            if self.is_kept(self.active[r.uid])
         ]
         caches = self.generator.extract_cache(wanted)
         self.store({self.active[uid]: caches[uid] for uid in wanted})
@@ -345,22 +354,29 @@ class Batch:
             cache, tokens = self.generator.extract_cache([uid])[uid]
             self.store({self.active[uid]: (cache, tokens[:n])})
 
+    def is_kept(self, request: Request) -> bool:
+        """Whether what it runs is kept for others."""
+        return self.caching or request.has_followers
+
     def store(self, rows: Dict[Request, Tuple[List[Any], List[int]]]) -> None:
-        """Keep the caches of requests and the tokens that they hold, in one evaluation."""
-        arrays = []
+        """Keep what rows have run.
+
+        Args:
+            rows (Dict[Request, Tuple]): The caches of each, and the tokens in them.
+        """
         for request, (cache, tokens) in rows.items():
-            to_store, n = request.to_store, len(tokens)
-            if n <= request.n_matched:
-                # The prompt cache has just given it.
+            n = len(tokens)
+            # The prompt cache may just have given all of it.
+            if n <= request.n_matched or not self.is_kept(request):
                 continue
-            for end in sorted({n, *(end for end in to_store if end < n)}):
-                next_end = min((e for e in to_store if e >= end), default=None)
-                cache_type = to_store.get(next_end, "assistant")
-                # What can be cut later is kept in few parts.
-                if end == n or cache_type == "system" or not self.can_cut:
-                    key = request.cache_key
-                    arrays.append(
-                        self.prompt_cache.insert(key, tokens[:end], cache, cache_type)
+            ends, request.to_store = request.to_store, {}
+            for end in sorted({n, *ends}):
+                cache_type = ends.get(
+                    min((e for e in ends if e >= end), default=None), "assistant"
+                )
+                if end > n:
+                    request.to_store[end] = cache_type
+                elif end == n or (self.can_cut and cache_type == "system"):
+                    self.prompt_cache.insert_cache(
+                        request.cache_key, tokens[:end], cache, cache_type=cache_type
                     )
-            request.to_store = {e: t for e, t in to_store.items() if e > n}
-        mx.eval(arrays)

@@ -31,6 +31,7 @@ class Entry:
           changes when the state of a recurrent layer is stored, or leaves.
         depth (int): Tokens from the start of the prompt to its end.
         cache_type (str): "system", "user" or "assistant": what it ends, or was cut from.
+          KV that can be cut anywhere is "system", or "assistant" for all that follows.
         model_key (Any): The model, the adapter and the draft model that made it, and
           the request's ``cache_salt`` if it had one.
         created (float): When it was stored, in seconds of the clock.

@@ -141,16 +141,10 @@ class RadixPromptCache(LRUPromptCache):
             prompt_cache (List[Any]): A cache for each of the model's layers.
             cache_type (str): "system", "user" or "assistant".
         """
-        mx.eval(self.insert(model, tokens, prompt_cache, cache_type))
-
-    def insert(
-        self, model: Any, tokens: List[int], prompt_cache: List[Any], cache_type: str
-    ) -> Any:
-        """``insert_cache``; gives the arrays that the caller has to evaluate."""
         layout = self.layout_of(prompt_cache)
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
-            return []
+            return
         tokens, now = tokens[:n], self.clock()
         root = self.roots.get(model, {}).get(layout.key) or Node(layout)
         node, start = root.descend(tokens)
@@ -160,23 +154,25 @@ class RadixPromptCache(LRUPromptCache):
             if is_stored and (node.entry.cache_type == cache_type or not splits):
                 node.entry.become(cache_type)
                 self.touch(node, now)
-                return []
+                return
         segments, frozen = node.lacking(arrays, start, n)
         needed = nbytes_of_layers((*segments, *frozen))
         if not self.make_room(needed, adds + splits, node):
             if not splits or len(self) >= self.max_size:
-                return []
+                return
             # Once it is cut, the rest of it can leave.
             node, splits = self.split(node, start), False
             if not self.make_room(needed, adds, node):
-                return []
+                return
         if splits and not node.children and not node.is_resumable:
             # What it was kept for has left to make room.
             self.eviction.run(
                 lambda policy: node.entry in self.nodes
                 and self.drop(node, "evicted", policy)
             )
-            return self.insert(model, tokens, prompt_cache, cache_type)
+            self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+            return
+        mx.eval(segments, frozen)
         self.roots.setdefault(model, {})[layout.key] = root
         if splits:
             node = self.split(node, start)
@@ -201,7 +197,6 @@ class RadixPromptCache(LRUPromptCache):
         self.touch(node, now)
         if adds:
             self.eviction.run(lambda policy: policy.on_insert(node.entry))
-        return segments, frozen
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
         """The layout of a model's caches, or ``None`` if one is unknown."""

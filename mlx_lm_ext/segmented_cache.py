@@ -97,7 +97,7 @@ class Run:
     row: int
     start: int
     part: Arrays
-    stop: int = 0
+    stop: int
 
 
 class BatchSegmentedKVCache(BatchKVCache):
@@ -141,7 +141,7 @@ class BatchSegmentedKVCache(BatchKVCache):
             for part in parts:
                 run = found.get((id(part), start))
                 if run is None or run.stop < row:
-                    run = found[id(part), start] = Run(row, start, part)
+                    run = found[id(part), start] = Run(row, start, part, row + 1)
                     runs.append(run)
                 run.stop = row + 1
                 start += part[0].shape[2]
@@ -222,6 +222,8 @@ class BatchSegmentedKVCache(BatchKVCache):
         """Prepare for ``filter``; gives what is best evaluated for all layers at once."""
         if self.keys is None:
             return []
+        if 2 * len(batch_indices) < self.keys.shape[0]:
+            return [self.left_padding]
         self.movers = [
             [mx.contiguous(x[i : i + 1]) for j, i in enumerate(batch_indices) if i != j]
             for x in (self.keys, self.values)
@@ -229,7 +231,8 @@ class BatchSegmentedKVCache(BatchKVCache):
         return [self.left_padding, *self.movers[0], *self.movers[1]]
 
     def filter(self, batch_indices: List[int]) -> None:
-        """Keep these rows, in this order. Only those that move are copied."""
+        """Keep these rows, in this order. Only those that move are copied, unless few are
+        left or all have much padding."""
         if self.keys is None:
             super().filter(batch_indices)
             return

@@ -3,6 +3,7 @@
 import gc
 import logging
 import random
+import threading
 from functools import partial
 
 import mlx.core as mx
@@ -129,6 +130,26 @@ def test_prompt_takes_what_a_running_request_has_of_it(architecture, start_engin
     assert read(other) == expected
     assert other.n_matched == len(prefix) and not running.finished
     running.cancel()
+
+
+def test_prompt_of_one_token_is_cancelled_before_its_first_step(start_engine):
+    class CancellingBatch(Batch):
+        def prefill(self):
+            super().prefill()
+            for request in self.requests:
+                request.cancel()
+
+    class CancellingEngine(Engine):
+        batch_class = CancellingBatch
+
+        def forget(self, request):
+            super().forget(request)
+            gone.set()
+
+    gone = threading.Event()
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=CancellingEngine)
+    job = submit(engine, [65], max_tokens=5)
+    assert gone.wait(60) and not job.generated
 
 
 def test_nothing_is_kept_without_a_prompt_cache(start_engine):

@@ -7,7 +7,7 @@ import pytest
 from helpers import Reference, read, submit, texts, wait_until_idle
 from tiny_models import CONFIGS
 
-from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.batching import MIN_SHARED, Batch
 from mlx_lm_ext.engine import Engine
 
 PREFIX = texts(1, seed=21)[0] * 2
@@ -111,7 +111,8 @@ def test_next_takes_over_when_the_one_that_runs_the_prefix_leaves(
     engine.gate.set()
     for prompt, job in list(zip(prompts, jobs))[1:]:
         assert read(job) == reference.tokens(prompt, 10)
-    assert jobs[2].n_matched == len(PREFIX)
+    # What the cancelled one has run is kept: fewer are not worth a wait.
+    assert jobs[2].n_matched > len(PREFIX) - MIN_SHARED
 
 
 def test_other_salts_do_not_wait(start_together):
