@@ -103,7 +103,6 @@ class DefaultSampler(BatchSampler):
         self.columns()
 
     def filter(self, keep):
-        self.catch_up()
         self.rows = [self.rows[i] for i in keep]
         self.columns()
 
