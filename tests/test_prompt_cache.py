@@ -122,10 +122,10 @@ def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
 def test_prompt_takes_what_a_running_request_has_of_it(architecture, start_engine):
     engine = start_engine(architecture, "--use-prompt-cache")
     prefix = "what two prompts have in common"
-    running = submit(engine, prefix + "!", max_tokens=3000)
+    expected = Reference(engine.cli_args.model).tokens(prefix + "?", 5)
+    running = submit(engine, prefix + "!", max_tokens=4000)
     running.receive(timeout=60)
     assert not engine.prompt_cache.nbytes
-    expected = Reference(engine.cli_args.model).tokens(prefix + "?", 5)
     other = submit(engine, prefix + "?", max_tokens=5)
     assert read(other) == expected
     assert other.n_matched == len(prefix) and not running.finished
