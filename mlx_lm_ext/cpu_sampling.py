@@ -16,8 +16,7 @@ NUCLEUS_GUESS = 64
 # Values that are added up before one of them is looked for.
 BLOCK = 128
 
-
-Columns = list
+collect = list
 
 
 def find(values: np.ndarray, share: float, side: str) -> int:
@@ -87,12 +86,13 @@ def sample_row(x: np.ndarray, row: "Row", u: np.ndarray, exempt: List[int]) -> i
 
 
 def sample(
-    x: mx.array, rows: List["Row"], uniform: mx.array, exempt: List[int]
+    x: mx.array, rows: List["Row"], keys: mx.array, exempt: List[int]
 ) -> mx.array:
     """Draw a token of each row: see ``gpu_sampling.sample``."""
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
     tokens = map(
         sample_row,
-        np.array(x),
+        np.array(x.astype(mx.float32)),
         rows,
         np.array(uniform),
         [exempt] * len(rows),

@@ -1,15 +1,12 @@
 """Draws the tokens of all rows with MLX, in calls that the host does not wait for."""
 
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING, Dict, List
 
 import mlx.core as mx
 import numpy as np
 
 if TYPE_CHECKING:
     from .sampling import Row
-
-# Tokens whose probabilities are added up before a block is drawn.
-BLOCK = 128
 
 
 def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
@@ -62,88 +59,82 @@ def apply_xtc(
     return mx.where(drop, -mx.inf, x)
 
 
-def draw(x: mx.array, uniform: mx.array) -> mx.array:
-    """Tokens of ``softmax(x)`` by its inverse distribution, found in blocks.
+def draw(x: mx.array, keys: mx.array) -> mx.array:
+    """Tokens of ``softmax(x)`` by an exponential race (the Gumbel-max trick).
 
-    A sum over the whole vocabulary would round small probabilities away.
+    The winners' times are near zero, where floats are finest, so that tokens of small
+    probabilities are drawn as rarely as they should be.
 
     Args:
         x (mx.array): Logits of shape (rows, vocabulary).
-        uniform (mx.array): One number in [0, 1) a row, of shape (rows, 1).
+        keys (mx.array): Of shape (rows, 2).
 
     Returns:
         mx.array: Token ids of shape (rows,).
     """
-    n_rows, size = x.shape
-    p = mx.exp(x - x.max(axis=-1, keepdims=True))
-    if size % BLOCK:
-        p = mx.pad(p, [(0, 0), (0, BLOCK - size % BLOCK)])
-    p = p.reshape(n_rows, -1, BLOCK)
-    ends = mx.cumsum(p.sum(axis=-1), axis=-1)
-    # Rounded up to the sum, it would be beyond the last token.
-    goal = uniform * ends[:, -1:] * (1 - 1e-6)
-    block = mx.argmax(ends > goal, axis=-1, keepdims=True)
-    start = mx.take_along_axis(mx.pad(ends, [(0, 0), (1, 0)]), block, axis=-1)
-    p = mx.take_along_axis(p, block[:, :, None], axis=1)[:, 0]
-    inside = mx.cumsum(p, axis=-1)
-    goal = mx.minimum(goal - start, inside[:, -1:] * (1 - 1e-6))
-    return block[:, 0] * BLOCK + mx.argmax(inside > goal, axis=-1)
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=x.shape[1:], key=key))(keys)
+    # A multiple of 2**-32 below 1; at 0, a dropped token would come at once.
+    uniform = mx.maximum(uniform, 2**-33)
+    return mx.argmax(x - mx.log(-mx.log1p(-uniform)), axis=-1)
 
 
-class Columns:
-    """The parameters of rows as arrays of shape (rows, 1)."""
-
-    def __init__(self, rows: List["Row"]):
-        def column(values):
-            return mx.array(np.array(values, np.float32)[:, None])
-
-        self.temperature = column([row.temperature for row in rows])
-        self.top_p = column([row.top_p for row in rows])
-        self.has_top_p = any(0 < row.top_p < 1 for row in rows)
-        self.top_k = column([row.top_k for row in rows])
-        self.has_top_k = any(row.top_k for row in rows)
+def collect(rows: List["Row"]) -> Dict[str, mx.array]:
+    """The parameters that some of the rows use, each of shape (rows, 1)."""
+    columns = {"temperature": [row.temperature for row in rows]}
+    if any(0 < row.top_p < 1 for row in rows):
+        columns["top_p"] = [row.top_p for row in rows]
+    if any(row.min_p for row in rows):
         # log(0) drops nothing.
         with np.errstate(divide="ignore"):
-            self.log_min_p = column(np.log([row.min_p for row in rows]))
-        self.has_min_p = any(row.min_p for row in rows)
-        self.xtc_probability = column([row.xtc_probability for row in rows])
-        self.xtc_threshold = column([row.xtc_threshold for row in rows])
-        self.has_xtc = any(row.xtc_probability > 0 for row in rows)
+            columns["log_min_p"] = np.log([row.min_p for row in rows])
+    if any(row.xtc_probability > 0 for row in rows):
+        columns["xtc_probability"] = [row.xtc_probability for row in rows]
+        columns["xtc_threshold"] = [row.xtc_threshold for row in rows]
+    if any(row.top_k for row in rows):
+        columns["top_k"] = [row.top_k for row in rows]
+    return {
+        name: mx.array(np.array(values, np.float32)[:, None])
+        for name, values in columns.items()
+    }
 
 
 def apply_filters(
-    x: mx.array, columns: Columns, uniform: mx.array, exempt: List[int]
+    x: mx.array, columns: Dict[str, mx.array], keys: mx.array, exempt: List[int]
 ) -> mx.array:
     """The logits, and -inf for the tokens that the parameters of their rows drop."""
     limits = []
-    if columns.has_top_p:
-        limits.append(nucleus_thresholds(x, columns.top_p))
-    if columns.has_min_p:
-        limits.append(x.max(axis=-1, keepdims=True) + columns.log_min_p)
+    if "top_p" in columns:
+        limits.append(nucleus_thresholds(x, columns["top_p"]))
+    if "log_min_p" in columns:
+        limits.append(x.max(axis=-1, keepdims=True) + columns["log_min_p"])
     for limit in limits:
         x = mx.where(x < limit, -mx.inf, x)
-    if columns.has_xtc:
-        probability, threshold = columns.xtc_probability, columns.xtc_threshold
+    if "xtc_probability" in columns:
+        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(~keys)
+        probability, threshold = columns["xtc_probability"], columns["xtc_threshold"]
         x = apply_xtc(x, probability, threshold, exempt, uniform)
-    if columns.has_top_k:
-        x = keep_top_k(x, columns.top_k)
+    if "top_k" in columns:
+        x = keep_top_k(x, columns["top_k"])
     return x
 
 
+@mx.compile
 def sample(
-    x: mx.array, columns: Columns, uniform: mx.array, exempt: List[int]
+    x: mx.array, columns: Dict[str, mx.array], keys: mx.array, exempt: List[int]
 ) -> mx.array:
     """Draw a token of each row.
 
+    Compiled once for each number of rows and each set of columns.
+
     Args:
         x (mx.array): Logits of shape (rows, vocabulary).
-        columns (Columns): The parameters of the rows.
-        uniform (mx.array): Of shape (rows, 2), each in [0, 1): what a token is drawn
-          with, and what decides on XTC.
+        columns (Dict[str, mx.array]): The parameters of the rows.
+        keys (mx.array): What a token is drawn with, of shape (rows, 2) and type
+          uint32. XTC is decided with their complements.
         exempt (List[int]): Tokens that XTC leaves in.
 
     Returns:
         mx.array: Token ids of shape (rows,).
     """
-    x = apply_filters(x, columns, uniform[:, 1:], exempt)
-    return draw(x / columns.temperature, uniform[:, :1])
+    x = apply_filters(x.astype(mx.float32), columns, keys, exempt)
+    return draw(x / columns["temperature"], keys)

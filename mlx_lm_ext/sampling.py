@@ -84,7 +84,7 @@ class DefaultSampler(BatchSampler):
         self.sampled = [i for i, row in enumerate(self.rows) if row.temperature]
         rows = [self.rows[i] for i in self.sampled]
         self.backend = cpu_sampling if on_cpu() else gpu_sampling
-        self.parameters = self.backend.Columns(rows)
+        self.parameters = self.backend.collect(rows)
         keys = [(row.key[0], row.key[1] % 2**32) for row in rows]
         self.keys = mx.array(np.array(keys, np.uint32).reshape(-1, 2))
 
@@ -118,8 +118,6 @@ class DefaultSampler(BatchSampler):
 
     def sample(self, x: mx.array) -> mx.array:
         """Tokens of the rows that are not greedy."""
-        x = x.astype(mx.float32)
         keys = self.keys + mx.array([0, self.n_calls], mx.uint32)
         self.n_calls += 1
-        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
-        return self.backend.sample(x, self.parameters, uniform, self.exempt)
+        return self.backend.sample(x, self.parameters, keys, self.exempt)

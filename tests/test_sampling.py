@@ -117,8 +117,8 @@ def test_distribution_is_that_of_upstream(body, temperature, device):
 def supports(sampler, x):
     """Which tokens each row can draw, with XTC."""
     if sampler.backend is gpu_sampling:
-        u = mx.zeros((len(x), 1))
-        x = gpu_sampling.apply_filters(mx.array(x), sampler.parameters, u, SPECIAL)
+        keys, parameters = sampler.keys, sampler.parameters
+        x = gpu_sampling.apply_filters(mx.array(x), parameters, keys, SPECIAL)
         return np.isfinite(np.array(x))
     found = np.zeros(x.shape, bool)
     for places, logits, row in zip(found, x, sampler.parameters):
@@ -181,6 +181,17 @@ def test_tokens_that_are_all_but_impossible_are_drawn_as_rarely(device):
     drawn = np.array(sampler(mx.broadcast_to(mx.array(logits), (n, 200_000))))
     expected = n * 200_000 * math.exp(-18) / (1 + 200_000 * math.exp(-18))
     assert abs((drawn != 5).sum() - expected) < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize(
+    "uniform, token",
+    # exp(-18) is 1.52e-8: the second token is first with numbers below 1.06e-8.
+    [([0.5, 1.0e-8, 0.0], 1), ([0.5, 1.1e-8, 0.0], 0), ([0.0, 0.5, 0.0], 0)],
+)
+def test_draw_tells_small_random_numbers_apart(uniform, token, monkeypatch):
+    monkeypatch.setattr(mx.random, "uniform", lambda shape, key: mx.array(uniform))
+    x = mx.array([[0.0, -18.0, -mx.inf]])
+    assert gpu_sampling.draw(x, mx.zeros((1, 2), mx.uint32)).item() == token
 
 
 def test_greedy_rows_cost_an_argmax_only(monkeypatch):
