@@ -1,5 +1,6 @@
 """What several tests share: reference answers, plugins, requests and raw HTTP."""
 
+import gc
 import http.client
 import json
 import random
@@ -23,6 +24,12 @@ def texts(n, longest=120, seed=0):
     """``n`` random prompts of 1 to ``longest`` letters."""
     rng = random.Random(seed)
     return ["".join(rng.choices(LETTERS, k=rng.randint(1, longest))) for _ in range(n)]
+
+
+def active_memory():
+    """Bytes that MLX's arrays have, without what other tests have left in cycles."""
+    gc.collect()
+    return mx.get_active_memory()
 
 
 class Reference:

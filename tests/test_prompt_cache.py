@@ -1,6 +1,5 @@
 """What the prompt cache gives to requests: never other tokens than from cold."""
 
-import gc
 import logging
 import random
 import threading
@@ -8,7 +7,15 @@ from functools import partial
 
 import mlx.core as mx
 import pytest
-from helpers import ALONE, Reference, read, submit, texts, wait_until_idle
+from helpers import (
+    ALONE,
+    Reference,
+    active_memory,
+    read,
+    submit,
+    texts,
+    wait_until_idle,
+)
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
@@ -237,8 +244,7 @@ def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path, req
     folder = write_model(tmp_path / "model", architecture, config)
     argv = [CACHE, "--radix-cache-size", "50MB", "--model", str(folder)]
     engine = start_engine(architecture, *argv)
-    gc.collect()
-    before = mx.get_active_memory()
+    before = active_memory()
     rng = random.Random(5)
     known = texts(5, longest=100, seed=6)
     for _ in range(40):
@@ -250,8 +256,7 @@ def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path, req
     wait_until_idle(engine)
     cache.check_integrity()
     assert cache.stats().evictions["evicted"] > 10
-    gc.collect()
-    held = mx.get_active_memory() - before
+    held = active_memory() - before
     assert held == pytest.approx(cache.nbytes, rel=0.01)
 
 

@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, kv, make
+from helpers import active_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
@@ -103,8 +104,8 @@ def test_hit_costs_one_copy():
         cache.insert_cache("m", tokens[:end], make("KVCache", tokens[:end]))
     prompt = tokens + [1] * 100
     hit, _ = cache.fetch_nearest_cache("m", prompt)
+    before = active_memory()
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
     batch = merge([hit])
     mx.eval([c.state for c in batch])
     feed(batch, prompt, 2000, 2100)
@@ -121,8 +122,8 @@ def test_insertion_copies_only_what_is_new():
     cache.insert_cache("m", tokens[:1000], make("KVCache", tokens[:1000]))
     grown = make("KVCache", tokens)
     mx.eval([c.state for c in grown])
+    before, held = active_memory(), cache.nbytes
     mx.reset_peak_memory()
-    before, held = mx.get_active_memory(), cache.nbytes
     cache.insert_cache("m", tokens, grown)
     assert cache.nbytes - held == held
     assert mx.get_peak_memory() - before <= (cache.nbytes - held) * 1.1
@@ -130,13 +131,13 @@ def test_insertion_copies_only_what_is_new():
 
 def test_segments_own_their_memory():
     # With one head a slice is contiguous, and MLX would share its parent's buffer.
+    before = active_memory()
     mx.clear_cache()
-    before = mx.get_active_memory()
     caches = make("KVCache", list(range(40)))
     cache = RadixPromptCache()
     cache.insert_cache("m", list(range(10)), [trimmed(c, 30) for c in caches])
     del caches
-    assert mx.get_active_memory() - before == cache.nbytes
+    assert active_memory() - before == cache.nbytes
 
 
 def trimmed(cache, n):
@@ -295,8 +296,8 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row():
     mx.eval(batch.state)
     # Of keys and of values, a row and what is in use for a moment.
     size = row.nbytes
+    before = active_memory()
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
     batch.filter([16, *range(1, 16)])
     mx.eval(batch.state)
     batch.extend(row)
