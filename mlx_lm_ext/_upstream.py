@@ -29,6 +29,7 @@ from .penalties import Penalties
 from .row_samplers import RowSampler, RowSamplers
 from .segmented_cache import BatchSegmentedKVCache
 from .segments import leaves
+from .sliding_cache import BatchSlidingKVCache, spare
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
@@ -58,12 +59,11 @@ def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
         mx.eval([c.stage(keep) for c in batches])
 
 
-def restore_order(caches: List[Any]) -> None:
-    """Put windows in order that have wrapped in a step of one token: upstream's mask of
-    the several tokens that follow would be off by one."""
+def drop_old(caches: List[Any]) -> None:
+    """Drop the tokens that have left the windows, now and then."""
     for c in leaves(caches):
-        if getattr(c, "rotated", False):
-            c._temporal_order()
+        if isinstance(c, BatchSlidingKVCache):
+            c.drop_old(spare(c.max_size))
 
 
 class LeanPromptBatch(PromptProcessingBatch):
@@ -101,8 +101,7 @@ class LeanPromptBatch(PromptProcessingBatch):
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
-        if width > 1:
-            restore_order(self.prompt_cache)
+        drop_old(self.prompt_cache)
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -187,6 +186,7 @@ class LeanGenerationBatch(GenerationBatch):
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, logprobs
+        drop_old(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
         logits, contexts = self.process(inputs, logits)

@@ -51,7 +51,7 @@ class KVMemory:
         n_tokens = -(-n_tokens // KVCache.step) * KVCache.step
         total = 0
         for kind, of_one in self.layers:
-            kept = kind.n_kept(n_tokens)
+            kept = kind.n_in_batch(n_tokens)
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 

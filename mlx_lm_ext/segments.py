@@ -22,6 +22,7 @@ from mlx_lm.models.cache import (
 )
 
 from .segmented_cache import Arrays, SegmentedKVCache, join, slices
+from .sliding_cache import SlidingKVCache, in_order, spare
 
 
 def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
@@ -55,6 +56,10 @@ class Kind:
     def n_kept(self, n: int) -> Optional[int]:
         """How many of ``n`` tokens it holds, if it can be cut and joined."""
         return n
+
+    def n_in_batch(self, n: int) -> Optional[int]:
+        """How many of ``n`` tokens, a multiple of 256, a row of a batch has room for."""
+        return self.n_kept(n)
 
     def can_cut(self, n: int) -> bool:
         """Whether a cache of ``n`` tokens can be cut: it has dropped none of them."""
@@ -123,30 +128,19 @@ class Rotating(Kind):
     keep: int
 
     def arrays(self, cache):
-        *arrays, offset, keep, _, index = cache.state
-
-        def in_order(x):
-            if index < min(offset, x.shape[-2]):
-                # It has wrapped: the next token is written at index.
-                parts = [x[..., :keep, :], x[..., index:, :], x[..., keep:index, :]]
-                x = mx.concatenate(parts, axis=-2)
-            else:
-                x = x[..., :index, :]
-            excess = x.shape[-2] - self.max_size
-            if excess > 0:
-                parts = [x[..., :keep, :], x[..., keep + excess :, :]]
-                x = mx.concatenate(parts, axis=-2)
-            return x
-
-        return [in_order(x) for x in arrays]
+        return in_order(cache)
 
     def n_kept(self, n):
         return min(n, self.max_size)
 
+    def n_in_batch(self, n):
+        room = self.max_size + spare(self.max_size) + 1
+        return min(n, -(-room // KVCache.step) * KVCache.step)
+
     def build(self, arrays, n):
         length = arrays[0].shape[-2]
         state = (*arrays, n, self.keep, self.max_size, length)
-        return RotatingKVCache.from_state(state)
+        return (RotatingKVCache if self.keep else SlidingKVCache).from_state(state)
 
 
 @dataclass(frozen=True)
@@ -219,7 +213,7 @@ def kind_of(cache: Any) -> Any:
     """The kind of a cache; of a ``CacheList``, a tuple of them."""
     if type(cache) in (KVCache, SegmentedKVCache):
         return KV()
-    if type(cache) is RotatingKVCache:
+    if type(cache) in (RotatingKVCache, SlidingKVCache):
         return Rotating(cache.max_size, cache.keep)
     if type(cache) is ArraysCache:
         return State(len(cache.cache))
@@ -255,6 +249,8 @@ def make_segmented_cache(model: Any) -> List[Any]:
     def segmented(cache):
         if isinstance(cache, CacheList):
             return CacheList(*(segmented(c) for c in cache.caches))
+        if type(cache) is RotatingKVCache and not cache.keep:
+            return SlidingKVCache(cache.max_size)
         return SegmentedKVCache() if type(cache) is KVCache else cache
 
     return [segmented(cache) for cache in make_prompt_cache(model)]

@@ -3,14 +3,16 @@
 import mlx.core as mx
 import pytest
 from helpers import Reference, active_memory, read, submit, texts
-from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache
 from tiny_models import CONFIGS
 
+from mlx_lm_ext._upstream import drop_old
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.device import device_memory
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.kv_memory import KVMemory
+from mlx_lm_ext.segments import make_segmented_cache
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4
@@ -20,11 +22,17 @@ TOKEN = 2 * 2 * 2 * 16 * 4
 @pytest.mark.parametrize("n_tokens", [5, 301])
 def test_size_is_that_of_the_caches(architecture, n_tokens, model_folder):
     model = Reference(model_folder(architecture)).model
-    caches = make_prompt_cache(model)
+    rows = [make_segmented_cache(model) for _ in range(3)]
+    caches = [row[0].merge(list(row)) for row in zip(*rows)]
     for n in (n_tokens - 1, 1):
-        model(mx.zeros((1, n), dtype=mx.int32), cache=caches)
-    held = sum(c.nbytes for c in caches)
-    assert KVMemory(model).nbytes(3, n_tokens) == 3 * held
+        drop_old(caches)
+        model(mx.zeros((3, n), dtype=mx.int32), cache=caches)
+    held, size = sum(c.nbytes for c in caches), KVMemory(model).nbytes(3, n_tokens)
+    if n_tokens > 256 and architecture == "gemma3_text":
+        # A window has room for that many while it fills.
+        assert held < size
+    else:
+        assert held == size
 
 
 def test_size_is_known_without_running_the_model(model_folder):

@@ -1,0 +1,105 @@
+"""The KV of sliding-window layers, kept in order: a batch that rows join and leave in place.
+
+Rules:
+1. Tokens that have left the window stay for a while; the mask hides them.
+2. They are dropped between two steps, from all layers at once: a step's mask has one
+   width.
+"""
+
+from typing import List, Optional
+
+import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
+
+from .segmented_cache import Arrays, BatchSegmentedKVCache, SegmentedKVCache
+
+
+def in_order(cache: RotatingKVCache) -> Arrays:
+    """The keys and values in a window, the oldest first."""
+    keys, values, offset, keep, max_size, index = cache.state
+
+    def ordered(x):
+        if index < min(offset, x.shape[-2]):
+            # It has wrapped: the next token is written at index.
+            parts = [x[..., :keep, :], x[..., index:, :], x[..., keep:index, :]]
+            x = mx.concatenate(parts, axis=-2)
+        else:
+            x = x[..., :index, :]
+        excess = x.shape[-2] - max_size
+        if excess > 0:
+            parts = [x[..., :keep, :], x[..., keep + excess :, :]]
+            x = mx.concatenate(parts, axis=-2)
+        return x
+
+    return [ordered(keys), ordered(values)]
+
+
+def spare(max_size: int) -> int:
+    """How many tokens may stay that have left a window of ``max_size``: to drop them is a
+    copy, and to keep them is more to attend to."""
+    return max_size // 8
+
+
+class SlidingKVCache(RotatingKVCache):
+    """A ``RotatingKVCache`` that merges into a ``BatchSlidingKVCache``."""
+
+    @classmethod
+    def merge(cls, caches: List[RotatingKVCache]) -> "BatchSlidingKVCache":
+        return BatchSlidingKVCache.merge(caches)
+
+
+class BatchSlidingKVCache(BatchSegmentedKVCache):
+    """What ``BatchRotatingKVCache`` is for, with the tokens in order.
+
+    Args:
+        left_padding (List[int]): Of each row.
+        max_size (int): Tokens of the window.
+    """
+
+    def __init__(self, left_padding: List[int], max_size: int = 0):
+        super().__init__(left_padding)
+        self.max_size = max_size
+
+    @classmethod
+    def merge(cls, caches: List[RotatingKVCache]) -> "BatchSlidingKVCache":
+        parts = [[] if c.empty() else [in_order(c)] for c in caches]
+        rows = [SegmentedKVCache(p, p[0][0].shape[2] if p else 0) for p in parts]
+        batch = super().merge(rows)
+        batch.max_size = caches[0].max_size
+        batch.offset = mx.array([c.offset for c in caches])
+        return batch
+
+    def drop_old(self, n_spare: int = 0) -> None:
+        """Drop what has left the window, if that is more than ``n_spare`` tokens."""
+        end = self.size()
+        n = end - self.max_size
+        if n <= n_spare:
+            return
+
+        def newest(x: mx.array) -> mx.array:
+            # With room for those that come until it is time again.
+            room = (*x.shape[:2], spare(self.max_size) + 1, x.shape[3])
+            return mx.concatenate([x[:, :, n:end], mx.zeros(room, x.dtype)], axis=2)
+
+        self.state = (
+            newest(self.keys),
+            newest(self.values),
+            self.offset,
+            mx.maximum(self.left_padding - n, 0),
+            self.max_size,
+        )
+
+    def make_mask(
+        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+    ) -> mx.array:
+        return super().make_mask(N, window_size=window_size or self.max_size)
+
+    def extend(self, other: "BatchSlidingKVCache") -> None:
+        other.drop_old()
+        super().extend(other)
+
+    def extract(self, idx: int) -> SlidingKVCache:
+        cache = super().extract(idx)
+        offset = self.offset.tolist()[idx]
+        state = (cache.keys, cache.values, offset, 0, self.max_size, cache.offset)
+        return SlidingKVCache.from_state(state)
