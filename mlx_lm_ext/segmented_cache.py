@@ -263,6 +263,8 @@ class BatchSegmentedKVCache(BatchKVCache):
         self.movers = None
 
     def extract(self, idx: int) -> KVCache:
-        padding = self.left_padding.tolist()[idx]
-        keys, values = (x[idx : idx + 1, :, padding:] for x in self.keys_and_values())
+        start, end = self.left_padding.tolist()[idx], self.size()
+        keys, values = (
+            x[idx : idx + 1, :, start:end] for x in (self.keys, self.values)
+        )
         return KVCache.from_state((keys, values, keys.shape[2]))

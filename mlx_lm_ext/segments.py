@@ -29,8 +29,14 @@ def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
     """Copies of the arrays, or of their tokens from ``start`` to ``stop``."""
     if stop is not None:
         arrays = slices(arrays, start, stop)
-    # mx.contiguous shares a parent's buffer if that is only a little larger.
-    return [None if x is None else mx.concatenate([x, x[:0]]) for x in arrays]
+
+    def copied(x):
+        # Of one head a slice is contiguous: mx.contiguous would share the buffer of a
+        # parent that is only a little larger.
+        has_heads = x.ndim == 4 and x.shape[1] > 1
+        return mx.contiguous(x) if has_heads else mx.concatenate([x, x[:0]])
+
+    return [None if x is None else copied(x) for x in arrays]
 
 
 def nbytes(arrays: Arrays) -> int:
