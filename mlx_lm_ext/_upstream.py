@@ -135,6 +135,8 @@ class LeanGenerationBatch(GenerationBatch):
     In its responses ``logprobs`` is a function: what ``Logprobs.row`` gives. For rows
     that did not ask, it is ``None``.
 
+    New rows have no step of their own: their first is one of the whole batch.
+
     A GPU is given the next step before this one's tokens are read. On the CPU, that would
     only keep them back: there each step gives the tokens that it makes.
     """
@@ -161,6 +163,10 @@ class LeanGenerationBatch(GenerationBatch):
             model, uids, inputs, prompt_cache, tokens, samplers, *args, **kwargs
         )
         self.is_new = False
+        self._next_logprobs = [None] * len(uids)
+        if not self.is_eager:
+            # Their first step gives no token yet.
+            self._num_tokens = [-1] * len(uids)
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
         self.row_samplers.extend(batch.row_samplers)
@@ -180,9 +186,7 @@ class LeanGenerationBatch(GenerationBatch):
         self.n_top = [self.n_top[i] for i in keep]
 
     def _step(self) -> Tuple[List[int], List[Optional[Callable]]]:
-        if self.is_new and self.is_eager:
-            # The first step is one of the whole batch.
-            self._next_logprobs = [None] * len(self.uids)
+        if self.is_new:
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, logprobs
@@ -205,8 +209,17 @@ class LeanGenerationBatch(GenerationBatch):
         for row, token in zip(self.tokens, done):
             row.append(token)
         if self.is_eager:
-            done, logprobs = tokens.tolist(), self._next_logprobs
-        return done, logprobs
+            return tokens.tolist(), self._next_logprobs
+        return [None if n < 0 else t for t, n in zip(done, self._num_tokens)], logprobs
+
+    def next(self) -> List[GenerationBatch.Response]:
+        responses = super().next()
+        given = [r for r in responses if r.token is not None]
+        if len(given) < len(responses):
+            # The matchers of the new rows took ``None`` for a token.
+            rows = zip(self._num_tokens, self._matchers, self.stop_sequences)
+            self._matchers = [s.matcher() if n == 0 else m for n, m, s in rows]
+        return given
 
     def process(
         self, inputs: mx.array, logits: mx.array

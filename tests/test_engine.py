@@ -188,6 +188,31 @@ def test_each_step_on_the_cpu_gives_the_token_that_it_makes(start_engine, monkey
     assert calls == [1] * 5
 
 
+def test_new_row_has_no_step_of_its_own_on_a_device_that_is_a_step_ahead(
+    start_engine, model_folder, monkeypatch
+):
+    monkeypatch.setattr(_upstream, "on_cpu", lambda: False)
+    calls = []
+    sample = DefaultSampler.__call__
+
+    def watched(self, logits):
+        calls.append(logits.shape[0])
+        return sample(self, logits)
+
+    monkeypatch.setattr(DefaultSampler, "__call__", watched)
+    reference = Reference(model_folder())
+    engine = start_engine()
+    *others, prompt = texts(3)
+    jobs = [submit(engine, p, max_tokens=3000) for p in others]
+    for job in jobs:
+        job.receive(timeout=60)
+    assert read(submit(engine, prompt, max_tokens=12)) == reference.tokens(prompt, 12)
+    assert set(calls[calls.index(2) :]) == {2, 3}
+    assert calls.count(3) == 13
+    for job in jobs:
+        job.cancel()
+
+
 def test_log_probabilities_are_made_only_of_the_rows_that_ask(
     start_engine, monkeypatch
 ):
