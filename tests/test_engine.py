@@ -2,6 +2,7 @@
 
 import threading
 
+import mlx.core as mx
 import pytest
 from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
@@ -16,10 +17,13 @@ from mlx_lm_ext.request import ResumedStopSequences
 from mlx_lm_ext.sampling import DefaultSampler
 
 
+@pytest.mark.parametrize("is_eager", [True, False])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_batched_tokens_equal_those_of_generate(
-    architecture, model_folder, start_engine
+    architecture, is_eager, model_folder, start_engine, monkeypatch
 ):
+    # On a GPU, which is a step ahead, and on the CPU.
+    monkeypatch.setattr(_upstream, "on_cpu", lambda: is_eager)
     reference = Reference(model_folder(architecture))
     engine = start_engine(architecture, "--batch-size", "12")
     prompts = texts(32)
@@ -248,6 +252,32 @@ def test_whole_answer_wakes_its_handler_now_and_then(start_engine):
 def test_stop_token_is_found_after_a_failed_step():
     matcher = ResumedStopSequences(StopSequences([(1, 2, 3)]), [9, 1, 2]).matcher()
     assert matcher.advance(3)
+
+
+@pytest.mark.parametrize("is_eager", [True, False])
+def test_row_that_goes_on_stops_at_the_rest_of_a_stop_sequence(is_eager, monkeypatch):
+    monkeypatch.setattr(_upstream, "on_cpu", lambda: is_eager)
+
+    class Always2:
+        slot = penalties = n_top = None
+
+        def __call__(self, logits):
+            return mx.full(logits.shape[:1], 2)
+
+    batch = _upstream.LeanGenerationBatch(
+        model=lambda inputs, cache: mx.zeros((*inputs.shape, 4)),
+        uids=[0],
+        inputs=mx.array([1]),
+        prompt_cache=[],
+        tokens=[[3]],
+        samplers=[Always2()],
+        fallback_sampler=None,
+        logits_processors=[[]],
+        stop_sequences=[ResumedStopSequences(StopSequences([(1, 2)]), [1])],
+        max_tokens=[9],
+    )
+    responses = batch.next() or batch.next()
+    assert [(r.token, r.finish_reason) for r in responses] == [(2, "stop")]
 
 
 @pytest.mark.parametrize(
