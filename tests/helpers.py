@@ -32,6 +32,14 @@ def active_memory():
     return mx.get_active_memory()
 
 
+def peak_memory(run):
+    """Bytes that MLX's arrays have at most while ``run`` is called, beyond those before."""
+    before = active_memory()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory() - before
+
+
 class Reference:
     """What ``mlx_lm.generate`` answers to one prompt at a time, greedily."""
 

@@ -178,8 +178,9 @@ def test_rows_that_fail_only_together_end_in_smaller_batches(
     assert engine.failures < 8
 
 
-@pytest.mark.skipif(not on_cpu(), reason="a GPU is a step ahead")
-def test_each_step_on_the_cpu_gives_the_token_that_it_makes(start_engine, monkeypatch):
+@pytest.fixture
+def sampled_rows(monkeypatch):
+    """How many rows each call of the default sampler had, so far."""
     calls = []
     sample = DefaultSampler.__call__
 
@@ -188,22 +189,19 @@ def test_each_step_on_the_cpu_gives_the_token_that_it_makes(start_engine, monkey
         return sample(self, logits)
 
     monkeypatch.setattr(DefaultSampler, "__call__", watched)
+    return calls
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU is a step ahead")
+def test_each_step_on_the_cpu_gives_the_token_that_it_makes(start_engine, sampled_rows):
     read(submit(start_engine(), "hello", max_tokens=5))
-    assert calls == [1] * 5
+    assert sampled_rows == [1] * 5
 
 
 def test_new_row_has_no_step_of_its_own_on_a_device_that_is_a_step_ahead(
-    start_engine, model_folder, monkeypatch
+    start_engine, model_folder, sampled_rows, monkeypatch
 ):
     monkeypatch.setattr(_upstream, "on_cpu", lambda: False)
-    calls = []
-    sample = DefaultSampler.__call__
-
-    def watched(self, logits):
-        calls.append(logits.shape[0])
-        return sample(self, logits)
-
-    monkeypatch.setattr(DefaultSampler, "__call__", watched)
     reference = Reference(model_folder())
     engine = start_engine()
     *others, prompt = texts(3)
@@ -211,8 +209,8 @@ def test_new_row_has_no_step_of_its_own_on_a_device_that_is_a_step_ahead(
     for job in jobs:
         job.receive(timeout=60)
     assert read(submit(engine, prompt, max_tokens=12)) == reference.tokens(prompt, 12)
-    assert set(calls[calls.index(2) :]) == {2, 3}
-    assert calls.count(3) == 13
+    assert set(sampled_rows[sampled_rows.index(2) :]) == {2, 3}
+    assert sampled_rows.count(3) == 13
     for job in jobs:
         job.cancel()
 

@@ -7,7 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, kv, make
-from helpers import active_memory
+from helpers import active_memory, peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
@@ -22,6 +22,7 @@ from mlx_lm_ext.examples import join_and_leave
 from mlx_lm_ext.radix_cache import RadixPromptCache
 from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache
 from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache
+from mlx_lm_ext.sliding_cache import BatchSlidingKVCache
 
 TOKENS = list(range(10))
 
@@ -104,16 +105,19 @@ def test_hit_costs_one_copy():
         cache.insert_cache("m", tokens[:end], make("KVCache", tokens[:end]))
     prompt = tokens + [1] * 100
     hit, _ = cache.fetch_nearest_cache("m", prompt)
-    before = active_memory()
-    mx.reset_peak_memory()
-    batch = merge([hit])
-    mx.eval([c.state for c in batch])
-    feed(batch, prompt, 2000, 2100)
-    mx.eval([c.state for c in batch])
+    batch = []
+
+    def use():
+        batch.extend(merge([hit]))
+        mx.eval([c.state for c in batch])
+        feed(batch, prompt, 2000, 2100)
+        mx.eval([c.state for c in batch])
+
+    peak = peak_memory(use)
     # Both layers' arrays have room for the next tokens.
     size = sum(c.nbytes for c in batch)
     assert size <= cache.nbytes * 1.2
-    assert mx.get_peak_memory() - before <= size * 1.05
+    assert peak <= size * 1.05
 
 
 def test_insertion_copies_only_what_is_new():
@@ -122,11 +126,10 @@ def test_insertion_copies_only_what_is_new():
     cache.insert_cache("m", tokens[:1000], make("KVCache", tokens[:1000]))
     grown = make("KVCache", tokens)
     mx.eval([c.state for c in grown])
-    before, held = active_memory(), cache.nbytes
-    mx.reset_peak_memory()
-    cache.insert_cache("m", tokens, grown)
+    held = cache.nbytes
+    peak = peak_memory(lambda: cache.insert_cache("m", tokens, grown))
     assert cache.nbytes - held == held
-    assert mx.get_peak_memory() - before <= (cache.nbytes - held) * 1.1
+    assert peak <= (cache.nbytes - held) * 1.1
 
 
 def test_segments_own_their_memory():
@@ -283,26 +286,34 @@ def test_rows_can_be_put_in_another_order():
         assert contents(row, n) == contents(make("KVCache", TOKENS[:n]), n)
 
 
-def test_row_leaves_and_joins_with_a_copy_of_one_row():
-    def rows(n):
-        batch = BatchSegmentedKVCache([0] * n)
-        x = mx.zeros((n, 2, 1000, 32))
+@pytest.mark.parametrize("has_window", [False, True])
+def test_row_leaves_and_joins_with_a_copy_of_one_row(has_window):
+    def rows(n, n_tokens=1000):
+        padding = [0] * n
+        batch = (
+            BatchSlidingKVCache(padding, 1000)
+            if has_window
+            else BatchSegmentedKVCache(padding)
+        )
+        x = mx.zeros((n, 2, n_tokens, 32))
         batch.update_and_fetch(x, x)
         mx.eval(batch.state)
         return batch
 
-    batch, row = rows(16), rows(1)
+    # In a window, it has tokens that the batch has dropped.
+    batch, row = rows(16), rows(1, 1100 if has_window else 1000)
     batch.extend(rows(1))
     mx.eval(batch.state)
     # Of keys and of values, a row and what is in use for a moment.
     size = row.nbytes
-    before = active_memory()
-    mx.reset_peak_memory()
-    batch.filter([16, *range(1, 16)])
-    mx.eval(batch.state)
-    batch.extend(row)
-    mx.eval(batch.state)
-    assert mx.get_peak_memory() - before <= 2 * size
+
+    def exchange():
+        batch.filter([16, *range(1, 16)])
+        mx.eval(batch.state)
+        batch.extend(row)
+        mx.eval(batch.state)
+
+    assert peak_memory(exchange) <= 2 * size
 
 
 def test_joins_and_leaves_are_measured_beside_upstreams(monkeypatch, capsys):
