@@ -23,13 +23,12 @@ from mlx_lm.server import (
 )
 from mlx_lm.utils import _download
 
-from .device import on_cpu
+from .device import give_back_freed, on_cpu
 from .logprobs import Logprobs
 from .penalties import Penalties
 from .row_samplers import RowSampler, RowSamplers
 from .segmented_cache import BatchSegmentedKVCache
-from .segments import leaves
-from .sliding_cache import BatchSlidingKVCache, spare
+from .segments import leaves, tidy
 
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
@@ -57,13 +56,6 @@ def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
     if keep:
         batches = [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
         mx.eval([c.stage(keep) for c in batches])
-
-
-def drop_old(caches: List[Any]) -> None:
-    """Drop the tokens that have left the windows, now and then."""
-    for c in leaves(caches):
-        if isinstance(c, BatchSlidingKVCache):
-            c.drop_old(spare(c.max_size))
 
 
 class LeanPromptBatch(PromptProcessingBatch):
@@ -95,13 +87,13 @@ class LeanPromptBatch(PromptProcessingBatch):
             return
         # One chunk at a time: what runs holds memory.
         mx.eval([c.state for c in self.prompt_cache])
-        mx.clear_cache()
+        give_back_freed()
         for row, more in zip(self.tokens, tokens):
             row += more
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
-        drop_old(self.prompt_cache)
+        tidy(self.prompt_cache)
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -190,7 +182,7 @@ class LeanGenerationBatch(GenerationBatch):
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, logprobs
-        drop_old(self.prompt_cache)
+        tidy(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
         logits, contexts = self.process(inputs, logits)

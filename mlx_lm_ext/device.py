@@ -16,3 +16,10 @@ def device_memory() -> int:
         if name in info:
             return int(info[name])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back_freed() -> None:
+    """Give freed memory back to the device, unless it is little beside what is in use:
+    a server that runs short prompts would only have to ask for it again."""
+    if mx.get_cache_memory() > mx.get_active_memory() // 4:
+        mx.clear_cache()

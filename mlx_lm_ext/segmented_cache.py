@@ -6,10 +6,18 @@ Rules:
 """
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    create_attention_mask,
+    dynamic_roll,
+)
+
+from .rows import Rows
 
 # The arrays of one layer. Those of a segment have the tokens on the last axis but one.
 Arrays = List[Optional[mx.array]]
@@ -105,19 +113,43 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     Its arrays may have spare rows. What it extracts is a view of a row, of which the
     prompt cache copies what it lacks.
+
+    Args:
+        left_padding (List[int]): Of each row.
     """
 
     # Copies of the rows that ``filter`` is about to move: of keys, and of values.
     movers: Optional[List[List[mx.array]]] = None
+    # Of the tokens that are about to come.
+    right_padding: Optional[List[int]] = None
+
+    def __init__(self, left_padding: List[int]):
+        self.state = None, None, Rows([-n for n in left_padding]), 0
+
+    @property
+    def state(self) -> Tuple[Optional[mx.array], Optional[mx.array], Rows, int]:
+        return self.keys, self.values, self.rows, self.end
+
+    @state.setter
+    def state(self, v: Tuple[Optional[mx.array], Optional[mx.array], Rows, int]):
+        self.keys, self.values, self.rows, self.end = v
+
+    @property
+    def offset(self) -> mx.array:
+        """How many tokens each row has."""
+        return self.rows.offset(self.end)
 
     @property
     def n_rows(self) -> int:
-        return self.offset.shape[0]
+        return len(self.rows.starts)
 
-    def drop_spare_rows(self) -> None:
-        if self.keys is not None and self.keys.shape[0] > self.n_rows:
-            self.keys = self.keys[: self.n_rows]
-            self.values = self.values[: self.n_rows]
+    def size(self) -> int:
+        return self.end
+
+    def trim(self, n: int) -> int:
+        n = min(self.end, n)
+        self.end -= n
+        return n
 
     @classmethod
     def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
@@ -156,115 +188,136 @@ class BatchSegmentedKVCache(BatchKVCache):
                 x[run.row : run.stop, :, run.start : end] = part
             return x
 
-        left_padding = mx.array(padding)
-        batch.state = (
-            merged(0),
-            merged(1),
-            length - left_padding,
-            left_padding,
-            length,
-        )
+        batch.state = merged(0), merged(1), batch.rows, length
         return batch
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
-        n, end = self.n_rows, self.size()
+        n, end = self.n_rows, self.end
         return self.keys[:n, :, :end], self.values[:n, :, :end]
 
-    def prepare(self, **kwargs) -> None:
-        self.drop_spare_rows()
-        super().prepare(**kwargs)
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: Optional[int] = None
+    ) -> Any:
+        """What ``N`` more tokens of each row see. As in a ``KVCache``, it is an array only
+        if it has to be one: other masks have faster kernels."""
+        if window_size is not None and self.end + N <= window_size:
+            window_size = None
+        padding = self.rows.left_padding
+        if padding is None:
+            return create_attention_mask(N, self.end, return_array, window_size)
+        return create_causal_mask(N, self.end, window_size, left_padding=padding)
+
+    def prepare(self, *, lengths: List[int], right_padding: List[int]) -> None:
+        if self.keys is not None and self.keys.shape[0] > self.n_rows:
+            # The spare rows would have to be rolled as well.
+            self.keys = self.keys[: self.n_rows]
+            self.values = self.values[: self.n_rows]
+        self.right_padding = right_padding
+
+    def finalize(self) -> None:
+        padding, self.right_padding = self.right_padding, None
+        if padding is not None:
+            shifts = mx.array(padding)[:, None]
+            self.keys = dynamic_roll(self.keys, shifts, axis=2)
+            self.values = dynamic_roll(self.values, shifts, axis=2)
+            self.rows = Rows([s - n for s, n in zip(self.rows.starts, padding)])
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> Tuple[mx.array, mx.array]:
-        n = self.n_rows
-        if self.keys is None or self.keys.shape[0] == n:
-            return super().update_and_fetch(keys, values)
-        start, length = self.size(), keys.shape[2]
-        end = start + length
-        if end > self.keys.shape[2]:
-            more = -(-length // self.step) * self.step
+        n, start, length = self.n_rows, self.end, keys.shape[2]
+        end = self.end = start + length
+        more = -(-length // self.step) * self.step
+        if self.keys is None:
+            self.keys, self.values = (
+                mx.zeros((n, x.shape[1], more, x.shape[3]), x.dtype)
+                for x in (keys, values)
+            )
+        elif end > self.keys.shape[2]:
             self.keys, self.values = (
                 mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
             )
         self.keys[:n, :, start:end] = keys
         self.values[:n, :, start:end] = values
-        offset = self.offset + length
-        self.state = (self.keys, self.values, offset, self.left_padding, end)
         return self.keys_and_values()
 
     def extend(self, other: "BatchSegmentedKVCache") -> None:
-        end, length = self.size(), other.size()
-        if self.keys is None or other.keys is None or length > end:
-            # The rows are wider than the batch: all have to move.
-            self.drop_spare_rows()
-            other.drop_spare_rows()
-            super().extend(other)
-            return
-        n = self.n_rows
-        total = n + other.n_rows
-        if total > self.keys.shape[0]:
-            spare = total - n + n // 4
+        n, more = self.n_rows, other.n_rows
+        n_wider = other.end - self.end
+        if n_wider > 0:
+            self.widen(n_wider, other)
+        elif self.keys is not None and n + more > self.keys.shape[0]:
+            spare = more + n // 4
             self.keys, self.values = (
                 mx.concatenate([x[:n], mx.zeros((spare, *x.shape[1:]), x.dtype)])
                 for x in (self.keys, self.values)
             )
-        start = end - length
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            mine[n:total, :, start:end] = theirs[: other.n_rows, :, :length]
-        self.offset = mx.concatenate([self.offset, other.offset])
-        self.left_padding = mx.concatenate(
-            [self.left_padding, other.left_padding + start]
+        start, end = self.end - other.end, self.end
+        if other.end:
+            for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+                mine[n : n + more, :, start:end] = theirs[:more, :, : other.end]
+        self.rows = Rows([*self.rows.starts, *other.rows.moved(start).starts])
+
+    def widen(self, n: int, other: "BatchSegmentedKVCache") -> None:
+        """Move all rows ``n`` places to the right, with room for the rows of ``other``."""
+
+        def wider(mine: Optional[mx.array], theirs: mx.array) -> mx.array:
+            if mine is None:
+                shape = (self.n_rows, theirs.shape[1], 0, theirs.shape[3])
+                mine = mx.zeros(shape, theirs.dtype)
+            room = theirs.shape[2] - other.end
+            pads = [(0, other.n_rows), (0, 0), (n, room), (0, 0)]
+            return mx.pad(mine[: self.n_rows, :, : self.end], pads)
+
+        self.state = (
+            wider(self.keys, other.keys),
+            wider(self.values, other.values),
+            self.rows.moved(n),
+            other.end,
         )
 
     def stage(self, batch_indices: List[int]) -> List[mx.array]:
         """Prepare for ``filter``; gives what is best evaluated for all layers at once."""
-        if self.keys is None:
+        if self.keys is None or 2 * len(batch_indices) < self.keys.shape[0]:
             return []
-        if 2 * len(batch_indices) < self.keys.shape[0]:
-            return [self.left_padding]
         self.movers = [
             [mx.contiguous(x[i : i + 1]) for j, i in enumerate(batch_indices) if i != j]
             for x in (self.keys, self.values)
         ]
-        return [self.left_padding, *self.movers[0], *self.movers[1]]
+        return [*self.movers[0], *self.movers[1]]
 
     def filter(self, batch_indices: List[int]) -> None:
         """Keep these rows, in this order. Only those that move are copied, unless few are
         left or all have much padding."""
+        rows = self.rows.filter(batch_indices)
         if self.keys is None:
-            super().filter(batch_indices)
+            self.rows = rows
             return
-        n, end = len(batch_indices), self.size()
-        paddings = self.left_padding.tolist()
-        padding = min(paddings[i] for i in batch_indices)
-        self.offset = self.offset[batch_indices]
-        self.left_padding = self.left_padding[batch_indices]
-        narrow = padding >= max(32, end // 4)
-        if narrow or 2 * n < self.keys.shape[0]:
+        padding = min(rows.padding)
+        narrow = padding >= max(32, self.end // 4)
+        if narrow or 2 * len(batch_indices) < self.keys.shape[0]:
             # Worth a copy of all that stay.
             self.movers = None
             start = padding if narrow else 0
             self.state = (
                 self.keys[batch_indices, :, start:],
                 self.values[batch_indices, :, start:],
-                self.offset,
-                self.left_padding - start,
-                end - start,
+                rows.moved(-start),
+                self.end - start,
             )
             return
         # While one of them is lazy, the write would copy all rows.
         mx.eval(self.movers or self.stage(batch_indices))
         places = [j for j, i in enumerate(batch_indices) if i != j]
-        for x, rows in zip((self.keys, self.values), self.movers):
-            for j, row in zip(places, rows):
+        for x, movers in zip((self.keys, self.values), self.movers):
+            for j, row in zip(places, movers):
                 x[j : j + 1] = row
-        self.movers = None
+        self.rows, self.movers = rows, None
 
     def extract(self, idx: int) -> KVCache:
-        start, end = self.left_padding.tolist()[idx], self.size()
+        start, end = self.rows.padding[idx], self.end
         keys, values = (
             x[idx : idx + 1, :, start:end] for x in (self.keys, self.values)
         )
-        return KVCache.from_state((keys, values, keys.shape[2]))
+        return KVCache.from_state((keys, values, end - start))

@@ -21,8 +21,15 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from .segmented_cache import Arrays, SegmentedKVCache, join, slices
-from .sliding_cache import SlidingKVCache, in_order, spare
+from .rows import Rows
+from .segmented_cache import (
+    Arrays,
+    BatchSegmentedKVCache,
+    SegmentedKVCache,
+    join,
+    slices,
+)
+from .sliding_cache import BatchSlidingKVCache, SlidingKVCache, in_order, spare
 
 
 def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
@@ -260,3 +267,18 @@ def make_segmented_cache(model: Any) -> List[Any]:
         return SegmentedKVCache() if type(cache) is KVCache else cache
 
     return [segmented(cache) for cache in make_prompt_cache(model)]
+
+
+def tidy(caches: List[Any]) -> None:
+    """Drop the tokens that have left the windows, now and then; and let the layers in
+    which rows begin at the same places share what says so."""
+    known: List[Rows] = []
+    for c in leaves(caches):
+        if isinstance(c, BatchSlidingKVCache):
+            c.drop_old(spare(c.max_size))
+        if isinstance(c, BatchSegmentedKVCache):
+            same = [rows for rows in known if rows is c.rows or rows == c.rows]
+            if same:
+                c.rows = same[0]
+            else:
+                known.append(c.rows)

@@ -6,11 +6,12 @@ Rules:
    width.
 """
 
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
+from .rows import Rows
 from .segmented_cache import Arrays, BatchSegmentedKVCache, SegmentedKVCache
 
 
@@ -66,12 +67,12 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
         rows = [SegmentedKVCache(p, p[0][0].shape[2] if p else 0) for p in parts]
         batch = super().merge(rows)
         batch.max_size = caches[0].max_size
-        batch.offset = mx.array([c.offset for c in caches])
+        batch.rows = Rows([c.offset - batch.end for c in caches])
         return batch
 
     def drop_old(self, n_spare: int = 0) -> None:
         """Drop what has left the window, if that is more than ``n_spare`` tokens."""
-        end = self.size()
+        end = self.end
         n = end - self.max_size
         if n <= n_spare:
             return
@@ -84,15 +85,14 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
         self.state = (
             newest(self.keys),
             newest(self.values),
-            self.offset,
-            mx.maximum(self.left_padding - n, 0),
+            self.rows.moved(-n),
             self.max_size,
         )
 
     def make_mask(
-        self, N: int, window_size: Optional[int] = None, return_array: bool = False
-    ) -> mx.array:
-        return super().make_mask(N, window_size=window_size or self.max_size)
+        self, N: int, return_array: bool = False, window_size: Optional[int] = None
+    ) -> Any:
+        return super().make_mask(N, return_array, window_size or self.max_size)
 
     def extend(self, other: "BatchSlidingKVCache") -> None:
         other.drop_old()
@@ -100,6 +100,6 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
 
     def extract(self, idx: int) -> SlidingKVCache:
         cache = super().extract(idx)
-        offset = self.offset.tolist()[idx]
+        offset = self.rows.starts[idx] + self.end
         state = (cache.keys, cache.values, offset, 0, self.max_size, cache.offset)
         return SlidingKVCache.from_state(state)

@@ -6,13 +6,12 @@ from helpers import Reference, peak_memory, read, submit, texts
 from mlx_lm.models.cache import ConcatenateKVCache
 from tiny_models import CONFIGS
 
-from mlx_lm_ext._upstream import drop_old
 from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.device import device_memory
+from mlx_lm_ext.device import device_memory, give_back_freed
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.kv_memory import KVMemory
-from mlx_lm_ext.segments import make_segmented_cache
+from mlx_lm_ext.segments import make_segmented_cache, tidy
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4
@@ -25,7 +24,7 @@ def test_size_is_that_of_the_caches(architecture, n_tokens, model_folder):
     rows = [make_segmented_cache(model) for _ in range(3)]
     caches = [row[0].merge(list(row)) for row in zip(*rows)]
     for n in (n_tokens - 1, 1):
-        drop_old(caches)
+        tidy(caches)
         model(mx.zeros((3, n), dtype=mx.int32), cache=caches)
     held, size = sum(c.nbytes for c in caches), KVMemory(model).nbytes(3, n_tokens)
     if n_tokens > 256 and architecture == "gemma3_text":
@@ -45,6 +44,16 @@ def test_size_is_known_without_running_the_model(model_folder):
 def test_limit_is_what_the_device_has_beside_the_model(model_folder):
     limit = KVMemory(Reference(model_folder()).model).limit
     assert device_memory() * 0.8 < limit < device_memory() * 0.9
+
+
+@pytest.mark.parametrize("freed, is_given_back", [(100, False), (101, True)])
+def test_freed_memory_is_given_back_when_it_is_much(freed, is_given_back, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 400)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: freed)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(True))
+    give_back_freed()
+    assert bool(cleared) is is_given_back
 
 
 def test_unknown_cache_type_is_not_bounded(model_folder, monkeypatch, caplog):

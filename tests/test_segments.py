@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 from mlx_lm_ext.examples import join_and_leave
 from mlx_lm_ext.radix_cache import RadixPromptCache
 from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache
-from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache
+from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache, tidy
 from mlx_lm_ext.sliding_cache import BatchSlidingKVCache
 
 TOKENS = list(range(10))
@@ -274,11 +274,37 @@ def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
     assert batch[0].size() <= max(longest + 32, longest * 4 / 3)
 
 
+def layers_of(*lengths):
+    """The layers of a batch whose rows have so many tokens."""
+    rows = [make("KVCache", TOKENS[:n]) for n in lengths]
+    return [BatchSegmentedKVCache.merge(list(layer)) for layer in zip(*rows)]
+
+
+def test_mask_is_an_array_only_if_rows_begin_at_different_places():
+    batch = layers_of(5, 5)[0]
+    assert batch.make_mask(1) is None
+    assert batch.make_mask(3) == "causal"
+    assert batch.make_mask(3, return_array=True).shape == (3, 8)
+    # No token has left the window yet.
+    assert batch.make_mask(1, window_size=6) is None
+    assert batch.make_mask(1, window_size=5).tolist() == [[False] + [True] * 5]
+    batch.extend(layers_of(3)[0])
+    seen = batch.make_mask(1)[:, 0, 0].tolist()
+    assert seen == [[True] * 6] * 2 + [[False] * 2 + [True] * 4]
+
+
+def test_layers_share_where_their_rows_begin():
+    layers = layers_of(3, 5)
+    for layer, row in zip(layers, layers_of(9)):
+        layer.extend(row)
+    tidy(layers)
+    assert layers[0].offset is layers[1].offset
+    feed([layers[0]], TOKENS, 9, 10)
+    assert [layer.offset.tolist() for layer in layers] == [[4, 6, 10], [3, 5, 9]]
+
+
 def test_rows_can_be_put_in_another_order():
-    batch = merge([make("KVCache", TOKENS[:n]) for n in (3, 5, 9)])
-    batch = [
-        BatchSegmentedKVCache.merge([c.extract(i) for i in range(3)]) for c in batch
-    ]
+    batch = layers_of(3, 5, 9)
     for cache in batch:
         cache.filter([2, 0])
     for i, n in enumerate((9, 3)):

@@ -23,7 +23,9 @@ def run(batch, rows, n):
     """Run ``n`` more tokens of each row, as a model does; checks what each token sees."""
     new = [kv(tokens, len(tokens) - n, len(tokens)) for tokens in rows]
     batch.drop_old(n_spare=2)
-    mask = batch.make_mask(n)
+    mask = batch.make_mask(n, return_array=True)
+    if mask is None:
+        mask = mx.array(True)
     keys, values = batch.update_and_fetch(*(mx.concatenate(x) for x in zip(*new)))
     mask = mx.broadcast_to(mask, (len(rows), 1, n, keys.shape[2])).tolist()
     for i, tokens in enumerate(rows):
