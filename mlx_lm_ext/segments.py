@@ -38,10 +38,11 @@ def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
         arrays = slices(arrays, start, stop)
 
     def copied(x):
-        # Of one head a slice is contiguous: mx.contiguous would share the buffer of a
-        # parent that is only a little larger.
-        has_heads = x.ndim == 4 and x.shape[1] > 1
-        return mx.contiguous(x) if has_heads else mx.concatenate([x, x[:0]])
+        # What is contiguous already, as a row's state or a slice of one head,
+        # mx.contiguous would leave in the buffer of a parent that is only a little larger.
+        if stop is None or x.shape[1] == 1:
+            return mx.concatenate([x, x[:0]])
+        return mx.contiguous(x)
 
     return [None if x is None else copied(x) for x in arrays]
 

@@ -11,6 +11,7 @@ from helpers import active_memory, peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
+    ArraysCache,
     BatchKVCache,
     CacheList,
     ConcatenateKVCache,
@@ -146,6 +147,19 @@ def test_segments_own_their_memory():
 def trimmed(cache, n):
     trim_prompt_cache([cache], n)
     return cache
+
+
+def test_states_own_their_memory():
+    # One row of a batch of states is contiguous, however many heads it has.
+    before = active_memory()
+    mx.clear_cache()
+    batch = ArraysCache(1)
+    batch[0] = mx.zeros((3, 4, 16, 16))
+    mx.eval(batch.state)
+    cache = RadixPromptCache()
+    cache.insert_cache("m", TOKENS, [batch.extract(1)])
+    del batch
+    assert active_memory() - before == cache.nbytes
 
 
 def test_hit_is_used_alone_like_the_cache_it_was():
