@@ -14,6 +14,7 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
 
 from .request import Request, Token
+from .stop_words import StopWords
 
 
 @dataclass
@@ -53,10 +54,7 @@ class Delivery:
         is_chat = request.completion.request_type == "chat"
         machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
         self.state = machine.make_state(request.initial_state)
-        self.stop_words = request.args.stop_words
-        # The state None ends the answer.
-        stops = [(word, None) for word in self.stop_words]
-        self.stop_state = TextStateMachine({"normal": stops}).make_state()
+        self.stop_words = StopWords(request.args.stop_words)
         self.tool_text = ""
         self.made_tool_call = False
 
@@ -73,7 +71,7 @@ class Delivery:
         delta = Delta()
         # One by one, so that a stop word ends the answer at the same token
         # however many have piled up.
-        groups = [[t] for t in tokens] if self.stop_words else [tokens]
+        groups = [[t] for t in tokens] if self.stop_words.words else [tokens]
         for group in groups:
             delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
@@ -108,19 +106,15 @@ class Delivery:
                 self.add_text(piece, delta)
         if last:
             self.end_tool_call(delta)
-            self.stop_state, rest, _ = TextStateMachine.flush(self.stop_state)
-            delta.text += rest
+            delta.text += self.stop_words.flush()
 
     def add_text(self, text: str, delta: Delta) -> None:
         """Add to the answer, up to the first stop word."""
-        if self.stop_state[0] is None:
-            return
-        self.stop_state, segments = TextStateMachine.split(self.stop_state, text)
-        delta.text += "".join(piece for _, piece in segments)
-        if self.stop_state[0] is None:
-            # What follows the stop word is not part of the answer.
-            self.stop_state = (None, None, {}, "")
-            delta.finish_reason = "stop"
+        # What follows the stop word is not part of the answer.
+        if not self.stop_words.found:
+            delta.text += self.stop_words.split(text)
+            if self.stop_words.found:
+                delta.finish_reason = "stop"
 
     def end_tool_call(self, delta: Delta) -> None:
         """Parse the tool text, if there is any. What is no call stays text."""
