@@ -12,6 +12,7 @@ import gc
 import logging
 from collections import deque
 from dataclasses import replace
+from math import inf
 from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any, Deque, Dict, List, Optional
@@ -57,6 +58,8 @@ class Engine(ResponseGeneratorBase):
         self.waiting: Deque[Request] = deque()
         # Whether the waiting list or the batch has changed since it was put in order.
         self.changed = False
+        # When the first of all requests runs out of time.
+        self.deadline = inf
         # Those that were cancelled since the last step.
         self.cancelled = SimpleQueue()
         # How many rows may run: fewer for a while after a step failed.
@@ -214,19 +217,22 @@ class Engine(ResponseGeneratorBase):
                 if request is not None and not request.cancelled:
                     self.waiting.append(request)
                     self.changed = True
+                    self.deadline = min(self.deadline, request.deadline)
                 block = False
         except Empty:
             pass
 
     def drop_unwanted(self) -> None:
         """Take out the requests that were cancelled or have taken too long."""
-        if self.cli_args.request_timeout is not None:
-            for request in (*self.waiting, *self.batch.requests):
+        if self.policies.clock() >= self.deadline:
+            requests = [*self.waiting, *self.batch.requests]
+            for request in requests:
                 try:
                     request.check_time()
                 except RequestError as e:
                     request.put(e)
                     request.cancel()
+            self.deadline = min((r.deadline for r in requests), default=inf)
         gone = set()
         while not self.cancelled.empty():
             request = self.cancelled.get()

@@ -7,6 +7,7 @@ Rules:
 
 import time
 from dataclasses import dataclass, field
+from math import inf
 from queue import SimpleQueue
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
@@ -150,9 +151,14 @@ class Request(RequestInfo):
         self.cancelled = True
         self.cancellations.put(self)
 
+    @property
+    def deadline(self) -> float:
+        """When it ends unfinished, on its clock."""
+        return inf if self.timeout is None else self.arrival + self.timeout
+
     def check_time(self) -> None:
         """Raise a 408 ``RequestError`` if it has taken too long."""
-        if self.timeout is not None and self.clock() - self.arrival >= self.timeout:
+        if self.clock() >= self.deadline:
             raise RequestError(
                 408,
                 f"the request took longer than {self.timeout:g} seconds, the server's "

@@ -51,7 +51,7 @@ class Simulation:
     def __init__(self, start_engine, arrivals, *argv, cancels={}):
         self.now = 0.0
         self.arrivals, self.cancels = arrivals, cancels
-        self.jobs, self.ended = [], Counter()
+        self.jobs, self.ended, self.end_times = [], Counter(), {}
         self.over = threading.Event()
         # (rows, tokens of each, whether a stream had begun) of each prefill.
         self.prefills = []
@@ -65,6 +65,7 @@ class Simulation:
 
             def forget(self, request):
                 simulation.ended[request] += not request.forgotten
+                simulation.end_times.setdefault(request, simulation.now)
                 super().forget(request)
 
         flags = f"--prefill-budget {BUDGET} --prefill-step-size {LIMIT}".split()
@@ -177,13 +178,19 @@ def test_no_load_keeps_a_request_waiting_beyond_the_bound(name, start_engine):
 @pytest.mark.parametrize("batch_size", ["1", "2"])
 def test_request_past_its_time_leaves_at_the_next_step(batch_size, start_engine):
     rng = random.Random(0)
-    arrivals = [(0.0, prompt(rng, 300), dict(max_tokens=n)) for n in (3000, 500)]
+    arrivals = [(t, prompt(rng, 300), dict(max_tokens=3000)) for t in (0.0, 1.0)]
     flags = ["--request-timeout", "1.5", "--batch-size", batch_size]
     done = Simulation(start_engine, arrivals, *flags)
     for job in done.jobs:
         with pytest.raises(RequestError, match="longer than 1.5 seconds") as e:
             read(job)
         assert e.value.status == 408
-    assert 1.5 <= done.now <= 1.5 + 2 * TOKEN_TIME
-    begun = [bool(job.generated) for job in done.jobs]
-    assert begun == [True, batch_size == "2"]
+        assert 1.5 <= done.end_times[job] - job.arrival <= 1.5 + 2 * TOKEN_TIME
+
+
+def test_request_that_waits_past_its_time_never_starts(start_engine):
+    rng = random.Random(0)
+    arrivals = [(t, prompt(rng, 300), dict(max_tokens=3000)) for t in (0.0, 0.01)]
+    flags = ["--request-timeout", "1.5", "--batch-size", "1"]
+    done = Simulation(start_engine, arrivals, *flags)
+    assert [bool(job.generated) for job in done.jobs] == [True, False]
