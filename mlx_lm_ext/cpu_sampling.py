@@ -3,13 +3,12 @@
 MLX's CPU backend takes 20 times longer for an exponential, and 35 times for a sort.
 """
 
-from typing import TYPE_CHECKING, List
+from typing import List
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from .sampling import Row
+from .sampling_row import Row
 
 # Of how many of a row's most likely tokens a nucleus is looked for first.
 NUCLEUS_GUESS = 64
@@ -53,7 +52,7 @@ def nucleus(p: np.ndarray, top_p: float) -> float:
     return falling[find(falling, top_p, "left")]
 
 
-def possible(x: np.ndarray, row: "Row", u: float, exempt: List[int]) -> np.ndarray:
+def possible(x: np.ndarray, row: Row, u: float, exempt: List[int]) -> np.ndarray:
     """The tokens of a row that its parameters leave.
 
     Args:
@@ -76,7 +75,7 @@ def possible(x: np.ndarray, row: "Row", u: float, exempt: List[int]) -> np.ndarr
     return ids
 
 
-def sample_row(x: np.ndarray, row: "Row", u: np.ndarray, exempt: List[int]) -> int:
+def sample_row(x: np.ndarray, row: Row, u: np.ndarray, exempt: List[int]) -> int:
     """Draw a token of one row."""
     x = x - x.max()
     if not row.filters:
@@ -85,9 +84,7 @@ def sample_row(x: np.ndarray, row: "Row", u: np.ndarray, exempt: List[int]) -> i
     return ids[find(np.exp(x[ids] / row.temperature), float(u[0]), "right")]
 
 
-def sample(
-    x: mx.array, rows: List["Row"], keys: mx.array, exempt: List[int]
-) -> mx.array:
+def sample(x: mx.array, rows: List[Row], keys: mx.array, exempt: List[int]) -> mx.array:
     """Draw a token of each row: see ``gpu_sampling.sample``."""
     uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
     tokens = map(

@@ -1,16 +1,18 @@
 """Draws the tokens of all rows with MLX, in calls that the host does not wait for."""
 
-from typing import TYPE_CHECKING, Dict, List
+from typing import Dict, List
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from .sampling import Row
+from .sampling_row import Row
 
 
 def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
     """The smallest logit of each row's nucleus; -inf for a ``top_p`` outside (0, 1).
+
+    All are sorted: to look among the k largest first would gain nothing, for MLX sorts all
+    to find those on a GPU.
 
     Args:
         x (mx.array): Logits of shape (rows, vocabulary).
@@ -78,7 +80,7 @@ def draw(x: mx.array, keys: mx.array) -> mx.array:
     return mx.argmax(x - mx.log(-mx.log1p(-uniform)), axis=-1)
 
 
-def collect(rows: List["Row"]) -> Dict[str, mx.array]:
+def collect(rows: List[Row]) -> Dict[str, mx.array]:
     """The parameters that some of the rows use, each of shape (rows, 1)."""
     columns = {"temperature": [row.temperature for row in rows]}
     if any(0 < row.top_p < 1 for row in rows):

@@ -5,17 +5,9 @@ Rules:
    in the same order: top-p, min-p, XTC, top-k, temperature.
 2. What a row draws depends on its logits, its seed and how many tokens it has: never on
    the other rows, on streaming or on what was cached.
-
-A row's n-th token, counted from 0, is drawn with MLX's generator (threefry) and the key
-``(a, b + n)``, modulo 2**32. For a ``seed``, a and b are the first two little-endian words
-of the BLAKE2b hash of its decimal digits; without one, they are random.
 """
 
-import secrets
-import struct
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import List, Optional, Tuple
+from typing import List
 
 import mlx.core as mx
 import numpy as np
@@ -23,34 +15,7 @@ import numpy as np
 from . import cpu_sampling, gpu_sampling
 from .device import on_cpu
 from .interfaces import BatchSampler
-
-
-def make_key(seed: Optional[int]) -> Tuple[int, int]:
-    """The two words that a row's keys start from."""
-    if seed is None:
-        raw = secrets.token_bytes(8)
-    else:
-        raw = blake2b(str(seed).encode(), digest_size=8).digest()
-    return struct.unpack("<2I", raw)
-
-
-@dataclass
-class Row:
-    """The parameters of one row, and the key of its first token."""
-
-    temperature: float
-    top_p: float
-    min_p: float
-    top_k: int
-    xtc_probability: float
-    xtc_threshold: float
-    key: Tuple[int, int]
-
-    def __post_init__(self):
-        # Whether some tokens cannot be drawn.
-        self.filters = (
-            0 < self.top_p < 1 or self.min_p or self.top_k or self.xtc_probability > 0
-        )
+from .sampling_row import Row, make_key
 
 
 class DefaultSampler(BatchSampler):
