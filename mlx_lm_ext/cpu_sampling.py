@@ -18,6 +18,14 @@ BLOCK = 128
 collect = list
 
 
+def below_highest(x: np.ndarray) -> np.ndarray:
+    """The logits of a row, less the highest. Those that are infinite become equal, and all
+    do in a row that says nothing: with NaN, or of -inf only."""
+    highest = x.max()
+    x = x - highest
+    return x if np.isfinite(highest) else np.nan_to_num(x, nan=0.0, neginf=-np.inf)
+
+
 def find(values: np.ndarray, share: float, side: str) -> int:
     """Where the sum of the values, none of them negative, reaches a share of all."""
     blocks = np.add.reduceat(values, np.arange(0, len(values), BLOCK))
@@ -77,7 +85,7 @@ def possible(x: np.ndarray, row: Row, u: float, exempt: List[int]) -> np.ndarray
 
 def sample_row(x: np.ndarray, row: Row, u: np.ndarray, exempt: List[int]) -> int:
     """Draw a token of one row."""
-    x = x - x.max()
+    x = below_highest(x)
     if not row.filters:
         return find(np.exp(x / row.temperature), float(u[0]), "right")
     ids = possible(x, row, u[1], exempt)
@@ -94,4 +102,5 @@ def sample(x: mx.array, rows: List[Row], keys: mx.array, exempt: List[int]) -> m
         np.array(uniform),
         [exempt] * len(rows),
     )
-    return mx.array(np.fromiter(tokens, np.uint32, len(rows)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return mx.array(np.fromiter(tokens, np.uint32, len(rows)))

@@ -8,6 +8,12 @@ import numpy as np
 from .sampling_row import Row
 
 
+def below_highest(x: mx.array) -> mx.array:
+    """See ``cpu_sampling.below_highest``; of shape (rows, vocabulary)."""
+    x = x - x.max(axis=-1, keepdims=True)
+    return mx.where(mx.isnan(x), 0.0, x)
+
+
 def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
     """The smallest logit of each row's nucleus; -inf for a ``top_p`` outside (0, 1).
 
@@ -138,5 +144,6 @@ def sample(
     Returns:
         mx.array: Token ids of shape (rows,).
     """
-    x = apply_filters(x.astype(mx.float32), columns, keys, exempt)
+    x = below_highest(x.astype(mx.float32))
+    x = apply_filters(x, columns, keys, exempt)
     return draw(x / columns["temperature"], keys)

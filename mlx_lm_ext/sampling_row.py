@@ -21,6 +21,11 @@ def make_key(seed: Optional[int]) -> Tuple[int, int]:
     return struct.unpack("<2I", raw)
 
 
+# What is smaller would divide by 0 in float32, and is one with it as far as logits tell.
+MIN_TEMPERATURE = 1e-6
+MIN_TOP_P = 1e-30
+
+
 @dataclass
 class Row:
     """The parameters of one row, and the key of its first token."""
@@ -34,6 +39,10 @@ class Row:
     key: Tuple[int, int]
 
     def __post_init__(self):
+        if self.temperature:
+            self.temperature = max(self.temperature, MIN_TEMPERATURE)
+        if self.top_p:
+            self.top_p = max(self.top_p, MIN_TOP_P)
         # Whether some tokens cannot be drawn.
         self.filters = (
             0 < self.top_p < 1 or self.min_p or self.top_k or self.xtc_probability > 0

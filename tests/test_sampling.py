@@ -195,6 +195,36 @@ def test_draw_tells_small_random_numbers_apart(uniform, token, monkeypatch):
     assert gpu_sampling.draw(x, mx.zeros((1, 2), mx.uint32)).item() == token
 
 
+ODD_LOGITS = {
+    "infinite": ([0.0, np.inf, 1.0, np.inf, -np.inf], {1, 3}),
+    "nothing left": ([-np.inf] * 5, {0, 1, 2, 3, 4}),
+    "not a number": ([0.0, np.nan, 1.0, 2.0, 3.0], {0, 1, 2, 3, 4}),
+    "lowest float": ([0.0, np.finfo(np.float32).min] * 2 + [1.0], {0, 2, 4}),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LOGITS)
+@pytest.mark.parametrize("body", [{}, {"top_p": 0.999}, {"min_p": 1e-9}], ids=str)
+def test_odd_logits_give_tokens_that_there_are(odd, body, device):
+    logits, possible = ODD_LOGITS[odd]
+    x = np.tile(np.array(logits, np.float32), (300, 1))
+    sampler = make_rows([dict(temperature=1.0, seed=i, **body) for i in range(300)])
+    assert set(sampler(mx.array(x)).tolist()) == possible
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"temperature": t} for t in (1e-5, 1e-38, 1e-46, 1e-310)]
+    + [{"temperature": 1.0, "top_p": 1e-50}],
+    ids=str,
+)
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_parameters_next_to_nothing_choose_the_most_likely(body, shift, device):
+    x = np.stack([logits_of(300, seed) + shift for seed in range(20)])
+    sampler = make_rows([body | {"seed": i} for i in range(20)])
+    assert sampler(mx.array(x)).tolist() == x.argmax(axis=-1).tolist()
+
+
 def test_greedy_rows_cost_an_argmax_only(monkeypatch):
     monkeypatch.setattr(DefaultSampler, "sample", None)
     sampler = make_rows([{}] * 3)
