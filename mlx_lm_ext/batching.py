@@ -8,7 +8,7 @@ Rules:
 
 import logging
 from itertools import accumulate
-from typing import Any, Collection, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, Iterable, List, Optional, Set, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -20,7 +20,7 @@ from .model_provider import BatchModelProvider
 from .policies import Policies
 from .prefill import chunk_width, step_size
 from .radix_cache import RadixPromptCache
-from .radix_tree import n_common
+from .radix_tree import Node, n_common
 from .request import Request, ResumedStopSequences, Token
 from .row_samplers import RowSampler
 from .segments import make_segmented_cache
@@ -143,7 +143,7 @@ class Batch:
         )
         self.active[uid] = request
         self.prefilling.add(uid)
-        request.n_run, request.leader = n_cached, None
+        request.n_run, request.leader, request.shared_by = n_cached, None, None
         request.start()
 
     # Prefixes that are being run
@@ -176,7 +176,7 @@ class Batch:
             return False
         if n_shared < self.n_known(request) + MIN_SHARED:
             return False
-        leader = request.leader = self.active[uid]
+        leader = request.leader = request.shared_by = self.active[uid]
         request.n_shared = n_shared
         leader.has_followers = True
         if not self.can_cut:
@@ -186,10 +186,15 @@ class Batch:
     def n_known(self, request: Request) -> int:
         return self.prompt_cache.search(request.cache_key, request.prompt).n_tokens
 
-    def forget_shared(self) -> None:
-        """Drop the KV that nobody waits for any more, if none is to be kept."""
-        if not self.caching:
-            self.prompt_cache.trim_to(n_bytes=0)
+    def forget_shared(self, waiting: Iterable[Request]) -> None:
+        """Drop the KV that none of those who wait needs, if none is to be kept."""
+        if self.caching or not self.prompt_cache:
+            return
+        keep: Set[Node] = set()
+        for leader in {r.shared_by for r in waiting} - {None}:
+            match = self.prompt_cache.search(leader.cache_key, leader.prompt)
+            keep.update(match.node.path if match.node else ())
+        self.prompt_cache.evict(0, 0, keep)
 
     def remove(self, requests: Collection[Request]) -> None:
         """Take requests out before they end; what they have run stays in the cache."""

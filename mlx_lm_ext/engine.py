@@ -176,6 +176,7 @@ class Engine(ResponseGeneratorBase):
             try:
                 self.drop_unwanted()
                 self.admit()
+                self.batch.forget_shared(self.waiting)
                 self.step()
             except Exception as e:
                 self.recover(e)
@@ -263,7 +264,6 @@ class Engine(ResponseGeneratorBase):
         """Start waiting requests in their order, as long as there is room."""
         if self.changed and self.waiting and len(self.batch) < self.limit:
             self.order_waiting()
-        follows = False
         for request in list(self.waiting):
             if len(self.batch) >= self.limit or self.stopping:
                 return
@@ -271,7 +271,6 @@ class Engine(ResponseGeneratorBase):
             if self.batch and (other_model or not self.is_batchable(request)):
                 return
             if self.batch and self.batch.must_wait(request):
-                follows = True
                 continue
             if not self.batch.can_start(request):
                 return
@@ -286,8 +285,6 @@ class Engine(ResponseGeneratorBase):
                     self.serve_alone(request)
             except Exception as e:
                 self.fail(request, e)
-        if not follows:
-            self.batch.forget_shared()
 
     def order_waiting(self) -> None:
         """Put the waiting requests in the order of the scheduler policy."""
@@ -361,6 +358,7 @@ class Engine(ResponseGeneratorBase):
             # None fails by itself: together they were too many.
             self.limit = max(1, len(suspects) // 2)
         self.waiting.extendleft(reversed(innocent))
+        self.deadline = min([self.deadline, *(r.deadline for r in innocent)])
 
     def isolate(self, suspects: List[Request], error: Exception) -> None:
         """Run ever smaller halves apart until the ones that raise are alone."""

@@ -234,8 +234,8 @@ class SchedulerPolicy(ABC):
 class BatchSampler(ABC):
     """Chooses the next tokens of those rows of the batch that use it.
 
-    One object is made for each request, on the row of which it is called alone once.
-    Then its row joins the others': ``extend`` gives it to the object that has them.
+    One object is made for each request. If others use the sampler already, its row joins
+    theirs before it is ever called: ``extend`` gives it to the object that has them.
     A sampler without state for each row needs ``__call__`` only.
 
     Args:

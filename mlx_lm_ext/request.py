@@ -61,6 +61,7 @@ class Request(RequestInfo):
         n_run (int): Tokens of its prompt whose KV it has.
         leader (Optional[Request]): Who runs a prefix of its prompt, for which it waits.
         n_shared (int): The tokens of that prefix.
+        shared_by (Optional[Request]): Who runs it, or has run it, until this one starts.
         has_followers (bool): Whether others wait for what it runs.
         shares (bool): False once it has waited in vain.
         mailbox (Mailbox): Takes its events to the handler.
@@ -81,6 +82,7 @@ class Request(RequestInfo):
     n_run: int = 0
     leader: Optional["Request"] = None
     n_shared: int = 0
+    shared_by: Optional["Request"] = None
     has_followers: bool = False
     shares: bool = True
     started: Optional[float] = None

@@ -73,6 +73,31 @@ def test_same_prompt_of_several_is_run_once(architecture, model_folder, start_to
     assert n_run(jobs) == len(PREFIX) + 4
 
 
+@pytest.mark.parametrize("architecture", ["llama", "falcon_h1"])
+def test_without_a_cache_only_what_is_waited_for_is_kept(
+    architecture, start_together, start_engine
+):
+    kept = []
+
+    def step(self):
+        kept.append(self.prompt_cache.nbytes)
+        return Batch.step(self)
+
+    engine = start_together(architecture, "--batch-size", "3", step=step)
+    # Pairs that share a prefix: while some run, others wait.
+    prefixes = [str(i) + PREFIX * 4 for i in range(12)]
+    jobs = [submit(engine, p + end, max_tokens=3) for p in prefixes for end in "ab"]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert sum(job.n_matched > 0 for job in jobs) > 4
+    cached = start_engine(architecture, "--use-prompt-cache")
+    for job in jobs:
+        read(submit(cached, job.completion.prompt, max_tokens=3))
+    # No more than three pairs of the twelve have.
+    assert 0 < max(kept) <= cached.prompt_cache.nbytes / 4
+
+
 def test_other_prompts_do_not_wait(start_together):
     started = []
 

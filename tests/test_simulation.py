@@ -3,6 +3,7 @@
 A token of a step, padding included, takes a millisecond, and no thread sleeps.
 """
 
+import math
 import random
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from helpers import read, submit
 from mlx import nn
 from mlx_lm.models.cache import KVCache
 
+from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.scheduling import POLICIES
@@ -194,3 +196,24 @@ def test_request_that_waits_past_its_time_never_starts(start_engine):
     flags = ["--request-timeout", "1.5", "--batch-size", "1"]
     done = Simulation(start_engine, arrivals, *flags)
     assert [bool(job.generated) for job in done.jobs] == [True, False]
+
+
+def test_failed_step_leaves_the_others_their_time(start_engine, monkeypatch):
+    def isolate(self, suspects, error):
+        self.batch.close()
+        # As after a look at the time of those that run apart.
+        self.deadline = math.inf
+
+    def step(self):
+        if self.steps == 9:
+            self.steps += 1
+            raise ArithmeticError("a step failed")
+        return original(self)
+
+    original = Batch.step
+    monkeypatch.setattr(Engine, "isolate", isolate)
+    monkeypatch.setattr(Batch, "step", step)
+    arrivals = [(t, prompt(random, 30), dict(max_tokens=3000)) for t in (0.0, 0.1)]
+    done = Simulation(start_engine, arrivals, "--request-timeout", "1.5")
+    for job in done.jobs:
+        assert 1.5 <= done.end_times[job] - job.arrival <= 1.5 + 2 * TOKEN_TIME
