@@ -134,6 +134,14 @@ class Delivery:
             self.add_text(text, delta)
 
 
+# As in OpenAI's API: JSON has no infinity, which tokens that are ruled out have.
+LEAST_LOGPROB = -9999.0
+
+
+def in_json(logprob: float) -> float:
+    return max(LEAST_LOGPROB, logprob)
+
+
 def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
     """OpenAI's ``logprobs`` of a chat choice."""
 
@@ -141,7 +149,12 @@ def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
         text = decode([token_id])
         # Part of a character has no text, and its bytes are lost in decoding.
         raw = None if "\ufffd" in text else list(text.encode())
-        return {"id": token_id, "token": text, "bytes": raw, "logprob": logprob}
+        return {
+            "id": token_id,
+            "token": text,
+            "bytes": raw,
+            "logprob": in_json(logprob),
+        }
 
     return {
         "content": [
@@ -155,6 +168,6 @@ def text_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
     """OpenAI's ``logprobs`` of a text completion choice."""
     return {
         "tokens": [decode([t.id]) for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{decode([i]): p for i, p in t.top} for t in tokens],
+        "token_logprobs": [in_json(t.logprob) for t in tokens],
+        "top_logprobs": [{decode([i]): in_json(p) for i, p in t.top} for t in tokens],
     }

@@ -77,6 +77,9 @@ FIELDS = {
     "cache_salt": Field(str),
 }
 
+# The time to look for one grows with its square.
+MAX_STOP_WORD = 1000
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -212,6 +215,9 @@ def parse_stop(body: Dict[str, Any]) -> List[str]:
         raise RequestError(
             400, "stop must be a string or an array of non-empty strings", "stop"
         )
+    if any(len(word) > MAX_STOP_WORD for word in words):
+        message = f"stop words may have {MAX_STOP_WORD} characters at most"
+        raise RequestError(400, message, "stop")
     return words
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
-from helpers import Reference, call, complete, stream, streamed_text, texts
+from helpers import Reference, call, complete, plugin, stream, streamed_text, texts
 from PIL import Image
 from tiny_models import CONFIGS
 
@@ -110,6 +110,29 @@ def test_logprobs_are_the_same_streamed_and_not(start_server):
     assert [e["logprob"] for e in streamed] == pytest.approx(
         [e["logprob"] for e in content], abs=1e-4
     )
+
+
+def test_logprobs_of_tokens_that_are_ruled_out_are_json(start_server):
+    def processors(request, tokenizer, args):
+        def only_a(tokens, logits):
+            return mx.where(mx.arange(logits.shape[-1]) == a, logits, -mx.inf)
+
+        a = tokenizer.encode("a")[0]
+        return [only_a]
+
+    rules = plugin(mlx_lm_make_logits_processors=processors)
+    _, port = start_server(plugin=rules)
+    body = dict(max_tokens=2, temperature=1.0)
+    _, answer = call(
+        port, "POST", "/v1/completions", body | dict(prompt="b", logprobs=2)
+    )
+    tops = answer["choices"][0]["logprobs"]["top_logprobs"]
+    assert [sorted(top.values()) for top in tops] == [[-9999.0, 0.0]] * 2
+    body |= dict(messages=HELLO, logprobs=True, top_logprobs=2)
+    _, answer = call(port, "POST", "/v1/chat/completions", body)
+    for entry in answer["choices"][0]["logprobs"]["content"]:
+        assert entry["logprob"] == 0.0
+        assert [top["logprob"] for top in entry["top_logprobs"]] == [0.0, -9999.0]
 
 
 def test_text_completion_has_logprobs_of_its_own_shape(start_server):
@@ -272,6 +295,7 @@ BAD_BODIES = [
     (chat(seed=2**64), "seed"),
     (chat(stop=7), "stop"),
     (chat(stop=[""]), "stop"),
+    (chat(stop=["x", "y" * 1001]), "stop"),
     (chat(logit_bias=[1]), "logit_bias"),
     (chat(logit_bias={"x": 1}), "logit_bias"),
     (chat(logit_bias={"1": "x"}), "logit_bias"),

@@ -91,6 +91,8 @@ def test_without_a_cache_only_what_is_waited_for_is_kept(
     for job in jobs:
         read(job)
     assert sum(job.n_matched > 0 for job in jobs) > 4
+    # No request holds those before it.
+    assert not any(job.shared_by for job in jobs)
     cached = start_engine(architecture, "--use-prompt-cache")
     for job in jobs:
         read(submit(cached, job.completion.prompt, max_tokens=3))
