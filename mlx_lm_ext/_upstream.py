@@ -321,6 +321,18 @@ class LeanBatchGenerator(BatchGenerator):
         return [len(row[0]) for row in rows if len(row) > 1 or len(row[0]) > 1]
 
     @property
+    def kv_shape(self) -> Tuple[int, int]:
+        """Rows, spare ones included, and places of tokens in the KV of what decodes."""
+        layers = leaves(self._generation_batch.prompt_cache)
+        shapes = [
+            (c.keys.shape[0], c.end)
+            for c in layers
+            if isinstance(c, BatchSegmentedKVCache) and c.keys is not None
+        ]
+        n_rows, end = zip(*shapes) if shapes else ((0,), (0,))
+        return max(n_rows), max(end)
+
+    @property
     def generation_batch(self) -> LeanGenerationBatch:
         return self._generation_batch
 

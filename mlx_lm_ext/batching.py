@@ -90,7 +90,7 @@ class Batch:
             return True
         if len(self.prefilling) >= self.generator.prefill_batch_size:
             return False
-        if not self.kv_memory.fits([*self.requests, request]):
+        if not self.fits(request):
             return False
         prompts = [self.active[uid] for uid in self.prefilling]
         left = [r.n_prompt - r.n_run for r in prompts]
@@ -98,6 +98,13 @@ class Batch:
             # It need not wait until a long one is done.
             left = [n for n in left if n <= self.budget // 4]
         return sum(left) < self.budget
+
+    def fits(self, request: Request) -> bool:
+        """Whether the KV of a request fits beside that of the others, if there are any."""
+        requests = self.requests
+        return not requests or self.kv_memory.fits(
+            [*requests, request], *self.generator.kv_shape
+        )
 
     def add(self, request: Request) -> None:
         """Add a request. It goes on after the tokens that it has already.

@@ -164,6 +164,8 @@ class Engine(ResponseGeneratorBase):
         if self.cli_args.warmup and not self.stopping and self.has_batches:
             try:
                 warm_up(self.model_provider, lambda: self.stopping)
+            except RequestError as e:
+                logging.warning(f"There is no warm-up: {e}")
             except Exception:
                 logging.warning("The warm-up failed", exc_info=True)
         self.loaded.set()

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from .device import device_memory
 from .errors import RequestError
 from .interfaces import RequestInfo
+from .segmented_cache import MIN_PADDING
 from .segments import Layout, leaves, nbytes
 
 
@@ -55,13 +56,30 @@ class KVMemory:
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 
-    def needed(self, requests: Collection[RequestInfo]) -> int:
-        """Bytes of a batch of requests, each with the longest answer that it may have."""
-        longest = max(r.n_prompt + r.max_tokens for r in requests)
-        return self.nbytes(len(requests), longest)
+    def needed(
+        self, requests: Collection[RequestInfo], n_rows: int = 0, end: int = 0
+    ) -> int:
+        """Bytes of a batch of requests, each with the longest answer that it may have.
 
-    def fits(self, requests: Collection[RequestInfo]) -> bool:
-        return self.needed(requests) <= self.limit
+        Args:
+            requests (Collection[RequestInfo]): Those that run and those that are to.
+            n_rows (int): Rows that the arrays of the running batch have.
+            end (int): Places that the tokens of its rows take, with the padding.
+        """
+        longest = max(r.n_prompt + r.max_tokens for r in requests)
+        # A batch goes on where it is. When a row leaves, it gives up padding of a quarter.
+        begun = max(end, *(r.n_prompt + r.n_generated for r in requests))
+        begun += max(r.max_tokens - r.n_generated for r in requests)
+        width = max(longest, min(begun, max(longest * 4 // 3, longest + MIN_PADDING)))
+        if n_rows:
+            # A copy without that padding ends anywhere in a step of the arrays.
+            width += KVCache.step
+        # Arrays that have to grow get spare rows.
+        return self.nbytes(max(n_rows, len(requests) + len(requests) // 4), width)
+
+    def fits(self, requests: Collection[RequestInfo], *shape: int) -> bool:
+        """Whether they fit into the limit; see ``needed``."""
+        return self.needed(requests, *shape) <= self.limit
 
     def check(self, request: RequestInfo) -> None:
         """Refuse a request that can never fit.

@@ -19,6 +19,10 @@ from mlx_lm.models.cache import (
 
 from .rows import Rows
 
+# Places before the first token of all rows that are worth a copy of the others, if they
+# are a quarter of all.
+MIN_PADDING = 32
+
 # The arrays of one layer. Those of a segment have the tokens on the last axis but one.
 Arrays = List[Optional[mx.array]]
 
@@ -295,7 +299,7 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.rows = rows
             return
         padding = min(rows.padding)
-        narrow = padding >= max(32, self.end // 4)
+        narrow = padding >= max(MIN_PADDING, self.end // 4)
         if narrow or 2 * len(batch_indices) < self.keys.shape[0]:
             # Worth a copy of all that stay.
             self.movers = None

@@ -48,26 +48,40 @@ def make_request(
 
 
 def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Fill a batch step by step, and let half of it leave."""
+    """Fill a batch step by step, and let half of it leave.
+
+    Raises:
+        RequestError: If not even a short request fits into the memory for KV.
+    """
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
 
-    n_prompt = default_budget()
-    size = 1
-    while not is_stopping():
-        for i in range(len(batch), size):
-            body = BODIES[i % len(BODIES)] | {"max_tokens": 64 + args.batch_size}
-            # Prompts of two lengths: padding has kernels of its own.
-            prompt = [i % 64] * (n_prompt + i % 2)
-            batch.add(make_request(provider, args, prompt, **body))
-            n_prompt = 8
+    def add(n_prompt: int, max_tokens: int) -> bool:
+        i = len(batch)
+        body = BODIES[i % len(BODIES)] | {"max_tokens": max_tokens}
+        # Prompts of two lengths: padding has kernels of its own.
+        request = make_request(provider, args, [i % 64] * (n_prompt + i % 2), **body)
+        fits = batch.fits(request)
+        if fits:
+            batch.add(request)
+        return fits
+
+    def run() -> None:
         while batch.prefilling:
             batch.step()
         for _ in range(2):
             batch.step()
-        if size == args.batch_size:
-            batch.remove(batch.requests[size // 2 :])
+
+    size, n_tokens = 1, 64 + args.batch_size
+    while not is_stopping():
+        # Of as many sizes as fit.
+        fits = all(add(8, n_tokens) for _ in range(len(batch), size))
+        run()
+        if size == 1 and add(default_budget(), max_tokens=1):
+            run()
+        if size == args.batch_size or not fits:
+            batch.remove(batch.requests[len(batch) // 2 :])
             batch.step()
             break
         size = min(2 * size, args.batch_size)

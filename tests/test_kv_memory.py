@@ -1,8 +1,11 @@
 """Requests that start only if their KV fits beside that of the others."""
 
+import random
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
-from helpers import Reference, peak_memory, read, submit, texts
+from helpers import LETTERS, Reference, peak_memory, read, submit, texts
 from mlx_lm.models.cache import ConcatenateKVCache
 from tiny_models import CONFIGS
 
@@ -39,6 +42,25 @@ def test_size_is_known_without_running_the_model(model_folder):
     mx.eval(model.parameters())
     # A few constants.
     assert peak_memory(lambda: KVMemory(model)) < 1000
+
+
+@pytest.mark.parametrize(
+    "shape, n_rows, width",
+    [
+        ((), 2, 1500),
+        # The running batch has spare rows, and a copy of it ends anywhere in a step.
+        ((10, 1100), 10, 1500 + 256),
+        # It goes on after its padding,
+        ((2, 1300), 2, 1300 + 400 + 256),
+        # which is a quarter of it at most.
+        ((2, 3000), 2, 2000 + 256),
+    ],
+)
+def test_size_is_that_of_the_batch_that_goes_on(shape, n_rows, width, model_folder):
+    memory = KVMemory(Reference(model_folder()).model)
+    running = SimpleNamespace(n_prompt=1000, n_generated=100, max_tokens=500)
+    short = SimpleNamespace(n_prompt=10, n_generated=0, max_tokens=20)
+    assert memory.needed([running, short], *shape) == memory.nbytes(n_rows, width)
 
 
 def test_limit_is_what_the_device_has_beside_the_model(model_folder):
@@ -85,6 +107,38 @@ def test_no_more_requests_run_than_fit_at_their_longest(model_folder, start_engi
     for prompt, job in zip(prompts, jobs):
         assert read(job) == reference.tokens(prompt, 300)
     assert Watched.most == 3
+
+
+@pytest.mark.parametrize("lengths", [(200, 56), (5, 250), (None, None)], ids=str)
+def test_batch_that_rows_join_and_leave_stays_within_the_limit(lengths, start_engine):
+    held = []
+
+    class Watched(Batch):
+        def step(self):
+            ended = super().step()
+            if self.generator is not None:
+                mx.eval([c.state for c in self.generator.generation_batch.prompt_cache])
+                held.append(self.generator.prompt_cache_nbytes)
+            return ended
+
+    class WatchedEngine(Engine):
+        batch_class = Watched
+
+    limit = 20 * 512 * TOKEN
+    argv = ["--max-kv-bytes", str(limit), "--prefill-step-size", "256"]
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    rng = random.Random(0)
+    jobs = []
+    for _ in range(60):
+        n_prompt, n_tokens = lengths
+        n_prompt = n_prompt or rng.randint(1, 500)
+        body = {"max_tokens": n_tokens or rng.randint(1, 300)}
+        # Nothing ends an answer.
+        body["logit_bias"] = {i: -100 for i in range(3)}
+        jobs.append(submit(engine, "".join(rng.choices(LETTERS, k=n_prompt)), **body))
+    for job in jobs:
+        read(job)
+    assert limit / 2 < max(held) <= limit
 
 
 def test_request_that_can_never_fit_is_told_why(start_engine):

@@ -38,6 +38,45 @@ def test_batches_of_all_sizes_run_before_the_first_request(
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
+@pytest.mark.parametrize(
+    "n_bytes, expected",
+    [
+        # Of the tiny llama, a row of 512 tokens takes 256 KiB. A quarter may be spare.
+        ("4MB", [1, 2, 4, 8, 12, 6]),
+        ("262144", [1, 0]),
+    ],
+)
+def test_batches_are_as_large_as_the_memory_for_kv(
+    n_bytes, expected, sizes, start_engine, caplog
+):
+    argv = ["--warmup", "--batch-size", "64", "--max-kv-bytes", n_bytes]
+    engine = start_engine("llama", *argv)
+    assert list(dict.fromkeys(sizes)) == expected
+    assert not caplog.records
+    assert len(read(submit(engine, "hello", max_tokens=3))) == 3
+
+
+def test_server_without_memory_for_a_request_says_so(start_engine, caplog):
+    start_engine("llama", "--warmup", "--max-kv-bytes", "1KB")
+    (record,) = caplog.records
+    assert record.message.startswith("There is no warm-up: the KV of 8 tokens")
+    assert record.exc_info is None
+
+
+def test_long_prompt_is_run_if_it_fits(sizes, start_engine, monkeypatch):
+    lengths = []
+
+    def add(self, request):
+        lengths.append(request.n_prompt)
+        original(self, request)
+
+    original = Batch.add
+    monkeypatch.setattr(Batch, "add", add)
+    start_engine("llama", "--warmup", "--batch-size", "1")
+    assert len(lengths) == 2 and max(lengths) > 256
+    assert set(sizes) == {0, 1}
+
+
 def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
     class Nosy(SchedulerPolicy):
         name = "nosy"
