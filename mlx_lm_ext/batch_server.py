@@ -147,8 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--warmup",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run batches of all sizes before the first request, which then need not wait "
-        "until kernels are compiled",
+        help="run batches of all sizes that fit before the first request, which then need "
+        "not wait until kernels are compiled",
     )
 
     cache = parser.add_argument_group("cache").add_argument
