@@ -323,14 +323,13 @@ class LeanBatchGenerator(BatchGenerator):
     @property
     def kv_shape(self) -> Tuple[int, int]:
         """Rows, spare ones included, and places of tokens in the KV of what decodes."""
-        layers = leaves(self._generation_batch.prompt_cache)
-        shapes = [
-            (c.keys.shape[0], c.end)
-            for c in layers
+        layers = [
+            c
+            for c in leaves(self._generation_batch.prompt_cache)
             if isinstance(c, BatchSegmentedKVCache) and c.keys is not None
         ]
-        n_rows, end = zip(*shapes) if shapes else ((0,), (0,))
-        return max(n_rows), max(end)
+        n_rows = max((c.keys.shape[0] for c in layers), default=0)
+        return n_rows, max((c.end for c in layers), default=0)
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:

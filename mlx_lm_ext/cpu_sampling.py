@@ -102,5 +102,6 @@ def sample(x: mx.array, rows: List[Row], keys: mx.array, exempt: List[int]) -> m
         np.array(uniform),
         [exempt] * len(rows),
     )
+    # Logits that are infinite, or next to it, are nothing to warn of.
     with np.errstate(over="ignore", invalid="ignore"):
         return mx.array(np.fromiter(tokens, np.uint32, len(rows)))

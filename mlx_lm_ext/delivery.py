@@ -16,6 +16,9 @@ from mlx_lm.server import ToolCallFormatter
 from .request import Request, Token
 from .stop_words import StopWords
 
+# What OpenAI's API gives for tokens that are ruled out.
+LEAST_LOGPROB = -9999.0
+
 
 @dataclass
 class Delta:
@@ -134,11 +137,9 @@ class Delivery:
             self.add_text(text, delta)
 
 
-# As in OpenAI's API: JSON has no infinity, which tokens that are ruled out have.
-LEAST_LOGPROB = -9999.0
-
-
 def in_json(logprob: float) -> float:
+    """The log probability, and ``LEAST_LOGPROB`` for -inf and NaN, which JSON lacks."""
+    # In this order: of NaN as the second argument, ``max`` gives the first.
     return max(LEAST_LOGPROB, logprob)
 
 

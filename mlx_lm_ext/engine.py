@@ -178,8 +178,8 @@ class Engine(ResponseGeneratorBase):
             try:
                 self.drop_unwanted()
                 self.admit()
-                self.batch.forget_shared(self.waiting)
                 self.step()
+                self.batch.forget_shared(self.waiting)
             except Exception as e:
                 self.recover(e)
         self.drain_inbox(block=False)
@@ -360,7 +360,8 @@ class Engine(ResponseGeneratorBase):
             # None fails by itself: together they were too many.
             self.limit = max(1, len(suspects) // 2)
         self.waiting.extendleft(reversed(innocent))
-        self.deadline = min([self.deadline, *(r.deadline for r in innocent)])
+        # Those that were put back are to be looked at as well.
+        self.deadline = -inf
 
     def isolate(self, suspects: List[Request], error: Exception) -> None:
         """Run ever smaller halves apart until the ones that raise are alone."""

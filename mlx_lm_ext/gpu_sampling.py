@@ -21,14 +21,14 @@ def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
     to find those on a GPU.
 
     Args:
-        x (mx.array): Logits of shape (rows, vocabulary).
+        x (mx.array): Logits of shape (rows, vocabulary), of which the highest of a row is 0.
         top_p (mx.array): Of shape (rows, 1).
 
     Returns:
         mx.array: Of shape (rows, 1).
     """
     ascending = mx.sort(x, axis=-1)
-    masses = mx.exp(ascending - ascending[:, -1:])
+    masses = mx.exp(ascending)
     above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     goal = top_p * (above[:, :1] + masses[:, :1])
     n_dropped = (above >= goal).sum(axis=-1, keepdims=True)
@@ -109,12 +109,13 @@ def collect(rows: List[Row]) -> Dict[str, mx.array]:
 def apply_filters(
     x: mx.array, columns: Dict[str, mx.array], keys: mx.array, exempt: List[int]
 ) -> mx.array:
-    """The logits, and -inf for the tokens that the parameters of their rows drop."""
+    """The logits, of which the highest of a row is 0, and -inf for the tokens that the
+    parameters of their rows drop."""
     limits = []
     if "top_p" in columns:
         limits.append(nucleus_thresholds(x, columns["top_p"]))
     if "log_min_p" in columns:
-        limits.append(x.max(axis=-1, keepdims=True) + columns["log_min_p"])
+        limits.append(columns["log_min_p"])
     for limit in limits:
         x = mx.where(x < limit, -mx.inf, x)
     if "xtc_probability" in columns:

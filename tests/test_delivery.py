@@ -1,12 +1,13 @@
 """From tokens to text: the same pieces whatever piles up."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
 
-from mlx_lm_ext.delivery import Delivery
+from mlx_lm_ext.delivery import Delivery, in_json
 from mlx_lm_ext.request import Token
 
 
@@ -85,6 +86,13 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
     tokens = tokenizer.encode("caf\u00e9")[:-1]
     answer = deliver(tokenizer, tokens, finish_reason="length")
     assert answer.text == tokenizer.decode(tokens) == "caf\ufffd"
+
+
+@pytest.mark.parametrize(
+    "logprob, expected", [(-1.5, -1.5), (-math.inf, -9999.0), (math.nan, -9999.0)]
+)
+def test_log_probability_that_is_no_number_is_the_least(logprob, expected):
+    assert in_json(logprob) == expected
 
 
 def test_start_of_a_stop_word_at_the_end_is_text(tokenizer):

@@ -119,7 +119,8 @@ def supports(sampler, x):
     """Which tokens each row can draw, with XTC."""
     if sampler.backend is gpu_sampling:
         keys, parameters = sampler.keys, sampler.parameters
-        x = gpu_sampling.apply_filters(mx.array(x), parameters, keys, SPECIAL)
+        x = gpu_sampling.below_highest(mx.array(x))
+        x = gpu_sampling.apply_filters(x, parameters, keys, SPECIAL)
         return np.isfinite(np.array(x))
     found = np.zeros(x.shape, bool)
     for places, logits, row in zip(found, x, sampler.parameters):

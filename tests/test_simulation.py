@@ -190,12 +190,15 @@ def test_request_past_its_time_leaves_at_the_next_step(batch_size, start_engine)
         assert 1.5 <= done.end_times[job] - job.arrival <= 1.5 + 2 * TOKEN_TIME
 
 
-def test_request_that_waits_past_its_time_never_starts(start_engine):
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_request_that_waits_past_its_time_never_starts(batch_size, start_engine):
     rng = random.Random(0)
-    arrivals = [(t, prompt(rng, 300), dict(max_tokens=3000)) for t in (0.0, 0.01)]
-    flags = ["--request-timeout", "1.5", "--batch-size", "1"]
+    arrivals = [(0.0, prompt(rng, 300), dict(max_tokens=n)) for n in (3000, 500)]
+    flags = ["--request-timeout", "1.5", "--batch-size", batch_size]
     done = Simulation(start_engine, arrivals, *flags)
-    assert [bool(job.generated) for job in done.jobs] == [True, False]
+    assert 1.5 <= done.now <= 1.5 + 2 * TOKEN_TIME
+    begun = [bool(job.generated) for job in done.jobs]
+    assert begun == [True, batch_size == "2"]
 
 
 def test_failed_step_leaves_the_others_their_time(start_engine, monkeypatch):
