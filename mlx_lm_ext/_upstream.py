@@ -169,8 +169,8 @@ class LeanGenerationBatch(GenerationBatch):
 
     def filter(self, keep: List[int]) -> None:
         # The last rows take the places of those that leave: few have to move.
-        stay, movers = set(keep), [i for i in keep if i >= len(keep)]
-        keep = [i if i in stay else movers.pop() for i in range(len(keep))]
+        stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
+        keep = [i if i in stay else next(movers) for i in range(len(keep))]
         evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
         self.row_samplers.filter(keep)

@@ -8,6 +8,7 @@ Rules:
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -331,6 +332,9 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
             clock=policies.clock,
         )
     fingerprint = get_system_fingerprint()
+    # What was imported stays. To look through it takes the collector 20 to 160 ms, for
+    # which all streams would stand still.
+    gc.freeze()
     engine = Engine(BatchModelProvider(args), policies, cache)
     httpd.RequestHandlerClass = partial(
         BatchAPIHandler, engine, system_fingerprint=fingerprint

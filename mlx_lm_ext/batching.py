@@ -392,3 +392,6 @@ class Batch:
                     self.prompt_cache.insert_cache(
                         request.cache_key, tokens[:end], cache, cache_type=cache_type
                     )
+        if rows:
+            # While it is read, the next step would write to a copy of the batch.
+            mx.synchronize()

@@ -172,7 +172,7 @@ class RadixPromptCache(LRUPromptCache):
             )
             self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
             return
-        mx.eval(segments, frozen)
+        mx.async_eval(segments, frozen)
         self.roots.setdefault(model, {})[layout.key] = root
         if splits:
             node = self.split(node, start)

@@ -40,6 +40,21 @@ def join(parts: List[Arrays], n: int) -> Arrays:
     return slices(joined, 0, n)
 
 
+def moves(batch_indices: List[int]) -> List[Tuple[int, int, int]]:
+    """The rows that are to move, as runs of neighbours: the first of each, where it goes,
+    and how many they are."""
+    runs: List[Tuple[int, int, int]] = []
+    for place, row in enumerate(batch_indices):
+        if row == place:
+            continue
+        first, to, n = runs[-1] if runs else (0, 0, 0)
+        if n and (row, place) == (first + n, to + n):
+            runs[-1] = first, to, n + 1
+        else:
+            runs.append((row, place, 1))
+    return runs
+
+
 class SegmentedKVCache(KVCache):
     """A ``KVCache`` whose first tokens are still in the segments that it was made of.
 
@@ -286,7 +301,7 @@ class BatchSegmentedKVCache(BatchKVCache):
         if self.keys is None or 2 * len(batch_indices) < self.keys.shape[0]:
             return []
         self.movers = [
-            [mx.contiguous(x[i : i + 1]) for j, i in enumerate(batch_indices) if i != j]
+            [mx.contiguous(x[i : i + n]) for i, _, n in moves(batch_indices)]
             for x in (self.keys, self.values)
         ]
         return [*self.movers[0], *self.movers[1]]
@@ -313,10 +328,9 @@ class BatchSegmentedKVCache(BatchKVCache):
             return
         # While one of them is lazy, the write would copy all rows.
         mx.eval(self.movers or self.stage(batch_indices))
-        places = [j for j, i in enumerate(batch_indices) if i != j]
         for x, movers in zip((self.keys, self.values), self.movers):
-            for j, row in zip(places, movers):
-                x[j : j + 1] = row
+            for (_, j, n), rows_moved in zip(moves(batch_indices), movers):
+                x[j : j + n] = rows_moved
         self.rows, self.movers = rows, None
 
     def extract(self, idx: int) -> KVCache:

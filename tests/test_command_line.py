@@ -3,6 +3,7 @@
 import argparse
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -201,6 +202,25 @@ def test_signal_tells_the_client_of_a_running_stream(model_folder):
         "server_error",
         "the server is stopping",
     )
+
+
+def test_garbage_collector_passes_over_what_was_imported(
+    tmp_path, monkeypatch, model_folder
+):
+    (tmp_path / "counting.py").write_text("""
+import gc, logging
+from mlx_lm_ext import hookimpl
+
+@hookimpl
+def mlx_lm_make_logits_processors():
+    logging.info(f"{len(gc.get_objects())} of {gc.get_freeze_count()} objects")
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with server_process("--model", str(model_folder()), "-p", "counting") as running:
+        port, lines, _ = running
+        assert complete(port, "hello", max_tokens=1)
+    seen, frozen = re.search(r"(\d+) of (\d+) objects", "".join(lines)).groups()
+    assert int(seen) < int(frozen) // 5
 
 
 def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):

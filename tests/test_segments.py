@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 
 from mlx_lm_ext.examples import join_and_leave
 from mlx_lm_ext.radix_cache import RadixPromptCache
-from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache
+from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache, moves
 from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache, tidy
 from mlx_lm_ext.sliding_cache import BatchSlidingKVCache
 
@@ -262,13 +262,12 @@ def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
         if what == "join":
             add(seed)
         elif what == "leave" and len(rows) > 1:
-            keep = list(range(len(rows) - 1))
-            gone = seed % len(rows)
+            n_left = 1 + seed % (len(rows) - 1)
+            keep = sorted(random.Random(seed).sample(range(len(rows)), n_left))
             # As a batch does it, and in order.
-            if seed % 2 and gone < len(keep):
-                keep[gone] = len(rows) - 1
-            else:
-                keep = [i for i in range(len(rows)) if i != gone]
+            if seed % 2:
+                last = iter([i for i in keep if i >= n_left])
+                keep = [i if i in keep else next(last) for i in range(n_left)]
             batch[0].filter(keep)
             rows = [rows[i] for i in keep]
         elif what == "decode":
@@ -317,11 +316,19 @@ def test_layers_share_where_their_rows_begin():
     assert [layer.offset.tolist() for layer in layers] == [[4, 6, 10], [3, 5, 9]]
 
 
-def test_rows_can_be_put_in_another_order():
-    batch = layers_of(3, 5, 9)
+def test_neighbours_move_together():
+    assert moves([0, 7, 8, 3, 9, 6]) == [(7, 1, 2), (9, 4, 1), (6, 5, 1)]
+    assert moves([3, 4, 5]) == [(3, 0, 3)]
+    assert moves([0, 1]) == []
+
+
+@pytest.mark.parametrize("keep", [[5, 0], [4, 5, 2, 3]])
+def test_rows_can_be_put_in_another_order(keep):
+    lengths = (3, 5, 9, 4, 6, 7)
+    batch = layers_of(*lengths)
     for cache in batch:
-        cache.filter([2, 0])
-    for i, n in enumerate((9, 3)):
+        cache.filter(keep)
+    for i, n in enumerate(lengths[i] for i in keep):
         row = [c.extract(i) for c in batch]
         assert contents(row, n) == contents(make("KVCache", TOKENS[:n]), n)
 
