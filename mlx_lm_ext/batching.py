@@ -389,9 +389,7 @@ class Batch:
                 if end > n:
                     request.to_store[end] = cache_type
                 elif end == n or (self.can_cut and cache_type == "system"):
-                    self.prompt_cache.insert_cache(
-                        request.cache_key, tokens[:end], cache, cache_type=cache_type
+                    self.prompt_cache.insert(
+                        request.cache_key, tokens[:end], cache, cache_type
                     )
-        if rows:
-            # While it is read, the next step would write to a copy of the batch.
-            mx.synchronize()
+        self.prompt_cache.evaluate()

@@ -17,12 +17,13 @@ from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
+from . import integrity
 from .eviction import LRU
 from .interfaces import Clock, Entry, EvictionPolicy
 from .plugins import EVICTION
 from .policies import Guard, Slot
 from .radix_tree import CacheStats, Match, Node
-from .segments import Layout, nbytes_of_layers
+from .segments import Arrays, Layout, nbytes_of_layers
 
 UNBOUNDED = 1 << 63
 
@@ -56,6 +57,8 @@ class RadixPromptCache(LRUPromptCache):
         # By model and layout: a quantised cache shares nothing with one that is not.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
         self.nodes: Dict[Entry, Node] = {}
+        # What is kept, but is not made yet.
+        self.copies: List[Optional[Arrays]] = []
         self.held = 0
         self.active = 0
         self.counts: Counter = Counter()
@@ -141,6 +144,25 @@ class RadixPromptCache(LRUPromptCache):
             prompt_cache (List[Any]): A cache for each of the model's layers.
             cache_type (str): "system", "user" or "assistant".
         """
+        self.insert(model, tokens, prompt_cache, cache_type)
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        """Make the copies of what was inserted: those of several sequences in one call,
+        for after each the generation thread stands behind the handlers."""
+        copies, self.copies = self.copies, []
+        try:
+            if copies:
+                mx.eval(copies)
+        except Exception:
+            # A part of it may be wrong. And all that is kept takes memory.
+            self.trim_to(n_bytes=0)
+            raise
+
+    def insert(
+        self, model: Any, tokens: List[int], prompt_cache: List[Any], cache_type: str
+    ) -> None:
+        """``insert_cache``, but for the copies: see ``evaluate``."""
         layout = self.layout_of(prompt_cache)
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
@@ -170,9 +192,8 @@ class RadixPromptCache(LRUPromptCache):
                 lambda policy: node.entry in self.nodes
                 and self.drop(node, "evicted", policy)
             )
-            self.insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+            self.insert(model, tokens, prompt_cache, cache_type)
             return
-        mx.async_eval(segments, frozen)
         self.roots.setdefault(model, {})[layout.key] = root
         if splits:
             node = self.split(node, start)
@@ -197,6 +218,7 @@ class RadixPromptCache(LRUPromptCache):
         self.touch(node, now)
         if adds:
             self.eviction.run(lambda policy: policy.on_insert(node.entry))
+        self.copies += [*segments, *frozen]
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
         """The layout of a model's caches, or ``None`` if one is unknown."""
@@ -211,6 +233,7 @@ class RadixPromptCache(LRUPromptCache):
     def split(self, node: Node, n: int) -> Node:
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
         upper = node.split(n)
+        self.copies += [*upper.segments, *node.segments]
         self.nodes[upper.entry] = upper
         self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
         return upper
@@ -373,23 +396,5 @@ class RadixPromptCache(LRUPromptCache):
         )
 
     def check_integrity(self) -> None:
-        """Prove that the tree is what its rules say.
-
-        Raises:
-            AssertionError: If it is not.
-        """
-        seen = []
-        for model, roots in self.roots.items():
-            for key, root in roots.items():
-                assert root.layout.key == key, "a tree of another layout"
-                for node in root.subtree:
-                    node.check()
-                    if node is not root:
-                        seen.append(node.entry)
-                        assert self.nodes.get(node.entry) is node, "an unknown entry"
-                        assert node.entry.model_key == model, "another model's entry"
-        assert len(seen) == len(self.nodes), "an entry that is in no tree"
-        assert sum(entry.nbytes for entry in seen) == self.held, "wrong bytes in all"
-        assert len(self) <= self.max_size, "more entries than the bound"
-        bytes_fit = self.held + self.active <= self.max_bytes
-        assert bytes_fit or not self.nodes, "more bytes than the bound"
+        """Prove that the trees are what their rules say, or raise an ``AssertionError``."""
+        integrity.check(self)

@@ -12,8 +12,6 @@ from copy import copy as shallow_copy
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-import mlx.core as mx
-
 from .interfaces import Entry
 from .segmented_cache import Arrays, SegmentedKVCache
 from .segments import Layout, copy, nbytes_of_layers
@@ -222,7 +220,8 @@ class Node:
         """Put a new node above that takes over the tokens up to the prompt's ``n``-th.
 
         Returns:
-            Node: The new one. Each of the two holds copies of its part.
+            Node: The new one. Each of the two holds copies of its part that are not
+            evaluated.
         """
         entry, n_upper = self.entry, n - self.start
 
@@ -230,7 +229,6 @@ class Node:
             return [None if a is None else copy(a, start, stop) for a in self.segments]
 
         above, below = cut(0, n_upper), cut(n_upper, entry.n_tokens)
-        mx.eval(above, below)
         upper = replace(
             entry,
             n_tokens=n_upper,
@@ -247,39 +245,6 @@ class Node:
         entry.recompute_cost = entry.n_tokens
         self.parent, self.tokens, self.segments = node, self.tokens[n_upper:], below
         return node
-
-    def check(self) -> None:
-        """Prove rules 1 and 2 for this node and its place.
-
-        Raises:
-            AssertionError: If one is broken.
-        """
-        entry, parent, kinds = self.entry, self.parent, self.layout.kinds
-        for first, child in self.children.items():
-            assert child.parent is self, "a child of another parent"
-            assert child.tokens[0] == first, "a child in a wrong place"
-        if parent is None:
-            assert self.children and not self.tokens, "an empty root"
-            return
-        assert entry.n_tokens == len(self.tokens) > 0, "a wrong number of tokens"
-        assert entry.depth == parent.end + entry.n_tokens, "a wrong depth"
-        held = nbytes_of_layers(self.segments) + self.frozen_nbytes
-        assert entry.nbytes == held, "wrong bytes"
-        assert self.children or self.is_resumable, "a leaf of no use"
-        if parent.entry:
-            assert parent.entry.last_hit >= entry.last_hit, "used after its parent"
-        frozen = self.frozen or [None] * len(kinds)
-        for kind, above, own, state in zip(
-            kinds, parent.segments, self.segments, frozen
-        ):
-            assert own is None or above is not None, "a segment without one above"
-            for x in own or ():
-                assert x.shape[-2] == entry.n_tokens, "a segment of a wrong length"
-            if self.frozen is not None:
-                assert (own is None) != (state is None), "not either cut or frozen"
-            for x in state or ():
-                kept = kind.n_kept(entry.depth)
-                assert kept in (None, x.shape[-2]), "a state of a wrong length"
 
 
 @dataclass

@@ -42,10 +42,12 @@ class DefaultSampler(BatchSampler):
         self.exempt: List[int] = []
         if s.xtc_probability > 0:
             self.exempt = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
-        self.columns()
+        # Whether the columns are those of the rows: they are made when they are used.
+        self.is_current = False
 
     def columns(self) -> None:
         """Put the parameters of the rows that are not greedy into arrays."""
+        self.is_current = True
         self.sampled = [i for i, row in enumerate(self.rows) if row.temperature]
         rows = [self.rows[i] for i in self.sampled]
         self.backend = cpu_sampling if on_cpu() else gpu_sampling
@@ -65,13 +67,15 @@ class DefaultSampler(BatchSampler):
         other.catch_up()
         self.rows += other.rows
         self.exempt = self.exempt or other.exempt
-        self.columns()
+        self.is_current = False
 
     def filter(self, keep):
         self.rows = [self.rows[i] for i in keep]
-        self.columns()
+        self.is_current = False
 
     def __call__(self, logprobs):
+        if not self.is_current:
+            self.columns()
         if not self.sampled:
             return mx.argmax(logprobs, axis=-1)
         if len(self.sampled) == len(self.rows):

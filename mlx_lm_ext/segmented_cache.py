@@ -326,8 +326,9 @@ class BatchSegmentedKVCache(BatchKVCache):
                 self.end - start,
             )
             return
-        # While one of them is lazy, the write would copy all rows.
-        mx.eval(self.movers or self.stage(batch_indices))
+        if self.movers is None:
+            # While one of them is lazy, the write would copy all rows.
+            mx.eval(self.stage(batch_indices))
         for x, movers in zip((self.keys, self.values), self.movers):
             for (_, j, n), rows_moved in zip(moves(batch_indices), movers):
                 x[j : j + n] = rows_moved

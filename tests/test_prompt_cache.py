@@ -107,6 +107,24 @@ def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
     assert retry.n_matched == len(prompt) + 19
 
 
+def test_rows_that_end_together_are_copied_in_one_call(start_engine, monkeypatch):
+    class PatientEngine(Engine):
+        def admit(self):
+            if self.batch or len(self.waiting) == 3:
+                super().admit()
+
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=PatientEngine)
+    cache, calls = engine.prompt_cache, []
+    evaluate = cache.evaluate
+    monkeypatch.setattr(
+        cache, "evaluate", lambda: (calls.append(len(cache)), evaluate())
+    )
+    for job in [submit(engine, [token] * 9, max_tokens=3) for token in (65, 66, 67)]:
+        read(job)
+    wait_until_idle(engine)
+    assert set(calls) == {0, 3} and len(cache) == 3
+
+
 def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
     class CancellingBatch(Batch):
         def step(self):

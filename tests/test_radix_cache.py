@@ -3,6 +3,7 @@
 import re
 import sys
 
+import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, make, make_cache
 from hypothesis import given, settings
@@ -132,6 +133,22 @@ def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_
         by_type = cache.stats_by_type().values()
         assert sum(t["n_bytes"] for t in by_type) == cache.nbytes
         assert sum(t["n_sequences"] for t in by_type) == len(cache)
+
+
+def test_copy_that_fails_leaves_nothing_behind(monkeypatch):
+    cache = make_cache()
+    cache.insert_cache("m", [1, 2, 3], make("KVCache", [1, 2, 3]))
+
+    def out_of_memory(*arrays):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(mx, "eval", out_of_memory)
+        cache.insert_cache("m", [1, 2, 4], make("KVCache", [1, 2, 4]))
+    assert len(cache) == cache.nbytes == 0
+    cache.check_integrity()
+    cache.insert_cache("m", [1, 2, 4], make("KVCache", [1, 2, 4]))
+    assert len(cache) == 1
 
 
 def test_lookups_are_measured_beside_upstreams(monkeypatch, capsys):

@@ -117,6 +117,7 @@ def test_distribution_is_that_of_upstream(body, temperature, device):
 
 def supports(sampler, x):
     """Which tokens each row can draw, with XTC."""
+    sampler.columns()
     if sampler.backend is gpu_sampling:
         keys, parameters = sampler.keys, sampler.parameters
         x = gpu_sampling.below_highest(mx.array(x))
@@ -230,6 +231,20 @@ def test_greedy_rows_cost_an_argmax_only(monkeypatch):
     monkeypatch.setattr(DefaultSampler, "sample", None)
     sampler = make_rows([{}] * 3)
     assert sampler(mx.array([[1.0, 2.0], [3.0, 2.0], [0.0, 1.0]])).tolist() == [1, 0, 1]
+
+
+def test_parameters_of_rows_that_join_are_put_into_arrays_once(monkeypatch):
+    calls, columns = [], DefaultSampler.columns
+    monkeypatch.setattr(
+        DefaultSampler, "columns", lambda self: (calls.append(self), columns(self))
+    )
+    sampler = make_rows([{"temperature": 1.0, "seed": i} for i in range(5)])
+    for _ in range(2):
+        sampler(mx.zeros((5, 9)))
+    assert calls == [sampler]
+    sampler.filter([4, 1])
+    sampler(mx.zeros((2, 9)))
+    assert calls == [sampler] * 2
 
 
 def test_nucleus_that_fits_the_guess_needs_no_sort(monkeypatch):
