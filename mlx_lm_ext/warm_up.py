@@ -13,6 +13,7 @@ from typing import Any, Callable, List
 from mlx_lm.generate import StopSequences
 
 from .batching import Batch
+from .device import on_cpu
 from .model_provider import BatchModelProvider
 from .plugins import Plugins
 from .policies import Policies
@@ -48,7 +49,7 @@ def make_request(
 
 
 def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Fill a batch step by step, and let half of it leave.
+    """Fill a batch step by step, and let its rows leave.
 
     Raises:
         RequestError: If not even a short request fits into the memory for KV.
@@ -73,7 +74,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         for _ in range(2):
             batch.step()
 
-    size, n_tokens = 1, 64 + args.batch_size
+    size, n_tokens = 1, 64 + 2 * args.batch_size
     while not is_stopping():
         # Of as many sizes as fit.
         fits = all(add(8, n_tokens) for _ in range(len(batch), size))
@@ -81,9 +82,13 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         if size == 1 and add(default_budget(), max_tokens=1):
             run()
         if size == args.batch_size or not fits:
-            batch.remove(batch.requests[len(batch) // 2 :])
-            batch.step()
             break
         size = min(2 * size, args.batch_size)
+    # On a GPU, the kernels for each size are chosen when it first runs.
+    n = len(batch)
+    for n_left in [n // 2] if on_cpu() else range(n - 1, 0, -1):
+        if not is_stopping():
+            batch.remove(batch.requests[n_left:])
+            batch.step()
     batch.close()
     logging.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")

@@ -38,6 +38,12 @@ def test_batches_of_all_sizes_run_before_the_first_request(
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
+def test_on_a_gpu_rows_leave_one_by_one(sizes, start_engine, monkeypatch):
+    monkeypatch.setattr(warm_up, "on_cpu", lambda: False)
+    start_engine("llama", "--warmup", "--batch-size", "6")
+    assert sizes[-5:] == [5, 4, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     "n_bytes, expected",
     [
