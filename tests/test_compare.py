@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shlex
 import sys
 from functools import partial
@@ -217,8 +218,10 @@ def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, ca
     for option, file in zip(("--markdown", "--json", "--plot"), files):
         argv += [option, str(file)]
     assert run_compare(model_folder(), *argv) == 0
-    table = capsys.readouterr().out
+    table, progress = capsys.readouterr()
     assert files[0].read_text() == table
+    turns = re.findall(r"\| short, turn (\d): speed \(tok/s\) \|", progress)
+    assert turns == ["1", "2"]
     assert (
         "| two chats: speed (tok/s) |" in table and "| 2 chats: cache (MB) |" in table
     )

@@ -239,6 +239,11 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
             except RuntimeError as e:
                 bar.update(rounds - i)
                 return {"refused": str(e), "figures": []}
+            turn = tabulate(figures, turns[-1:], bare[-1:])
+            part = {"refused": None, "figures": turn}
+            # They are there if the rest is given up.
+            for row in table_rows(f"{name}, turn {i + 1}", part):
+                bar.write(row, file=sys.stderr)
             bar.update()
         return {"refused": None, "figures": tabulate(figures, turns, bare)}
 
