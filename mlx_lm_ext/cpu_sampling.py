@@ -83,18 +83,32 @@ def possible(x: np.ndarray, row: Row, u: float, exempt: List[int]) -> np.ndarray
     return ids
 
 
+def can_be_drawn(token: int, x: np.ndarray, row: Row) -> bool:
+    """Whether top-p and min-p leave a token of a row in, told without a search for the
+    nucleus: it belongs to it if those above have not reached the goal."""
+    p = np.exp(x)
+    above = np.dot(p, p > p[token])
+    return p[token] >= row.min_p and above < row.top_p * p.sum()
+
+
 def sample_row(x: np.ndarray, row: Row, u: np.ndarray, exempt: List[int]) -> int:
-    """Draw a token of one row."""
+    """Draw a token of one row.
+
+    Most tokens of a nucleus are found by rejection sampling: one of all is drawn, and it
+    stands if it belongs to the nucleus. If not, one is drawn of those that do.
+    """
     x = below_highest(x)
-    if not row.filters:
-        return find(np.exp(x / row.temperature), float(u[0]), "right")
+    if not row.filters or row.has_only_nucleus:
+        token = find(np.exp(x / row.temperature), float(u[0]), "right")
+        if not row.filters or can_be_drawn(token, x, row):
+            return token
     ids = possible(x, row, u[1], exempt)
-    return ids[find(np.exp(x[ids] / row.temperature), float(u[0]), "right")]
+    return ids[find(np.exp(x[ids] / row.temperature), float(u[2]), "right")]
 
 
 def sample(x: mx.array, rows: List[Row], keys: mx.array, exempt: List[int]) -> mx.array:
     """Draw a token of each row: see ``gpu_sampling.sample``."""
-    uniform = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=(3,), key=key))(keys)
     tokens = map(
         sample_row,
         np.array(x.astype(mx.float32)),

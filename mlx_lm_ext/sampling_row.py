@@ -47,3 +47,7 @@ class Row:
         self.filters = (
             0 < self.top_p < 1 or self.min_p or self.top_k or self.xtc_probability > 0
         )
+        # Whether those that cannot are the ones outside of a nucleus, or of min-p.
+        self.has_only_nucleus = 0 < self.top_p < 1 and not (
+            self.top_k or self.xtc_probability > 0
+        )

@@ -27,6 +27,7 @@ FILTERS = [
     dict(top_p=0.6),
     dict(top_p=0.999),
     dict(min_p=0.2),
+    dict(top_p=0.9, min_p=0.2),
     dict(top_k=5),
     dict(xtc_probability=1.0, xtc_threshold=0.02),
     dict(xtc_probability=0.4, xtc_threshold=0.05),
@@ -259,6 +260,20 @@ def test_nucleus_that_fits_the_guess_needs_no_sort(monkeypatch):
     monkeypatch.undo()
     kept = kept_by_upstream(logits, {"top_p": 0.05})
     assert (np.exp(logits - logits.max()) >= limit).sum() == np.isfinite(kept).sum()
+
+
+def test_token_of_a_nucleus_is_drawn_without_a_search_for_it(monkeypatch):
+    x = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    (row,) = make_row(temperature=1.0, top_p=0.9).rows
+
+    def draw(*u):
+        return cpu_sampling.sample_row(x, row, np.array(u), [])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_sampling, "possible", None)
+        assert [draw(u, 0, 0) for u in (0.1, 0.6, 0.9)] == [0, 1, 2]
+    # What is not in it is drawn again, of what is.
+    assert [draw(0.99, 0, u) for u in (0.1, 0.6, 0.9)] == [0, 1, 2]
 
 
 # Seeds
