@@ -60,16 +60,18 @@ def nucleus(p: np.ndarray, top_p: float) -> float:
     return falling[find(falling, top_p, "left")]
 
 
-def possible(x: np.ndarray, row: Row, u: float, exempt: List[int]) -> np.ndarray:
+def possible(
+    p: np.ndarray, x: np.ndarray, row: Row, u: float, exempt: List[int]
+) -> np.ndarray:
     """The tokens of a row that its parameters leave.
 
     Args:
+        p (np.ndarray): Its probabilities, as multiples of the highest.
         x (np.ndarray): Its logits, of which the highest is 0.
         row (Row): Its parameters.
         u (float): What decides on XTC.
         exempt (List[int]): Tokens that XTC leaves in.
     """
-    p = np.exp(x)
     limit = row.min_p
     if 0 < row.top_p < 1:
         limit = max(limit, nucleus(p, row.top_p))
@@ -83,10 +85,9 @@ def possible(x: np.ndarray, row: Row, u: float, exempt: List[int]) -> np.ndarray
     return ids
 
 
-def can_be_drawn(token: int, x: np.ndarray, row: Row) -> bool:
+def can_be_drawn(token: int, p: np.ndarray, row: Row) -> bool:
     """Whether top-p and min-p leave a token of a row in, told without a search for the
     nucleus: it belongs to it if those above have not reached the goal."""
-    p = np.exp(x)
     above = np.dot(p, p > p[token])
     return p[token] >= row.min_p and above < row.top_p * p.sum()
 
@@ -98,11 +99,15 @@ def sample_row(x: np.ndarray, row: Row, u: np.ndarray, exempt: List[int]) -> int
     stands if it belongs to the nucleus. If not, one is drawn of those that do.
     """
     x = below_highest(x)
-    if not row.filters or row.has_only_nucleus:
-        token = find(np.exp(x / row.temperature), float(u[0]), "right")
-        if not row.filters or can_be_drawn(token, x, row):
+    if not row.filters:
+        return find(np.exp(x / row.temperature), float(u[0]), "right")
+    p = np.exp(x)
+    if row.has_only_nucleus:
+        weights = p if row.temperature == 1 else np.exp(x / row.temperature)
+        token = find(weights, float(u[0]), "right")
+        if can_be_drawn(token, p, row):
             return token
-    ids = possible(x, row, u[1], exempt)
+    ids = possible(p, x, row, u[1], exempt)
     return ids[find(np.exp(x[ids] / row.temperature), float(u[2]), "right")]
 
 

@@ -31,7 +31,7 @@ def check(cache: Any) -> None:
     assert len(cache) <= cache.max_size, "more entries than the bound"
     bytes_fit = cache.held + cache.active <= cache.max_bytes
     assert bytes_fit or not cache.nodes, "more bytes than the bound"
-    assert not cache.copies, "copies that were not made"
+    assert not cache.lazy, "copies that were not made"
 
 
 def check_node(node: Node) -> None:

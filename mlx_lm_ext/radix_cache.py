@@ -23,7 +23,7 @@ from .interfaces import Clock, Entry, EvictionPolicy
 from .plugins import EVICTION
 from .policies import Guard, Slot
 from .radix_tree import CacheStats, Match, Node
-from .segments import Arrays, Layout, nbytes_of_layers
+from .segments import Layout, nbytes_of_layers
 
 UNBOUNDED = 1 << 63
 
@@ -57,8 +57,7 @@ class RadixPromptCache(LRUPromptCache):
         # By model and layout: a quantised cache shares nothing with one that is not.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
         self.nodes: Dict[Entry, Node] = {}
-        # What is kept, but is not made yet.
-        self.copies: List[Optional[Arrays]] = []
+        self.lazy: List[Node] = []  # have copies that are not made yet
         self.held = 0
         self.active = 0
         self.counts: Counter = Counter()
@@ -150,10 +149,12 @@ class RadixPromptCache(LRUPromptCache):
     def evaluate(self) -> None:
         """Make the copies of what was inserted: those of several sequences in one call,
         for after each the generation thread stands behind the handlers."""
-        copies, self.copies = self.copies, []
+        # Some may have left for the others.
+        there = [node for node in self.lazy if node.entry in self.nodes]
+        self.lazy = []
         try:
-            if copies:
-                mx.eval(copies)
+            if there:
+                mx.eval([(node.segments, node.frozen) for node in there])
         except Exception:
             # A part of it may be wrong. And all that is kept takes memory.
             self.trim_to(n_bytes=0)
@@ -218,7 +219,7 @@ class RadixPromptCache(LRUPromptCache):
         self.touch(node, now)
         if adds:
             self.eviction.run(lambda policy: policy.on_insert(node.entry))
-        self.copies += [*segments, *frozen]
+        self.lazy.append(node)
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
         """The layout of a model's caches, or ``None`` if one is unknown."""
@@ -233,7 +234,6 @@ class RadixPromptCache(LRUPromptCache):
     def split(self, node: Node, n: int) -> Node:
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
         upper = node.split(n)
-        self.copies += [*upper.segments, *node.segments]
         self.nodes[upper.entry] = upper
         self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
         return upper

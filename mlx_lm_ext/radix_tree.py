@@ -12,6 +12,8 @@ from copy import copy as shallow_copy
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import mlx.core as mx
+
 from .interfaces import Entry
 from .segmented_cache import Arrays, SegmentedKVCache
 from .segments import Layout, copy, nbytes_of_layers
@@ -220,8 +222,7 @@ class Node:
         """Put a new node above that takes over the tokens up to the prompt's ``n``-th.
 
         Returns:
-            Node: The new one. Each of the two holds copies of its part that are not
-            evaluated.
+            Node: The new one. Each of the two holds copies of its part.
         """
         entry, n_upper = self.entry, n - self.start
 
@@ -229,6 +230,7 @@ class Node:
             return [None if a is None else copy(a, start, stop) for a in self.segments]
 
         above, below = cut(0, n_upper), cut(n_upper, entry.n_tokens)
+        mx.eval(above, below)
         upper = replace(
             entry,
             n_tokens=n_upper,

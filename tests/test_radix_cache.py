@@ -144,11 +144,23 @@ def test_copy_that_fails_leaves_nothing_behind(monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(mx, "eval", out_of_memory)
-        cache.insert_cache("m", [1, 2, 4], make("KVCache", [1, 2, 4]))
+        cache.insert_cache("m", [4, 5], make("KVCache", [4, 5]))
     assert len(cache) == cache.nbytes == 0
     cache.check_integrity()
-    cache.insert_cache("m", [1, 2, 4], make("KVCache", [1, 2, 4]))
+    cache.insert_cache("m", [4, 5], make("KVCache", [4, 5]))
     assert len(cache) == 1
+
+
+def test_what_leaves_at_once_is_not_copied(monkeypatch):
+    one = make_cache()
+    one.insert_cache("m", [0] * 4, make("KVCache", [0] * 4))
+    cache, copied = make_cache(max_bytes=one.nbytes), []
+    for i in range(3):
+        cache.insert("m", [i] * 4, make("KVCache", [i] * 4), "assistant")
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", copied.extend)
+        cache.evaluate()
+    assert len(copied) == len(cache) == 1
 
 
 def test_lookups_are_measured_beside_upstreams(monkeypatch, capsys):

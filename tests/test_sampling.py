@@ -125,8 +125,11 @@ def supports(sampler, x):
         x = gpu_sampling.apply_filters(x, parameters, keys, SPECIAL)
         return np.isfinite(np.array(x))
     found = np.zeros(x.shape, bool)
-    for places, logits, row in zip(found, x, sampler.parameters):
-        places[cpu_sampling.possible(logits - logits.max(), row, 0.0, SPECIAL)] = True
+    for places, logits, row in zip(
+        found, x - x.max(axis=1)[:, None], sampler.parameters
+    ):
+        p = np.exp(logits)
+        places[cpu_sampling.possible(p, logits, row, 0.0, SPECIAL)] = True
     return found
 
 
@@ -162,7 +165,8 @@ def test_rows_with_other_parameters_share_a_call(device):
     random.Random(1).shuffle(bodies)
     together, alone = make_rows(bodies), [make_row(**b) for b in bodies]
     for step in range(30):
-        x = mx.array(np.stack([logits_of(300, 99 * step + i) for i in range(10)]))
+        logits = [logits_of(300, 99 * step + i) for i in range(len(bodies))]
+        x = mx.array(np.stack(logits))
         assert together(x).tolist() == [
             row(x[i : i + 1]).item() for i, row in enumerate(alone)
         ]

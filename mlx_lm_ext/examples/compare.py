@@ -225,6 +225,11 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
     n_turns = len(args.workloads) * args.rounds + n_sizes
     bar = tqdm(total=n_turns, unit="turn", file=sys.stderr)
 
+    def show(title: str, part: Dict[str, Any]) -> None:
+        """Print a turn, which is there if the rest is given up."""
+        for line in [header(report), *table_rows(title, part)]:
+            bar.write(line, file=sys.stderr)
+
     def take(name: str, run: Run, figures: List[Figure], rounds: int) -> Dict[str, Any]:
         """The figures of some turns, or why there are none."""
         turns, bare = [], []
@@ -237,13 +242,12 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
                     result = run_bare(model, args.clients, args.max_tokens, seed)
                     bare.append(result["throughput"])
             except RuntimeError as e:
+                part = {"refused": str(e), "figures": []}
+                show(f"{name}, turn {i + 1}", part)
                 bar.update(rounds - i)
-                return {"refused": str(e), "figures": []}
+                return part
             turn = tabulate(figures, turns[-1:], bare[-1:])
-            part = {"refused": None, "figures": turn}
-            # They are there if the rest is given up.
-            for row in table_rows(f"{name}, turn {i + 1}", part):
-                bar.write(row, file=sys.stderr)
+            show(f"{name}, turn {i + 1}", {"refused": None, "figures": turn})
             bar.update()
         return {"refused": None, "figures": tabulate(figures, turns, bare)}
 
@@ -292,15 +296,12 @@ def tabulate(
 
 def markdown(report: Dict[str, Any]) -> str:
     """The tables of a comparison, and below them what they were made with."""
-    header = [
-        "| | {theirs} | {ours} | gain | bare engine |".format(**report["servers"]),
-        "|---|---|---|---|---|",
-    ]
-    lines = list(header) if report["workloads"] else []
+    head = [header(report), "|---|---|---|---|---|"]
+    lines = list(head) if report["workloads"] else []
     for part in report["workloads"]:
         lines += table_rows(part["title"], part)
     for sweep in report["sweeps"]:
-        lines += ["", *header]
+        lines += ["", *head]
         for part in sweep["points"]:
             lines += table_rows(f"{part['size']} {sweep['title']}", part)
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
@@ -313,6 +314,10 @@ def markdown(report: Dict[str, Any]) -> str:
         f"    {report['command']}",
     ]
     return "\n".join(lines)
+
+
+def header(report: Dict[str, Any]) -> str:
+    return "| | {theirs} | {ours} | gain | bare engine |".format(**report["servers"])
 
 
 def table_rows(title: str, part: Dict[str, Any]) -> List[str]:
