@@ -156,9 +156,9 @@ class RadixPromptCache(LRUPromptCache):
             if there:
                 mx.eval([(node.segments, node.frozen) for node in there])
         except Exception:
-            # A part of it may be wrong. And all that is kept takes memory.
+            # Memory has run out, most likely. Nobody's answer needs what is kept.
+            logging.exception("KV cannot be copied: the prompt cache is emptied")
             self.trim_to(n_bytes=0)
-            raise
 
     def insert(
         self, model: Any, tokens: List[int], prompt_cache: List[Any], cache_type: str

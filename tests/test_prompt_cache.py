@@ -4,6 +4,7 @@ import logging
 import random
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     ALONE,
     Reference,
     active_memory,
+    only_error,
     read,
     submit,
     texts,
@@ -20,7 +22,7 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
 
-from mlx_lm_ext import demo_model
+from mlx_lm_ext import demo_model, radix_cache
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
@@ -123,6 +125,30 @@ def test_rows_that_end_together_are_copied_in_one_call(start_engine, monkeypatch
         read(job)
     wait_until_idle(engine)
     assert set(calls) == {0, 3} and len(cache) == 3
+
+
+def test_rows_end_as_always_when_their_kv_cannot_be_copied(
+    start_engine, monkeypatch, caplog
+):
+    class HearingEngine(Engine):
+        def forget(self, request):
+            super().forget(request)
+            forgotten.append(request)
+
+    def out_of_memory(arrays):
+        raise MemoryError("no room")
+
+    forgotten = []
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=HearingEngine)
+    expected = Reference(engine.cli_args.model).tokens("hello", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(radix_cache, "mx", SimpleNamespace(eval=out_of_memory))
+        job = submit(engine, "hello", max_tokens=3)
+        assert read(job) == expected
+        wait_until_idle(engine)
+    assert only_error(caplog).startswith("KV cannot be copied")
+    assert forgotten == [job] and not engine.prompt_cache.nbytes
+    assert read(submit(engine, "hello", max_tokens=3)) == expected
 
 
 def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
