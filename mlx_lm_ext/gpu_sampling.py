@@ -9,8 +9,9 @@ from .sampling_row import Row
 
 
 def below_highest(x: mx.array) -> mx.array:
-    """See ``cpu_sampling.below_highest``; of shape (rows, vocabulary)."""
-    x = x - x.max(axis=-1, keepdims=True)
+    """See ``cpu_sampling.below_highest``; of shape (rows, vocabulary), in float32."""
+    highest = x.max(axis=-1, keepdims=True)
+    x = x.astype(mx.float32) - highest.astype(mx.float32)
     return mx.where(mx.isnan(x), 0.0, x)
 
 
@@ -31,8 +32,8 @@ def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
     masses = mx.exp(ascending)
     above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     goal = top_p * (above[:, :1] + masses[:, :1])
-    n_dropped = (above >= goal).sum(axis=-1, keepdims=True)
-    thresholds = mx.take_along_axis(ascending, n_dropped, axis=-1)
+    kept = mx.where(above < goal, ascending, mx.inf)
+    thresholds = kept.min(axis=-1, keepdims=True)
     return mx.where((top_p > 0) & (top_p < 1), thresholds, -mx.inf)
 
 
@@ -145,6 +146,6 @@ def sample(
     Returns:
         mx.array: Token ids of shape (rows,).
     """
-    x = below_highest(x.astype(mx.float32))
+    x = below_highest(x)
     x = apply_filters(x, columns, keys, exempt)
     return draw(x / columns["temperature"], keys)
