@@ -51,11 +51,15 @@ def check_version() -> None:
         )
 
 
+def segmented(caches: List[Any]) -> List[BatchSegmentedKVCache]:
+    """Those of a batch's caches that rows join and leave in place."""
+    return [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
+
+
 def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
     """Evaluate what the ``filter`` of each layer needs, in one call."""
     if keep:
-        batches = [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
-        mx.eval([c.stage(keep) for c in batches])
+        mx.eval([c.stage(keep) for c in segmented(caches)])
 
 
 class LeanPromptBatch(PromptProcessingBatch):
@@ -323,11 +327,8 @@ class LeanBatchGenerator(BatchGenerator):
     @property
     def kv_shape(self) -> Tuple[int, int]:
         """Rows, spare ones included, and places of tokens in the KV of what decodes."""
-        layers = [
-            c
-            for c in leaves(self._generation_batch.prompt_cache)
-            if isinstance(c, BatchSegmentedKVCache) and c.keys is not None
-        ]
+        layers = segmented(self._generation_batch.prompt_cache)
+        layers = [c for c in layers if c.keys is not None]
         n_rows = max((c.keys.shape[0] for c in layers), default=0)
         return n_rows, max((c.end for c in layers), default=0)
 

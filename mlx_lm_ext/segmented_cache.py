@@ -137,8 +137,8 @@ class BatchSegmentedKVCache(BatchKVCache):
         left_padding (List[int]): Of each row.
     """
 
-    # Copies of the rows that ``filter`` is about to move: of keys, and of values.
-    movers: Optional[List[List[mx.array]]] = None
+    # Where ``filter`` is about to move rows, with copies of their keys and values.
+    movers: Optional[List[Tuple[int, mx.array, mx.array]]] = None
     # Of the tokens that are about to come.
     right_padding: Optional[List[int]] = None
 
@@ -301,10 +301,10 @@ class BatchSegmentedKVCache(BatchKVCache):
         if self.keys is None or 2 * len(batch_indices) < self.keys.shape[0]:
             return []
         self.movers = [
-            [mx.contiguous(x[i : i + n]) for i, _, n in moves(batch_indices)]
-            for x in (self.keys, self.values)
+            (to, *(mx.contiguous(x[i : i + n]) for x in (self.keys, self.values)))
+            for i, to, n in moves(batch_indices)
         ]
-        return [*self.movers[0], *self.movers[1]]
+        return [x for _, *copies in self.movers for x in copies]
 
     def filter(self, batch_indices: List[int]) -> None:
         """Keep these rows, in this order. Only those that move are copied, unless few are
@@ -329,9 +329,9 @@ class BatchSegmentedKVCache(BatchKVCache):
         if self.movers is None:
             # While one of them is lazy, the write would copy all rows.
             mx.eval(self.stage(batch_indices))
-        for x, movers in zip((self.keys, self.values), self.movers):
-            for (_, j, n), rows_moved in zip(moves(batch_indices), movers):
-                x[j : j + n] = rows_moved
+        for to, keys, values in self.movers:
+            self.keys[to : to + len(keys)] = keys
+            self.values[to : to + len(values)] = values
         self.rows, self.movers = rows, None
 
     def extract(self, idx: int) -> KVCache:
