@@ -3,7 +3,7 @@
 Rules:
 1. A row gets what mlx-lm's ``make_logits_processors`` gives it, in the same order: logit
    bias, then the repetition, presence and frequency penalty.
-2. Penalties over long contexts are not made here: ``Row.make`` gives none of those.
+2. Penalties over long contexts are not made here: a row of those is not ``is_short``.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class Row:
     penalties: List[Tuple[float, int]]
 
     @classmethod
-    def make(cls, args: LogitsProcessorArguments) -> Optional["Row"]:
-        """The row of a request; ``None`` if upstream's processors have to do it."""
+    def make(cls, args: LogitsProcessorArguments) -> "Row":
+        """The row of a request."""
         bias = args.logit_bias or {}
-        row = cls(
+        return cls(
             (np.array([*bias], np.int32), np.array([*bias.values()], np.float32)),
             [
                 # Upstream's 0 is none. It would divide by it.
@@ -42,12 +42,16 @@ class Row:
                 (args.frequency_penalty or 0.0, args.frequency_context_size),
             ],
         )
-        return row if all(0 < n <= MAX_CONTEXT for n in row.contexts) else None
 
     @property
     def contexts(self) -> List[int]:
-        """The contexts of the penalties that change something."""
+        """The contexts of the penalties that change something; 0 is all tokens."""
         return [n for (p, n), none in zip(self.penalties, (1.0, 0.0, 0.0)) if p != none]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether ``Penalties`` can make it. If not, upstream's processors have to."""
+        return all(0 < n <= MAX_CONTEXT for n in self.contexts)
 
 
 class Penalties:

@@ -18,6 +18,7 @@ from mlx_lm.server import CompletionRequest, GenerationContext, Response
 from .errors import RequestError
 from .interfaces import Clock, RequestInfo, RequestStats
 from .model_provider import ServedModel
+from .penalties import Row
 from .turnstile import Mailbox, Turnstile
 
 # After how many tokens a handler is woken that sends its answer in one piece.
@@ -262,14 +263,20 @@ class SingleQueue:
 
 
 class SingleCache:
-    """What upstream's single path takes for its prompt cache: it knows no salt."""
+    """What upstream's single path takes for its prompt cache: it knows no salt, and its
+    penalties see no tokens but those that are run."""
 
     def __init__(self, request: Request, cache: LRUPromptCache):
         self.key = request.cache_key
         self.cache = cache
+        self.contexts = Row.make(request.args.logits).contexts
 
     def fetch_nearest_cache(self, model: Any, tokens: List[int]) -> Tuple:
-        return self.cache.fetch_nearest_cache(self.key, tokens)
+        # One token is left to run of what is looked for.
+        n_seen = max((n or len(tokens) for n in self.contexts), default=1)
+        n = max(0, len(tokens) - n_seen + 1)
+        caches, rest = self.cache.fetch_nearest_cache(self.key, tokens[:n])
+        return caches, rest + tokens[n:]
 
     def insert_cache(self, model: Any, tokens: List[int], prompt_cache: Any) -> None:
         self.cache.insert_cache(self.key, tokens, prompt_cache)

@@ -54,7 +54,9 @@ class RowSampler:
         self.requests = [request]
         # How many top log probabilities the request wants; None: none at all.
         self.n_top = request.args.top_logprobs if request.args.logprobs else None
-        self.penalties = Row.make(request.args.logits)
+        row = Row.make(request.args.logits)
+        # None: upstream's processors make them.
+        self.penalties = row if row.is_short else None
         self.sampler = slot.make(args, request, tokenizer)
 
     def extend(self, other: "RowSampler") -> None:

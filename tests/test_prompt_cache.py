@@ -344,6 +344,21 @@ def test_requests_with_other_salts_share_nothing(argv, start_engine):
     assert n_matched() == known
 
 
+@pytest.mark.parametrize("size", [0, 9])
+@pytest.mark.parametrize("argv", [[], ALONE])
+def test_penalties_see_what_comes_from_the_cache(argv, size, start_engine):
+    engine = start_engine("llama", CACHE, *argv)
+    body = dict(frequency_penalty=-2.0, frequency_context_size=size)
+    prompt = "a text that its answer likes to repeat"
+    answers = []
+    for _ in range(2):
+        job = submit(engine, prompt, max_tokens=20, **body)
+        answers.append(read(job))
+        wait_until_idle(engine)
+    assert answers[0] == answers[1]
+    assert job.n_matched or not size
+
+
 THINKING = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {{ m['content'].split('</think>')[-1] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
