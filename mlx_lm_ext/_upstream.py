@@ -102,7 +102,7 @@ class LeanPromptBatch(PromptProcessingBatch):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
                 c.prepare(lengths=lengths, right_padding=padding)
-        self.model(mx.array(tokens), cache=self.prompt_cache)
+        self.model(mx.array(tokens, mx.uint32), cache=self.prompt_cache)
         if any(padding):
             for c in self.prompt_cache:
                 c.finalize()
@@ -113,7 +113,8 @@ class LeanPromptBatch(PromptProcessingBatch):
         return LeanGenerationBatch(
             self.model,
             self.uids,
-            mx.array([token for (token,) in tokens]),
+            # As samplers give them: with CUDA, each type has kernels of its own.
+            mx.array([token for (token,) in tokens], mx.uint32),
             self.prompt_cache,
             self.tokens,
             self.samplers,

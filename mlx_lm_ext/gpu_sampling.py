@@ -1,4 +1,9 @@
-"""Draws the tokens of all rows with MLX, in calls that the host does not wait for."""
+"""Draws the tokens of all rows with MLX, in calls that the host does not wait for.
+
+Rules:
+1. Each filter is compiled by itself. Compiled as one, the filters of a batch would need
+   kernels for each set of parameters, and with CUDA a kernel takes seconds to make.
+"""
 
 from typing import Dict, List
 
@@ -8,6 +13,7 @@ import numpy as np
 from .sampling_row import Row
 
 
+@mx.compile
 def below_highest(x: mx.array) -> mx.array:
     """See ``cpu_sampling.below_highest``; of shape (rows, vocabulary), in float32."""
     highest = x.max(axis=-1, keepdims=True)
@@ -15,8 +21,9 @@ def below_highest(x: mx.array) -> mx.array:
     return mx.where(mx.isnan(x), 0.0, x)
 
 
-def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
-    """The smallest logit of each row's nucleus; -inf for a ``top_p`` outside (0, 1).
+@mx.compile
+def keep_nucleus(x: mx.array, top_p: mx.array) -> mx.array:
+    """Drop what is not in the nucleus of its row; a ``top_p`` outside (0, 1) keeps all.
 
     All are sorted: to look among the k largest first would gain nothing, for MLX sorts all
     to find those on a GPU.
@@ -24,19 +31,24 @@ def nucleus_thresholds(x: mx.array, top_p: mx.array) -> mx.array:
     Args:
         x (mx.array): Logits of shape (rows, vocabulary), of which the highest of a row is 0.
         top_p (mx.array): Of shape (rows, 1).
-
-    Returns:
-        mx.array: Of shape (rows, 1).
     """
     ascending = mx.sort(x, axis=-1)
     masses = mx.exp(ascending)
     above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     goal = top_p * (above[:, :1] + masses[:, :1])
     kept = mx.where(above < goal, ascending, mx.inf)
-    thresholds = kept.min(axis=-1, keepdims=True)
-    return mx.where((top_p > 0) & (top_p < 1), thresholds, -mx.inf)
+    least = kept.min(axis=-1, keepdims=True)
+    least = mx.where((top_p > 0) & (top_p < 1), least, -mx.inf)
+    return mx.where(x < least, -mx.inf, x)
 
 
+@mx.compile
+def keep_min_p(x: mx.array, log_min_p: mx.array) -> mx.array:
+    """Drop the logits below those of shape (rows, 1); the highest of a row is 0."""
+    return mx.where(x < log_min_p, -mx.inf, x)
+
+
+@mx.compile
 def keep_top_k(x: mx.array, top_k: mx.array) -> mx.array:
     """Drop all but the ``k`` largest of each row; 0 keeps all."""
     order = mx.argsort(-x, axis=-1)
@@ -45,12 +57,13 @@ def keep_top_k(x: mx.array, top_k: mx.array) -> mx.array:
     return mx.put_along_axis(x, order, mx.where(kept, ranked, -mx.inf), axis=-1)
 
 
+@mx.compile
 def apply_xtc(
     x: mx.array,
     probability: mx.array,
     threshold: mx.array,
     exempt: List[int],
-    uniform: mx.array,
+    keys: mx.array,
 ) -> mx.array:
     """Drop the tokens above a threshold but the least likely of them, now and then.
 
@@ -59,8 +72,9 @@ def apply_xtc(
         probability (mx.array): How often, of shape (rows, 1).
         threshold (mx.array): Of shape (rows, 1).
         exempt (List[int]): Tokens that stay.
-        uniform (mx.array): What decides, of shape (rows, 1).
+        keys (mx.array): What decides, of shape (rows, 2).
     """
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(keys)
     p = mx.softmax(x, axis=-1)
     least = mx.where(p > threshold, p, mx.inf).min(axis=-1, keepdims=True)
     drop = (p > least) & (uniform < probability)
@@ -68,14 +82,16 @@ def apply_xtc(
     return mx.where(drop, -mx.inf, x)
 
 
-def draw(x: mx.array, keys: mx.array) -> mx.array:
-    """Tokens of ``softmax(x)`` by an exponential race (the Gumbel-max trick).
+@mx.compile
+def draw(x: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
+    """Tokens of ``softmax(x / temperature)`` by an exponential race (the Gumbel-max trick).
 
     The winners' times are near zero, where floats are finest, so that tokens of small
     probabilities are drawn as rarely as they should be.
 
     Args:
         x (mx.array): Logits of shape (rows, vocabulary).
+        temperature (mx.array): Of shape (rows, 1).
         keys (mx.array): Of shape (rows, 2).
 
     Returns:
@@ -84,7 +100,7 @@ def draw(x: mx.array, keys: mx.array) -> mx.array:
     uniform = mx.vmap(lambda key: mx.random.uniform(shape=x.shape[1:], key=key))(keys)
     # A multiple of 2**-32 below 1; at 0, a dropped token would come at once.
     uniform = mx.maximum(uniform, 2**-33)
-    return mx.argmax(x - mx.log(-mx.log1p(-uniform)), axis=-1)
+    return mx.argmax(x / temperature - mx.log(-mx.log1p(-uniform)), axis=-1)
 
 
 def collect(rows: List[Row]) -> Dict[str, mx.array]:
@@ -110,31 +126,25 @@ def collect(rows: List[Row]) -> Dict[str, mx.array]:
 def apply_filters(
     x: mx.array, columns: Dict[str, mx.array], keys: mx.array, exempt: List[int]
 ) -> mx.array:
-    """The logits, of which the highest of a row is 0, and -inf for the tokens that the
-    parameters of their rows drop."""
-    limits = []
+    """The logits less the highest of their row, and -inf for the tokens that the parameters
+    of their rows drop."""
+    x = below_highest(x)
     if "top_p" in columns:
-        limits.append(nucleus_thresholds(x, columns["top_p"]))
+        x = keep_nucleus(x, columns["top_p"])
     if "log_min_p" in columns:
-        limits.append(columns["log_min_p"])
-    for limit in limits:
-        x = mx.where(x < limit, -mx.inf, x)
+        x = keep_min_p(x, columns["log_min_p"])
     if "xtc_probability" in columns:
-        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(~keys)
         probability, threshold = columns["xtc_probability"], columns["xtc_threshold"]
-        x = apply_xtc(x, probability, threshold, exempt, uniform)
+        x = apply_xtc(x, probability, threshold, exempt, ~keys)
     if "top_k" in columns:
         x = keep_top_k(x, columns["top_k"])
     return x
 
 
-@mx.compile
 def sample(
     x: mx.array, columns: Dict[str, mx.array], keys: mx.array, exempt: List[int]
 ) -> mx.array:
     """Draw a token of each row.
-
-    Compiled once for each number of rows and each set of columns.
 
     Args:
         x (mx.array): Logits of shape (rows, vocabulary).
@@ -146,6 +156,5 @@ def sample(
     Returns:
         mx.array: Token ids of shape (rows,).
     """
-    x = below_highest(x)
     x = apply_filters(x, columns, keys, exempt)
-    return draw(x / columns["temperature"], keys)
+    return draw(x, columns["temperature"], keys)

@@ -15,6 +15,7 @@ from mlx_lm.generate import StopSequences
 from .batching import Batch
 from .device import on_cpu
 from .model_provider import BatchModelProvider
+from .penalties import MAX_CONTEXT
 from .plugins import Plugins
 from .policies import Policies
 from .prefill import default_budget
@@ -24,6 +25,18 @@ from .validation import parse_arguments
 
 # One of each kind of row.
 BODIES = [{}, {"temperature": 0.7, "top_p": 0.95}, {"logprobs": 1}]
+PENALTIES = dict(
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logit_bias={"0": 1},
+)
+# With CUDA, each of these has kernels that take seconds to make.
+GPU_BODIES = [
+    dict(top_p=0.95, min_p=0.01, top_k=40, xtc_probability=0.5, xtc_threshold=0.1),
+    PENALTIES,
+    PENALTIES | dict(repetition_context_size=MAX_CONTEXT + 1),
+]
 # No policy of a plugin hears of it.
 BUILT_IN = dict(eviction_policy="lru", scheduler="fcfs", sampler="default")
 
@@ -58,9 +71,9 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
 
-    def add(n_prompt: int, max_tokens: int) -> bool:
+    def add(n_prompt: int, **body: Any) -> bool:
         i = len(batch)
-        body = BODIES[i % len(BODIES)] | {"max_tokens": max_tokens}
+        body = BODIES[i % len(BODIES)] | body
         # Prompts of two lengths: padding has kernels of its own.
         request = make_request(provider, args, [i % 64] * (n_prompt + i % 2), **body)
         fits = batch.fits(request)
@@ -74,13 +87,18 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         for _ in range(2):
             batch.step()
 
+    extras = [(default_budget(), {})]
+    if not on_cpu():
+        extras += [(8, dict(temperature=0.7) | body) for body in GPU_BODIES]
     size, n_tokens = 1, 64 + 2 * args.batch_size
     while not is_stopping():
         # Of as many sizes as fit.
-        fits = all(add(8, n_tokens) for _ in range(len(batch), size))
+        fits = all(add(8, max_tokens=n_tokens) for _ in range(len(batch), size))
         run()
-        if size == 1 and add(default_budget(), max_tokens=1):
-            run()
+        if size == 1:
+            for n_prompt, body in extras:
+                if not is_stopping() and add(n_prompt, max_tokens=1, **body):
+                    run()
         if size == args.batch_size or not fits:
             break
         size = min(2 * size, args.batch_size)

@@ -4,7 +4,7 @@ import pytest
 from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import warm_up
+from mlx_lm_ext import _upstream, batching, gpu_sampling, sampling, warm_up
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
@@ -42,6 +42,28 @@ def test_on_a_gpu_rows_leave_one_by_one(sizes, start_engine, monkeypatch):
     monkeypatch.setattr(warm_up, "on_cpu", lambda: False)
     start_engine("llama", "--warmup", "--batch-size", "6")
     assert sizes[-5:] == [5, 4, 3, 2, 1]
+
+
+def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
+    ran = set()
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def watched(*args):
+            ran.add(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module in (warm_up, sampling, _upstream):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    names = ["keep_nucleus", "keep_min_p", "keep_top_k", "apply_xtc", "draw"]
+    for name in names:
+        watch(gpu_sampling, name)
+    watch(batching, "make_logits_processors")
+    start_engine("llama", "--warmup", "--batch-size", "1")
+    assert ran == {*names, "make_logits_processors"}
 
 
 @pytest.mark.parametrize(
