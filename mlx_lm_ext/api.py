@@ -156,7 +156,7 @@ class BatchAPIHandler(HTTPHandler):
         return reason
 
     def send_events(self, job: Request) -> str:
-        n_tokens = 0
+        n_tokens = n_sent = 0
         for delta in self.receive(job):
             if delta is None:
                 self.send_keepalive()
@@ -169,7 +169,12 @@ class BatchAPIHandler(HTTPHandler):
                 or delta.finish_reason
                 or job.args.logprobs
             ):
-                self.send_event(json.dumps(self.make_response(job, delta)))
+                chunk = self.make_response(job, delta)
+                if n_sent:
+                    # Clients add up what the chunks hold.
+                    chunk["choices"][0].get("delta", {}).pop("role", None)
+                n_sent += 1
+                self.send_event(json.dumps(chunk))
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.completion_usage_response(
                 len(job.prompt), n_tokens, job.n_matched
@@ -192,11 +197,14 @@ class BatchAPIHandler(HTTPHandler):
             tool_calls=delta.tool_calls,
             reasoning_text=delta.reasoning,
         )
+        (choice,) = response["choices"]
+        if "message" in choice and not delta.tool_calls:
+            # Upstream makes null of an empty text.
+            choice["message"]["content"] = delta.text
         if job.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs
-            decode = job.model.tokenizer.decode
-            response["choices"][0]["logprobs"] = make(delta.tokens, decode)
+            choice["logprobs"] = make(delta.tokens, job.model.tokenizer.decode)
         return response
 
     # Other routes

@@ -4,11 +4,12 @@ Rules:
 1. Runs on a handler thread, and takes all tokens that have piled up at once.
 2. Streamed or not, the pieces add up to the same text.
 3. Stop words are found in the text, however they were tokenised.
+4. Tools are called only by answers to requests that have some: to others a call is text.
 """
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
@@ -39,6 +40,25 @@ class Delta:
     finish_reason: Optional[str] = None
 
 
+class WithoutTools:
+    """A tokenizer as one of a model that calls no tools."""
+
+    has_tool_calling = False
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    @property
+    def response_transitions(self) -> Dict[str, List[Tuple[str, str]]]:
+        return {
+            state: [(text, after) for text, after in edges if after != "tool"]
+            for state, edges in self.tokenizer.response_transitions.items()
+        }
+
+
 class Delivery:
     """The text of one answer, made as its tokens arrive.
 
@@ -53,6 +73,8 @@ class Delivery:
         self.format_tool_calls = ToolCallFormatter(
             tokenizer.tool_parser, request.completion.tools, stream
         )
+        if not request.completion.tools:
+            tokenizer = WithoutTools(tokenizer)
         # A text completion is all text.
         is_chat = request.completion.request_type == "chat"
         machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
@@ -60,6 +82,7 @@ class Delivery:
         self.stop_words = StopWords(request.args.stop_words)
         self.tool_text = ""
         self.made_tool_call = False
+        self.takes_one_call = request.body.get("parallel_tool_calls") is False
 
     def feed(self, tokens: List[Token]) -> Delta:
         """Turn the next tokens into text.
@@ -69,12 +92,14 @@ class Delivery:
               what was held back.
 
         Returns:
-            What they add. A stop word ends the answer and drops the tokens after it.
+            What they add. A stop word ends the answer and drops the tokens after it, and
+            so does a tool call if only one is wanted.
         """
         delta = Delta()
-        # One by one, so that a stop word ends the answer at the same token
-        # however many have piled up.
-        groups = [[t] for t in tokens] if self.stop_words.words else [tokens]
+        # One by one, so that what ends the answer does so at the same token however many
+        # have piled up.
+        may_end = self.stop_words.words or self.takes_one_call
+        groups = [[t] for t in tokens] if may_end else [tokens]
         for group in groups:
             delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
@@ -122,7 +147,7 @@ class Delivery:
     def end_tool_call(self, delta: Delta) -> None:
         """Parse the tool text, if there is any. What is no call stays text."""
         text, self.tool_text = self.tool_text, ""
-        if not text:
+        if not text or (self.takes_one_call and self.made_tool_call):
             return
         try:
             calls = self.format_tool_calls([text])
@@ -132,6 +157,8 @@ class Delivery:
             calls = []
         if calls:
             self.made_tool_call = True
+            if self.takes_one_call:
+                calls, delta.finish_reason = calls[:1], "stop"
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)

@@ -67,6 +67,7 @@ FIELDS = {
     "best_of": Field(int, 1),
     "response_format": Field(dict),
     "tools": Field(list),
+    "parallel_tool_calls": Field(bool),
     "chat_template_kwargs": Field(dict),
     "role_mapping": Field(dict),
     "echo": Field(bool),

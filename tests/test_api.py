@@ -60,6 +60,23 @@ def test_chat_completion_has_the_shape_of_openai(start_server):
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
+def test_only_the_first_chunk_has_the_role(start_server):
+    _, port = start_server()
+    chunks = stream(port, CHAT, messages=HELLO, max_tokens=6)
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+    assert len(roles) > 1
+    assert roles == ["assistant"] + [None] * (len(roles) - 1)
+
+
+def test_answer_without_text_has_an_empty_content(start_server):
+    _, port = start_server()
+    body = {"messages": HELLO, "max_tokens": 6}
+    _, answer = call(port, "POST", CHAT, body)
+    text = answer["choices"][0]["message"]["content"]
+    _, answer = call(port, "POST", CHAT, body | {"stop": text[:1]})
+    assert answer["choices"][0]["message"]["content"] == ""
+
+
 def test_chat_route_without_version_is_the_same(start_server):
     _, port = start_server()
     body = {"messages": HELLO, "max_tokens": 5}
@@ -305,6 +322,7 @@ BAD_BODIES = [
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(tools={}), "tools"),
+    (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
     (chat(tools=["x"]), "tools[0]"),
     (chat(tools=[{"type": "function"}]), "tools[0].function"),
     (chat(tool_choice="required"), "tool_choice"),

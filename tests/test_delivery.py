@@ -37,12 +37,20 @@ class ToolTokenizer:
 
 
 def deliver(
-    tokenizer, text, pile=1, stop=(), finish_reason="stop", request_type="chat"
+    tokenizer,
+    text,
+    pile=1,
+    stop=(),
+    finish_reason="stop",
+    request_type="chat",
+    tools=[{}],
+    **body,
 ):
     """Feed a text, or its tokens, in piles; gives the joined answer."""
     request = SimpleNamespace(
         model=SimpleNamespace(tokenizer=tokenizer),
-        completion=CompletionRequest(request_type, "", [], None, None),
+        completion=CompletionRequest(request_type, "", [], tools, None),
+        body=body,
         args=SimpleNamespace(stop_words=list(stop)),
         initial_state="normal",
     )
@@ -107,6 +115,27 @@ def test_reasoning_and_tool_calls_are_set_apart(tokenizer, pile):
     assert answer.text == "so end"
     assert [c["function"]["name"] for c in answer.calls] == ["f", "g"]
     assert answer.end == "tool_calls"
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+def test_second_of_parallel_tool_calls_is_dropped_if_one_is_wanted(tokenizer, pile):
+    text = "so<tool>call f</tool> and<tool>call g</tool> end"
+    answer = deliver(ToolTokenizer(tokenizer), text, pile, parallel_tool_calls=False)
+    assert [c["function"]["name"] for c in answer.calls] == ["f"]
+    assert (answer.text, answer.end) == ("so", "tool_calls")
+    assert answer.n_tokens == len("so<tool>call f</tool>")
+
+
+def test_call_without_tools_is_text(tokenizer):
+    tokenizer = ToolTokenizer(tokenizer)
+    tokenizer.response_transitions = {
+        "normal": [("<call>", "tool"), ("<hm>", "reasoning")]
+    }
+    text = "<think>hm</think>so<tool>call f</tool> and<call>call g<hm>!"
+    answer = deliver(tokenizer, text, tools=None)
+    assert answer.reasoning == "hm!"
+    assert answer.text == "so<tool>call f</tool> and<call>call g"
+    assert (answer.calls, answer.end) == ([], "stop")
 
 
 def test_text_completion_is_all_text(tokenizer):
