@@ -394,3 +394,5 @@ class APIHandlerBase(APIHandler):
 
     def send_cors_headers(self) -> None:
         self._set_cors_headers()
+        # "*" is all headers but this one.
+        self.send_header("Access-Control-Allow-Headers", "Authorization")

@@ -8,6 +8,7 @@ Rules:
 
 import json
 import logging
+import re
 import select
 import socket
 import sys
@@ -21,6 +22,12 @@ from .errors import RequestError, internal_error
 
 # Bytes of a request body; images come inside it.
 MAX_BODY = 64 << 20
+# Of what goes with the chunks of a body.
+MAX_LINE, MAX_TRAILERS = 1 << 16, 100
+
+
+def too_large() -> RequestError:
+    return RequestError(413, f"the body may have {MAX_BODY} bytes at most")
 
 
 class BatchHTTPServer(ThreadingHTTPServer):
@@ -90,7 +97,9 @@ class HTTPHandler(APIHandlerBase):
 
     def do_OPTIONS(self):
         self.ignore_body()
-        super().do_OPTIONS()
+        self.send_response(204)
+        self.send_cors_headers()
+        self.end_headers()
 
     def do_POST(self):
         self.respond(self.post)
@@ -121,25 +130,63 @@ class HTTPHandler(APIHandlerBase):
         """Read the whole body, so that the connection can serve another request."""
         # Until it is read, nothing after it can be.
         close, self.close_connection = self.close_connection, True
+        try:
+            if "Transfer-Encoding" in self.headers:
+                raw = self.read_chunks()
+            else:
+                raw = self.read_exactly(self.content_length())
+        except TimeoutError:
+            raise RequestError(408, "the body did not arrive in time")
+        self.close_connection = close
+        return raw
+
+    def content_length(self) -> int:
+        """How many bytes the body has, by the header."""
         length, *others = self.headers.get_all("Content-Length") or [None]
+        if length is None:
+            raise RequestError(411, "send a body, with its Content-Length or in chunks")
         if any(other != length for other in others):
             raise RequestError(400, "the Content-Length headers differ")
-        if length is None or "Transfer-Encoding" in self.headers:
-            raise RequestError(411, "send the body whole, with its Content-Length")
         if not (length.isascii() and length.isdigit()):
             raise RequestError(400, "the Content-Length header must be a number")
         # The count of digits first: Python refuses to read very long numbers.
         if len(length) > 15 or int(length) > MAX_BODY:
-            raise RequestError(413, f"the body may have {MAX_BODY} bytes at most")
-        try:
-            raw = self.rfile.read(int(length))
-        except TimeoutError:
-            raise RequestError(408, "the body did not arrive in time")
-        if len(raw) < int(length):
-            message = f"the body was cut short after {len(raw)} of {length} bytes"
+            raise too_large()
+        return int(length)
+
+    def read_exactly(self, n: int) -> bytes:
+        raw = self.rfile.read(n)
+        if len(raw) < n:
+            message = f"the body was cut short after {len(raw)} of {n} bytes"
             raise RequestError(400, message)
-        self.close_connection = close
         return raw
+
+    def read_chunks(self) -> bytes:
+        """Read a body in chunks, as RFC 9112, section 7.1 has them."""
+        codings = self.headers.get_all("Transfer-Encoding")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise RequestError(400, "Transfer-Encoding may only be chunked")
+        # Proxies may have gone by the other.
+        if "Content-Length" in self.headers:
+            message = "a body in chunks must not have a Content-Length"
+            raise RequestError(400, message)
+        raw = b""
+        while True:
+            size = self.rfile.readline(MAX_LINE).partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+                raise RequestError(400, "a chunk of the body must begin with its size")
+            n = int(size, 16)
+            if len(raw) + n > MAX_BODY:
+                raise too_large()
+            if not n:
+                break
+            raw += self.read_exactly(n)
+            if self.rfile.readline(3).strip(b"\r\n"):
+                raise RequestError(400, "a chunk of the body is longer than its size")
+        for _ in range(MAX_TRAILERS):
+            if not self.rfile.readline(MAX_LINE).strip():
+                return raw
+        raise RequestError(400, f"a body may have {MAX_TRAILERS} trailers at most")
 
     def client_is_gone(self) -> bool:
         poll = select.poll()

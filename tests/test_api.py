@@ -400,6 +400,9 @@ def send_raw(port, raw, shut=True):
         return b"".join(iter(lambda: s.recv(65536), b""))
 
 
+CHUNKED = "Transfer-Encoding: chunked"
+
+
 @pytest.mark.parametrize(
     "headers, body, status",
     [
@@ -407,7 +410,14 @@ def send_raw(port, raw, shut=True):
         ("Content-Length: x", b"{}", 400),
         ("Content-Length: -5", b"{}", 400),
         ("X-Nothing: 1", b"", 411),
-        ("Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n", 411),
+        ("Transfer-Encoding: gzip", b"2\r\n{}\r\n0\r\n\r\n", 400),
+        (CHUNKED + "\r\nContent-Length: 12", b"2\r\n{}\r\n0\r\n\r\n", 400),
+        (CHUNKED, b"{}", 400),
+        (CHUNKED, b"3\r\n{}", 400),
+        (CHUNKED, b"2\r\n{}{}\r\n0\r\n\r\n", 400),
+        (CHUNKED, b"2\r\n{}\r\n", 400),
+        (CHUNKED, b"fffffff\r\n", 413),
+        (CHUNKED, b"0\r\n" + b"a: b\r\n" * 200, 400),
         ("Content-Length: " + "9" * 5000, b"{}", 413),
         (f"Content-Length: {10**12}", b"{}", 413),
     ],
@@ -423,6 +433,19 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
     assert head.startswith(f"HTTP/1.1 {status} ".encode())
     assert_is_error(json.loads(content), None)
     assert complete(port, "hello", max_tokens=2)
+
+
+def test_body_may_come_in_chunks(start_server):
+    _, port = start_server()
+    body = chat()
+    chunks = b"5;name=value\r\n%b\r\n%X\r\n%b\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    chunks %= body[:5], len(body) - 5, body[5:]
+    requests = [
+        f"POST {CHAT} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + chunks
+        for headers in (CHUNKED, f"{CHUNKED}\r\nConnection: close")
+    ]
+    answers = send_raw(port, b"".join(requests), shut=False)
+    assert answers.count(b"HTTP/1.1 200 ") == 2
 
 
 def test_body_of_a_get_is_not_taken_for_a_request(start_server):
@@ -567,3 +590,14 @@ def test_browser_origin_gets_cors_headers(start_server):
         response = connection.getresponse()
         assert response.getheader("Access-Control-Allow-Origin") == allowed
         connection.close()
+
+
+def test_browser_may_send_the_key_that_clients_send(start_server):
+    _, port = start_server()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("OPTIONS", CHAT, headers={"Origin": "http://a.test"})
+    response = connection.getresponse()
+    assert response.status == 204
+    assert response.getheader("Access-Control-Allow-Origin") == "*"
+    assert response.getheader("Access-Control-Allow-Headers") == "*, Authorization"
+    connection.close()
