@@ -57,8 +57,9 @@ class BatchAPIHandler(HTTPHandler):
             raise self.wrong_route(path)
         self.body = parse_body(raw)
         self.stream = self.body.get("stream", False)
-        self.requested_model = self.body.get("model", "default_model")
-        if self.requested_model == self.model_id:
+        # Some clients send an empty name for none.
+        self.requested_model = self.body.get("model") or "default_model"
+        if self.requested_model in ("default_model", self.model_id):
             self.body["model"] = "default_model"
         self.args = parse_arguments(self.body, self.response_generator.cli_args)
         if path == "/v1/completions":

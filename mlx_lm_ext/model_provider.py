@@ -8,7 +8,7 @@ Rules:
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Dict, List, Optional
 
 from mlx_lm.generate import StopSequences, make_stop_sequences
 from mlx_lm.server import ModelDescription
@@ -35,6 +35,15 @@ class ServedModel:
     vocabulary_size: int
     context_length: Optional[int]
     end_of_text: StopSequences
+
+    def name_roles(self, messages: List[Dict[str, Any]]) -> None:
+        """Let developers be of the role system, in place, if the chat template does not
+        know them: it might leave out what they say."""
+        if "developer" in str(self.tokenizer.chat_template):
+            return
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
 
 
 class BatchModelProvider(ModelProviderBase):

@@ -134,20 +134,14 @@ class Request(RequestInfo):
             return
         room = limit - n_prompt
         if room < 1:
-            message = f"the prompt has {n_prompt} tokens; the model takes {limit}"
-            raise RequestError(400, message, prompt_field, "context_length_exceeded")
-        if self.args.max_tokens > room and not (
-            self.body.keys() & {"max_tokens", "max_completion_tokens"}
-        ):
-            self.args.max_tokens = room
-        if self.args.max_tokens > room:
-            raise RequestError(
-                400,
-                f"max_tokens is {self.args.max_tokens}, and after {n_prompt} tokens of "
-                f"prompt the model has room for {room}",
-                "max_tokens",
-                "context_length_exceeded",
-            )
+            raise too_long(limit, f"the prompt has {n_prompt}", prompt_field)
+        if self.args.max_tokens <= room:
+            return
+        for field in ("max_completion_tokens", "max_tokens"):
+            if field in self.body:
+                asked = f"the prompt has {n_prompt}, and {field} may be {room} at most"
+                raise too_long(limit, asked, field)
+        self.args.max_tokens = room
 
     def cancel(self) -> None:
         """Leave the waiting list or the batch at the next step (any thread)."""
@@ -214,6 +208,12 @@ class Request(RequestInfo):
         if events and isinstance(events[-1], Exception):
             raise events[-1]
         return events
+
+
+def too_long(limit: int, reason: str, param: str) -> RequestError:
+    """The 400 for more tokens than the model takes. Clients know OpenAI's words."""
+    message = f"this model's maximum context length is {limit} tokens: {reason}"
+    return RequestError(400, message, param, "context_length_exceeded")
 
 
 class SingleQueue:

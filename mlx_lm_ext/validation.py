@@ -81,6 +81,9 @@ FIELDS = {
 # The time to look for one grows with its square.
 MAX_STOP_WORD = 1000
 
+# What a content may be made of.
+PARTS = ("text", "image_url", "input_image", "image")
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -118,32 +121,38 @@ def check_field(name: str, value: Any, field: Field) -> None:
     check_type(name, value, field.kind)
     if field.kind not in (int, float):
         return
+    low, high = field.minimum, field.maximum
     # Written so that NaN fails too.
-    if not field.minimum <= value <= field.maximum:
-        low, high = f"{field.minimum:g}", f"{field.maximum:g}"
-        raise RequestError(400, f"{name} must be between {low} and {high}", name)
+    if not low <= value <= high:
+        limits = f"between {low:g} and {high:g}"
+        if value < low and high == Field.maximum:
+            limits = f"at least {low:g}"
+        raise RequestError(400, f"{name} must be {limits}", name)
 
 
 def check_supported(body: Dict[str, Any]) -> None:
     """Refuse what OpenAI defines and this server cannot do."""
-    choice = body.get("tool_choice", "auto")
-    unsupported = {
-        "n": body.get("n", 1) != 1,
-        "best_of": body.get("best_of", 1) != 1,
-        "echo": body.get("echo", False),
-        "suffix": bool(body.get("suffix")),
-        "response_format": body.get("response_format", {}).get("type", "text")
-        != "text",
-        "tool_choice": choice not in ("auto", "none"),
-        "functions": bool(body.get("functions")),
-        "audio": bool(body.get("audio")),
-        "modalities": body.get("modalities", ["text"]) != ["text"],
+    form = body.get("response_format", {}).get("type", "text")
+    supported = {
+        "n": (body.get("n", 1) == 1, "must be 1"),
+        "best_of": (body.get("best_of", 1) == 1, "must be 1"),
+        "echo": (not body.get("echo"), "must be false"),
+        "suffix": (not body.get("suffix"), "must be empty"),
+        "response_format": (form == "text", "must be of the type text"),
+        "tool_choice": (
+            body.get("tool_choice", "auto") in ("auto", "none"),
+            "must be auto or none",
+        ),
+        "functions": (not body.get("functions"), "must be empty: use tools"),
+        "audio": (not body.get("audio"), "must be empty"),
+        "modalities": (body.get("modalities", ["text"]) == ["text"], "must be text"),
     }
-    for name, refused in unsupported.items():
-        if refused:
-            raise RequestError(
-                400, f"this value of {name} is not supported", name, "unsupported_value"
-            )
+    for name, (is_supported, right) in supported.items():
+        if not is_supported:
+            message = f"{name} {right}; nothing else is supported"
+            raise RequestError(400, message, name, "unsupported_value")
+    usage = body.get("stream_options", {}).get("include_usage") or False
+    check_type("stream_options.include_usage", usage, bool)
 
 
 def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -160,6 +169,7 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
                 400, f"{name}.role must be one of {', '.join(ROLES)}", f"{name}.role"
             )
         check_content(f"{name}.content", message)
+        check_tool_calls(f"{name}.tool_calls", message)
     return messages
 
 
@@ -169,15 +179,32 @@ def check_content(name: str, message: Dict[str, Any]) -> None:
     if isinstance(content, list):
         for i, part in enumerate(content):
             check_type(f"{name}[{i}]", part, dict)
-            check_type(f"{name}[{i}].type", part.get("type"), str)
+            if part.get("type") not in PARTS:
+                where = f"{name}[{i}].type"
+                message = f"{where} must be one of {', '.join(PARTS)}"
+                raise RequestError(400, message, where)
             if part["type"] == "text":
                 check_type(f"{name}[{i}].text", part.get("text"), str)
     elif content is not None or message["role"] != "assistant":
         check_type(name, content, str)
+
+
+def check_tool_calls(name: str, message: Dict[str, Any]) -> None:
+    """Each has a function, whose arguments are JSON; no arguments are an empty object."""
     calls = message.get("tool_calls") or []
-    check_type(name.replace("content", "tool_calls"), calls, list)
-    for call in calls:
-        check_type(name.replace("content", "tool_calls"), call, dict)
+    check_type(name, calls, list)
+    for i, call in enumerate(calls):
+        check_type(f"{name}[{i}]", call, dict)
+        where = f"{name}[{i}].function"
+        function = call.get("function")
+        check_type(where, function, dict)
+        arguments = function["arguments"] = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                json.loads(arguments)
+            except (ValueError, RecursionError) as e:
+                where += ".arguments"
+                raise RequestError(400, f"{where} must be JSON: {e}", where)
 
 
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
@@ -194,7 +221,7 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
 def parse_prompt(body: Dict[str, Any]) -> Any:
     """The prompt of a text completion: a text, or its token ids."""
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+    if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
         prompt = prompt[0]
     if isinstance(prompt, list):
         if not all(type(token) is int for token in prompt):

@@ -77,6 +77,30 @@ def test_answer_without_text_has_an_empty_content(start_server):
     assert answer["choices"][0]["message"]["content"] == ""
 
 
+@pytest.mark.parametrize("knows, role", [(False, "system"), (True, "developer")])
+def test_developer_is_a_system_to_a_template_that_knows_no_developers(
+    knows, role, start_server
+):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    template += "{# developer #}" if knows else ""
+    _, port = start_server("llama", "--chat-template", template)
+    counts = []
+    for asked in ("developer", role):
+        messages = [{"role": asked, "content": "Be brief."}, *HELLO]
+        _, answer = call(port, "POST", CHAT, {"messages": messages, "max_tokens": 1})
+        counts.append(answer["usage"]["prompt_tokens"])
+    assert counts == [len(f"{role}:Be brief.;user:hello;")] * 2
+
+
+def test_tool_call_without_arguments_is_one_with_none(start_server):
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    _, port = start_server("llama", "--chat-template", template)
+    for function in ({}, {"arguments": ""}, {"arguments": "{}"}):
+        body = called({"function": {"name": "f", **function}})
+        status, answer = call(port, "POST", CHAT, body)
+        assert (status, answer["usage"]["prompt_tokens"]) == (200, len("{}"))
+
+
 def test_chat_route_without_version_is_the_same(start_server):
     _, port = start_server()
     body = {"messages": HELLO, "max_tokens": 5}
@@ -164,10 +188,10 @@ def test_text_completion_has_logprobs_of_its_own_shape(start_server):
 def test_prompt_may_be_token_ids(model_folder, start_server):
     _, port = start_server()
     tokens = Reference(model_folder()).tokenizer.encode("hello")
-    by_text, by_list, by_ids = (
-        complete(port, p, max_tokens=8) for p in ("hello", ["hello"], tokens)
-    )
-    assert by_text == by_list == by_ids
+    answers = {
+        complete(port, p, max_tokens=8) for p in ("hello", ["hello"], tokens, [tokens])
+    }
+    assert len(answers) == 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -214,11 +238,11 @@ def test_images_are_served_by_upstream(start_server):
 
 def test_model_names_of_the_command_line_mean_the_served_model(start_server):
     engine, port = start_server()
-    answers = [
+    answers = {
         complete(port, "hello", max_tokens=5, model=m)
-        for m in ("default_model", engine.cli_args.model_id)
-    ]
-    assert answers[0] == answers[1]
+        for m in ("default_model", engine.cli_args.model_id, "")
+    }
+    assert len(answers) == 1
     _, models = call(port, "GET", "/v1/models")
     assert models["data"][0]["id"] == engine.cli_args.model_id
     status, model = call(port, "GET", f"/v1/models/{engine.cli_args.model_id}")
@@ -257,6 +281,10 @@ def message(**fields):
     return chat(messages=[fields])
 
 
+def called(call):
+    return message(role="assistant", tool_calls=[call])
+
+
 # Body, and the field that the error must name.
 BAD_BODIES = [
     (b"not json", None),
@@ -282,7 +310,13 @@ BAD_BODIES = [
     ),
     (
         message(role="user", content=[{"type": "video", "video": "x"}]),
-        "messages",
+        "messages[0].content[0].type",
+    ),
+    (called("f"), "messages[0].tool_calls[0]"),
+    (called({"type": "function"}), "messages[0].tool_calls[0].function"),
+    (
+        called({"function": {"name": "f", "arguments": "{bad"}}),
+        "messages[0].tool_calls[0].function.arguments",
     ),
     (chat(max_tokens=0), "max_tokens"),
     (chat(max_tokens=-1), "max_tokens"),
@@ -292,8 +326,10 @@ BAD_BODIES = [
     (chat(max_tokens="2"), "max_tokens"),
     (chat(max_tokens=True), "max_tokens"),
     (chat(max_completion_tokens=0), "max_completion_tokens"),
+    (chat(max_completion_tokens=100000), "max_completion_tokens"),
     (chat(stream="yes"), "stream"),
     (chat(stream_options=True), "stream_options"),
+    (chat(stream_options={"include_usage": "x"}), "stream_options.include_usage"),
     (chat(model=7), "model"),
     (chat(model="nobody/nothing"), "model"),
     (chat(adapters="nowhere"), "adapters"),
@@ -342,6 +378,7 @@ BAD_PROMPTS = [
     ({"prompt": []}, "prompt"),
     ({"prompt": 7}, "prompt"),
     ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [[1], [2]]}, "prompt"),
     ({"prompt": [1, "b"]}, "prompt"),
     ({"prompt": [1, 100000]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
