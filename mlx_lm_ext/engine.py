@@ -140,7 +140,7 @@ class Engine(ResponseGeneratorBase):
         if self.stopping or not self.generation_available():
             raise RequestError(503, "the server is stopping or its engine has failed")
         if not self.loaded.is_set():
-            raise RequestError(503, "the model is being loaded")
+            raise RequestError(503, "the model is being loaded and warmed up")
 
     @property
     def is_healthy(self) -> bool:

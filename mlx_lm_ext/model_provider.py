@@ -79,7 +79,7 @@ class BatchModelProvider(ModelProviderBase):
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
         except Exception as e:
-            raise not_found("model", key[0], e)
+            raise self.not_found("model", key[0], e)
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
@@ -97,12 +97,17 @@ class BatchModelProvider(ModelProviderBase):
         for param, name in zip(("model", "adapters", "draft_model"), key):
             if name is None:
                 continue
+            # Names that no repository has.
+            is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
             try:
-                paths[param] = Path(name) if param == "adapters" else download(name)
+                if param == "adapters" or is_path:
+                    paths[param] = Path(name)
+                else:
+                    paths[param] = download(name)
                 if not paths[param].is_dir():
                     raise FileNotFoundError("there is no such folder")
             except Exception as e:
-                raise not_found(param, name, e)
+                raise self.not_found(param, name, e)
         return paths["model"]
 
     def switch_to(self, key: ModelKey) -> None:
@@ -114,13 +119,13 @@ class BatchModelProvider(ModelProviderBase):
         try:
             _, tokenizer = self.load(*key)
         except Exception as e:
-            raise not_found("model", key[0], e)
+            raise self.not_found("model", key[0], e)
         self._served[key] = self._describe(key, path, tokenizer)
 
-
-def not_found(param: str, name: str, reason: Any) -> RequestError:
-    """The 404 for a model, adapter or draft model that is not there or not whole."""
-    reason = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return RequestError(
-        404, f"{param} {name!r} cannot be loaded: {reason}", param, "model_not_found"
-    )
+    def not_found(self, param: str, name: str, reason: Any) -> RequestError:
+        """The 404 for a model, adapter or draft model that is not there or not whole."""
+        reason = (str(reason).splitlines() or [type(reason).__name__])[0]
+        message = f"{param} {name!r} cannot be loaded: {reason}"
+        if param == "model" and name != self.default_key[0]:
+            message += "; 'default_model' is the one that is served"
+        return RequestError(404, message, param, "model_not_found")

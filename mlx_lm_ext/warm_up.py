@@ -67,6 +67,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
     Raises:
         RequestError: If not even a short request fits into the memory for KV.
     """
+    logging.info("Warming up")
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
     batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())

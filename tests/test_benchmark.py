@@ -154,6 +154,15 @@ def test_no_prompt_cache_is_a_failure(start_server, monkeypatch):
     assert code == "no speed-up: the server does not reuse prefixes"
 
 
+def test_what_prompts_of_a_round_share_is_no_prompt_cache(start_server, monkeypatch):
+    monkeypatch.setattr(test_prompt_cache, "N_WORDS", 100)
+    monkeypatch.setattr(test_prompt_cache, "speed_ups", lambda rounds: [1.0, 2.0, 2.0])
+    template = "x" * 99 + "{{ messages[0].content }}"
+    engine, port = start_server("llama", "--chat-template", template)
+    code = run(test_prompt_cache.main, port, "--concurrency", "2")
+    assert code == "no speed-up: the server does not reuse prefixes"
+
+
 def test_speed_up_is_that_of_the_median_first_token():
     slow, fast = [SECOND, FIRST, FIRST], [SECOND, SECOND, FAILED]
     assert test_prompt_cache.speed_ups([slow, fast]) == [1.0, 2.0]

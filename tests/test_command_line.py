@@ -18,6 +18,9 @@ from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.examples.random_model import SPECIAL
+from mlx_lm_ext.validation import FIELDS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
 
 DEFAULTS = {
     "model": None,
@@ -232,9 +235,14 @@ def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):
     assert model.tokenizer.decode(tokens) == "hi!"
 
 
+def test_readme_lists_every_field_of_a_request():
+    section = README.partition("## Fields of a request")[2].partition("\n## ")[0]
+    for field in FIELDS:
+        assert f"`{field}`" in section, field
+
+
 def test_readme_lists_every_argument():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
     for action in make_parser()._actions:
         for option in action.option_strings:
             if option.startswith("--"):
-                assert f"`{option}" in readme, option
+                assert f"`{option}" in README, option

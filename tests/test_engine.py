@@ -349,6 +349,7 @@ def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path
     for body in (
         {"model": "nobody/nothing"},
         {"model": str(tmp_path)},
+        {"model": str(tmp_path / "missing")},
         {"adapters": str(tmp_path / "missing")},
         {"draft_model": "nobody/nothing"},
     ):
@@ -356,6 +357,10 @@ def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path
             submit(engine, "hello", **body)
         assert error.value.status == 404
         assert error.value.param == list(body)[0]
+        if "model" in body:
+            assert "'default_model' is the one that is served" in str(error.value)
+        if "missing" in str(body):
+            assert "there is no such folder" in str(error.value)
     assert engine.model_provider.model is model
     running.cancel()
 
