@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,13 +155,14 @@ def test_no_prompt_cache_is_a_failure(start_server, monkeypatch):
     assert code == "no speed-up: the server does not reuse prefixes"
 
 
-def test_what_prompts_of_a_round_share_is_no_prompt_cache(start_server, monkeypatch):
-    monkeypatch.setattr(test_prompt_cache, "N_WORDS", 100)
-    monkeypatch.setattr(test_prompt_cache, "speed_ups", lambda rounds: [1.0, 2.0, 2.0])
-    template = "x" * 99 + "{{ messages[0].content }}"
-    engine, port = start_server("llama", "--chat-template", template)
-    code = run(test_prompt_cache.main, port, "--concurrency", "2")
-    assert code == "no speed-up: the server does not reuse prefixes"
+def test_what_prompts_of_a_round_share_is_no_prompt_cache(monkeypatch):
+    async def run(args):
+        first = replace(FIRST, start=0, prompt_tokens=1000, cached_tokens=50)
+        return [[replace(first, arrivals=[seconds])] for seconds in (2, 1)]
+
+    monkeypatch.setattr(test_prompt_cache, "run", run)
+    with pytest.raises(SystemExit, match="the server does not reuse prefixes"):
+        test_prompt_cache.main([])
 
 
 def test_speed_up_is_that_of_the_median_first_token():
