@@ -24,6 +24,7 @@ from .errors import RequestError, internal_error
 MAX_BODY = 64 << 20
 # Of what goes with the chunks of a body.
 MAX_LINE, MAX_TRAILERS = 1 << 16, 100
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r\n")
 
 
 def too_large() -> RequestError:
@@ -170,22 +171,24 @@ class HTTPHandler(APIHandlerBase):
         if "Content-Length" in self.headers:
             message = "a body in chunks must not have a Content-Length"
             raise RequestError(400, message)
-        raw = b""
+        raw = bytearray()
         while True:
-            size = self.rfile.readline(MAX_LINE).partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+            size = CHUNK_SIZE.fullmatch(self.rfile.readline(MAX_LINE))
+            if size is None:
                 raise RequestError(400, "a chunk of the body must begin with its size")
-            n = int(size, 16)
+            n = int(size[1], 16)
             if len(raw) + n > MAX_BODY:
                 raise too_large()
             if not n:
                 break
             raw += self.read_exactly(n)
-            if self.rfile.readline(3).strip(b"\r\n"):
-                raise RequestError(400, "a chunk of the body is longer than its size")
+            if self.rfile.read(2) != b"\r\n":
+                raise RequestError(
+                    400, "a chunk of the body is not as long as its size"
+                )
         for _ in range(MAX_TRAILERS):
-            if not self.rfile.readline(MAX_LINE).strip():
-                return raw
+            if self.rfile.readline(MAX_LINE) == b"\r\n":
+                return bytes(raw)
         raise RequestError(400, f"a body may have {MAX_TRAILERS} trailers at most")
 
     def client_is_gone(self) -> bool:
