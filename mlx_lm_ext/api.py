@@ -57,9 +57,8 @@ class BatchAPIHandler(HTTPHandler):
             raise self.wrong_route(path)
         self.body = parse_body(raw)
         self.stream = self.body.get("stream", False)
-        # Some clients send an empty name for none.
-        self.requested_model = self.body.get("model") or "default_model"
-        if self.requested_model in ("default_model", self.model_id):
+        self.requested_model = self.body.get("model", "default_model")
+        if self.requested_model == self.model_id:
             self.body["model"] = "default_model"
         self.args = parse_arguments(self.body, self.response_generator.cli_args)
         if path == "/v1/completions":
@@ -171,9 +170,12 @@ class BatchAPIHandler(HTTPHandler):
                 or job.args.logprobs
             ):
                 chunk = self.make_response(job, delta)
+                # Clients add up what the chunks hold.
+                added = chunk["choices"][0].get("delta", {})
                 if n_sent:
-                    # Clients add up what the chunks hold.
-                    chunk["choices"][0].get("delta", {}).pop("role", None)
+                    added.pop("role", None)
+                elif added and not delta.tool_calls:
+                    added.setdefault("content", "")
                 n_sent += 1
                 self.send_event(json.dumps(chunk))
         if self.body.get("stream_options", {}).get("include_usage"):

@@ -159,6 +159,9 @@ class Delivery:
             self.made_tool_call = True
             if self.takes_one_call:
                 calls, delta.finish_reason = calls[:1], "stop"
+                delta.text += self.stop_words.flush()
+                # Nothing that follows is part of the answer.
+                self.stop_words.found = True
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)

@@ -99,7 +99,7 @@ class Engine(ResponseGeneratorBase):
         """
         self.check_available()
         model = self.model_provider.describe(generation_args.model)
-        model.name_roles(request.messages)
+        model.name_roles(request)
         job = Request(
             id=id,
             args=generation_args,

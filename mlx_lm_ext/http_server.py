@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import time
+from email.errors import MissingHeaderBodySeparatorDefect as LINE_WITHOUT_NAME
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, Callable, Dict
@@ -24,7 +25,7 @@ from .errors import RequestError, internal_error
 MAX_BODY = 64 << 20
 # Of what goes with the chunks of a body.
 MAX_LINE, MAX_TRAILERS = 1 << 16, 100
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 def too_large() -> RequestError:
@@ -91,6 +92,15 @@ class HTTPHandler(APIHandlerBase):
     def post(self) -> None:
         """Answer a POST request."""
         raise NotImplementedError
+
+    def parse_request(self):
+        if not super().parse_request():
+            return False
+        # Python takes what follows such a line for no headers.
+        if any(isinstance(d, LINE_WITHOUT_NAME) for d in self.headers.defects):
+            self.send_error(400, "a line of the headers has no name")
+            return False
+        return True
 
     def do_GET(self):
         self.ignore_body()
@@ -167,6 +177,8 @@ class HTTPHandler(APIHandlerBase):
         codings = self.headers.get_all("Transfer-Encoding")
         if [coding.lower() for coding in codings] != ["chunked"]:
             raise RequestError(400, "Transfer-Encoding may only be chunked")
+        if self.request_version != "HTTP/1.1":
+            raise RequestError(400, "a body in chunks needs HTTP/1.1")
         # Proxies may have gone by the other.
         if "Content-Length" in self.headers:
             message = "a body in chunks must not have a Content-Length"
@@ -187,9 +199,12 @@ class HTTPHandler(APIHandlerBase):
                     400, "a chunk of the body is not as long as its size"
                 )
         for _ in range(MAX_TRAILERS):
-            if self.rfile.readline(MAX_LINE) == b"\r\n":
+            line = self.rfile.readline(MAX_LINE)
+            if line == b"\r\n":
                 return bytes(raw)
-        raise RequestError(400, f"a body may have {MAX_TRAILERS} trailers at most")
+            if not line.endswith(b"\r\n"):
+                break
+        raise RequestError(400, "the trailers of the body are too many or too long")
 
     def client_is_gone(self) -> bool:
         poll = select.poll()

@@ -8,10 +8,10 @@ Rules:
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Optional
 
 from mlx_lm.generate import StopSequences, make_stop_sequences
-from mlx_lm.server import ModelDescription
+from mlx_lm.server import CompletionRequest, ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ._upstream import ModelKey, ModelProviderBase, download
@@ -36,12 +36,13 @@ class ServedModel:
     context_length: Optional[int]
     end_of_text: StopSequences
 
-    def name_roles(self, messages: List[Dict[str, Any]]) -> None:
+    def name_roles(self, request: CompletionRequest) -> None:
         """Let developers be of the role system, in place, if the chat template does not
         know them: it might leave out what they say."""
-        if "developer" in str(self.tokenizer.chat_template):
+        template = self.tokenizer.chat_template or request.role_mapping
+        if "developer" in str(template):
             return
-        for message in messages:
+        for message in request.messages:
             if message["role"] == "developer":
                 message["role"] = "system"
 
@@ -106,6 +107,9 @@ class BatchModelProvider(ModelProviderBase):
                     paths[param] = download(name)
                 if not paths[param].is_dir():
                     raise FileNotFoundError("there is no such folder")
+                config = "adapter_config" if param == "adapters" else "config"
+                if not (paths[param] / f"{config}.json").is_file():
+                    raise FileNotFoundError(f"it has no {config}.json")
             except Exception as e:
                 raise self.not_found(param, name, e)
         return paths["model"]

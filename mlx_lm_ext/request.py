@@ -270,11 +270,17 @@ class SingleCache:
         self.key = request.cache_key
         self.cache = cache
         self.contexts = Row.make(request.args.logits).contexts
+        if request.model.key[2] is not None:
+            # With a draft model they see no prompt at all.
+            self.contexts = []
 
     def fetch_nearest_cache(self, model: Any, tokens: List[int]) -> Tuple:
         # One token is left to run of what is looked for.
         n_seen = max((n or len(tokens) for n in self.contexts), default=1)
         n = max(0, len(tokens) - n_seen + 1)
+        # An image, whose keys are negative, is run as a whole.
+        while 0 < n < len(tokens) and tokens[n] < 0 and tokens[n - 1] < 0:
+            n -= 1
         caches, rest = self.cache.fetch_nearest_cache(self.key, tokens[:n])
         return caches, rest + tokens[n:]
 

@@ -103,6 +103,10 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError(400, "the body must be a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
+    for name in ("model", "adapters", "draft_model"):
+        # Some clients send an empty name for none.
+        if body.get(name) == "":
+            del body[name]
     for name, field in FIELDS.items():
         if name in body:
             check_field(name, body[name], field)
@@ -143,16 +147,20 @@ def check_supported(body: Dict[str, Any]) -> None:
             body.get("tool_choice", "auto") in ("auto", "none"),
             "must be auto or none",
         ),
-        "functions": (not body.get("functions"), "must be empty: use tools"),
+        "functions": (not body.get("functions"), "must be empty; use tools"),
         "audio": (not body.get("audio"), "must be empty"),
-        "modalities": (body.get("modalities", ["text"]) == ["text"], "must be text"),
+        "modalities": (
+            body.get("modalities", ["text"]) == ["text"],
+            'must be ["text"]',
+        ),
     }
     for name, (is_supported, right) in supported.items():
         if not is_supported:
-            message = f"{name} {right}; nothing else is supported"
+            message = f"{name} {right}: no other value is supported"
             raise RequestError(400, message, name, "unsupported_value")
-    usage = body.get("stream_options", {}).get("include_usage") or False
-    check_type("stream_options.include_usage", usage, bool)
+    usage = body.get("stream_options", {}).get("include_usage")
+    if usage is not None:
+        check_type("stream_options.include_usage", usage, bool)
 
 
 def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -169,7 +177,7 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
                 400, f"{name}.role must be one of {', '.join(ROLES)}", f"{name}.role"
             )
         check_content(f"{name}.content", message)
-        check_tool_calls(f"{name}.tool_calls", message)
+        parse_tool_calls(f"{name}.tool_calls", message)
     return messages
 
 
@@ -181,16 +189,16 @@ def check_content(name: str, message: Dict[str, Any]) -> None:
             check_type(f"{name}[{i}]", part, dict)
             if part.get("type") not in PARTS:
                 where = f"{name}[{i}].type"
-                message = f"{where} must be one of {', '.join(PARTS)}"
-                raise RequestError(400, message, where)
+                right = f"must be one of {', '.join(PARTS)}"
+                raise RequestError(400, f"{where} {right}", where)
             if part["type"] == "text":
                 check_type(f"{name}[{i}].text", part.get("text"), str)
     elif content is not None or message["role"] != "assistant":
         check_type(name, content, str)
 
 
-def check_tool_calls(name: str, message: Dict[str, Any]) -> None:
-    """Each has a function, whose arguments are JSON; no arguments are an empty object."""
+def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
+    """Let the arguments of each call be an object, which chat templates expect."""
     calls = message.get("tool_calls") or []
     check_type(name, calls, list)
     for i, call in enumerate(calls):
@@ -198,13 +206,16 @@ def check_tool_calls(name: str, message: Dict[str, Any]) -> None:
         where = f"{name}[{i}].function"
         function = call.get("function")
         check_type(where, function, dict)
-        arguments = function["arguments"] = function.get("arguments") or {}
+        where += ".arguments"
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                json.loads(arguments)
+                arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError) as e:
-                where += ".arguments"
                 raise RequestError(400, f"{where} must be JSON: {e}", where)
+        arguments = {} if arguments is None else arguments
+        check_type(where, arguments, dict)
+        function["arguments"] = arguments
 
 
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
@@ -221,7 +232,7 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
 def parse_prompt(body: Dict[str, Any]) -> Any:
     """The prompt of a text completion: a text, or its token ids."""
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
+    if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) in (str, list):
         prompt = prompt[0]
     if isinstance(prompt, list):
         if not all(type(token) is int for token in prompt):

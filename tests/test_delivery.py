@@ -36,6 +36,19 @@ class ToolTokenizer:
         return {"name": text[5:], "arguments": {"x": 1}}
 
 
+class PiecesDetokenizer:
+    """Makes these pieces of tokens 0, 1, ..."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def add_token(self, token):
+        self.last_segment = self.pieces[token]
+
+    def finalize(self):
+        self.last_segment = ""
+
+
 def deliver(
     tokenizer,
     text,
@@ -124,6 +137,18 @@ def test_second_of_parallel_tool_calls_is_dropped_if_one_is_wanted(tokenizer, pi
     assert [c["function"]["name"] for c in answer.calls] == ["f"]
     assert (answer.text, answer.end) == ("so", "tool_calls")
     assert answer.n_tokens == len("so<tool>call f</tool>")
+
+
+def test_text_around_the_only_tool_call_is_kept_up_to_it(tokenizer):
+    tokenizer = ToolTokenizer(tokenizer)
+    tokenizer.detokenizer = PiecesDetokenizer(
+        ["so", "<tool>call f", "</tool> and", "."]
+    )
+    answer = deliver(
+        tokenizer, [0, 1, 2, 3], stop=["so long"], parallel_tool_calls=False
+    )
+    assert (answer.text, answer.n_tokens) == ("so", 3)
+    assert [c["function"]["name"] for c in answer.calls] == ["f"]
 
 
 def test_call_without_tools_is_text(tokenizer):

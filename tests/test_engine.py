@@ -352,6 +352,8 @@ def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path
         {"model": str(tmp_path / "missing")},
         {"adapters": str(tmp_path / "missing")},
         {"draft_model": "nobody/nothing"},
+        {"adapters": str(tmp_path)},
+        {"draft_model": str(tmp_path)},
     ):
         with pytest.raises(RequestError) as error:
             submit(engine, "hello", **body)

@@ -28,6 +28,7 @@ from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.examples.random_model import SPECIAL, write_model
 from mlx_lm_ext.radix_cache import RadixPromptCache
+from mlx_lm_ext.request import SingleCache
 from mlx_lm_ext.validation import parse_arguments
 
 CACHE = "--use-prompt-cache"
@@ -357,6 +358,36 @@ def test_penalties_see_what_comes_from_the_cache(argv, size, start_engine):
         wait_until_idle(engine)
     assert answers[0] == answers[1]
     assert job.n_matched or not size
+
+
+@pytest.mark.parametrize(
+    "context, draft, n_sought",
+    # A context of 0 is all tokens. Those of the image are run together.
+    [
+        (None, None, 8),
+        (1, None, 8),
+        (2, None, 7),
+        (5, None, 2),
+        (0, None, 1),
+        (0, "x", 8),
+    ],
+)
+def test_request_alone_runs_what_its_penalties_look_at(context, draft, n_sought):
+    class Cache:
+        def fetch_nearest_cache(self, key, tokens):
+            self.n_sought = len(tokens)
+            return None, tokens
+
+    body = {"presence_penalty": 1.0, "presence_context_size": context}
+    if context is None:
+        body = {}
+    args = parse_arguments(body, make_parser().parse_args([]))
+    model = SimpleNamespace(key=("model", None, draft))
+    cache = Cache()
+    single = SingleCache(SimpleNamespace(args=args, model=model, cache_key=1), cache)
+    tokens = [1, 2, -7, -7, -7, 3, 4, 5]
+    assert single.fetch_nearest_cache(None, tokens) == (None, tokens)
+    assert cache.n_sought == n_sought
 
 
 THINKING = """{% for m in messages %}<|im_start|>{{ m['role'] }}

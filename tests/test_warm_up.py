@@ -8,6 +8,7 @@ from mlx_lm_ext import _upstream, batching, gpu_sampling, sampling, warm_up
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
+from mlx_lm_ext.penalties import Penalties
 
 
 @pytest.fixture
@@ -62,8 +63,15 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
     for name in names:
         watch(gpu_sampling, name)
     watch(batching, "make_logits_processors")
+
+    class WatchedPenalties(Penalties):
+        def __call__(self, *args):
+            ran.update(["bias"] * bool(self.bias), ["penalty"] * bool(self.penalised))
+            return super().__call__(*args)
+
+    monkeypatch.setattr(_upstream, "Penalties", WatchedPenalties)
     start_engine("llama", "--warmup", "--batch-size", "1")
-    assert ran == {*names, "make_logits_processors"}
+    assert ran == {*names, "make_logits_processors", "bias", "penalty"}
 
 
 @pytest.mark.parametrize(
