@@ -128,7 +128,7 @@ class BatchModelProvider(ModelProviderBase):
 
     def not_found(self, param: str, name: str, reason: Any) -> RequestError:
         """The 404 for a model, adapter or draft model that is not there or not whole."""
-        reason = (str(reason).splitlines() or [type(reason).__name__])[0]
+        reason = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
         message = f"{param} {name!r} cannot be loaded: {reason}"
         if param == "model" and name != self.default_key[0]:
             message += "; 'default_model' is the one that is served"
