@@ -156,7 +156,7 @@ class BatchAPIHandler(HTTPHandler):
         return reason
 
     def send_events(self, job: Request) -> str:
-        n_tokens = n_sent = 0
+        n_tokens, is_first = 0, True
         for delta in self.receive(job):
             if delta is None:
                 self.send_keepalive()
@@ -169,15 +169,9 @@ class BatchAPIHandler(HTTPHandler):
                 or delta.finish_reason
                 or job.args.logprobs
             ):
-                chunk = self.make_response(job, delta)
-                # Clients add up what the chunks hold.
-                added = chunk["choices"][0].get("delta", {})
-                if n_sent:
-                    added.pop("role", None)
-                elif added and not delta.tool_calls:
-                    added.setdefault("content", "")
-                n_sent += 1
+                chunk = self.make_response(job, delta, is_first=is_first)
                 self.send_event(json.dumps(chunk))
+                is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.completion_usage_response(
                 len(job.prompt), n_tokens, job.n_matched
@@ -188,7 +182,11 @@ class BatchAPIHandler(HTTPHandler):
         return delta.finish_reason
 
     def make_response(
-        self, job: Request, delta: Delta, n_tokens: Optional[int] = None
+        self,
+        job: Request,
+        delta: Delta,
+        n_tokens: Optional[int] = None,
+        is_first: bool = True,
     ) -> Dict[str, Any]:
         """The response, or the chunk of one, that carries ``delta``."""
         response = self.generate_response(
@@ -201,9 +199,13 @@ class BatchAPIHandler(HTTPHandler):
             reasoning_text=delta.reasoning,
         )
         (choice,) = response["choices"]
-        if "message" in choice and not delta.tool_calls:
-            # Upstream makes null of an empty text.
-            choice["message"]["content"] = delta.text
+        message = choice.get("message") or choice.get("delta")
+        if message and not is_first:
+            # Clients add up what the chunks hold.
+            del message["role"]
+        elif message and not delta.tool_calls:
+            # Upstream leaves out an empty text, or makes null of it.
+            message["content"] = delta.text
         if job.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs

@@ -29,6 +29,7 @@ from .policies import Policies
 from .radix_cache import RadixPromptCache
 from .request import Request, SingleCache, SingleQueue
 from .turnstile import Mailbox, Turnstile
+from .validation import check_choice
 from .warm_up import warm_up
 
 # Seconds between two lines of statistics, and between two looks for what has expired.
@@ -113,9 +114,7 @@ class Engine(ResponseGeneratorBase):
             cancellations=self.cancelled,
             mailbox=Mailbox(self.turnstile),
         )
-        if job.sampler not in self.policies.samplers:
-            names = ", ".join(self.policies.samplers)
-            raise RequestError(400, f"sampler must be one of {names}", "sampler")
+        check_choice("sampler", job.sampler, self.policies.samplers)
         if not any(image_parts(request.messages)):
             try:
                 job.prompt, job.segments, job.segment_types, job.initial_state = (

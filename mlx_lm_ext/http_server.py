@@ -13,7 +13,7 @@ import select
 import socket
 import sys
 import time
-from email.errors import MissingHeaderBodySeparatorDefect as LINE_WITHOUT_NAME
+from email.errors import MissingHeaderBodySeparatorDefect
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, Callable, Dict
@@ -97,7 +97,7 @@ class HTTPHandler(APIHandlerBase):
         if not super().parse_request():
             return False
         # Python takes what follows such a line for no headers.
-        if any(isinstance(d, LINE_WITHOUT_NAME) for d in self.headers.defects):
+        if MissingHeaderBodySeparatorDefect in map(type, self.headers.defects):
             self.send_error(400, "a line of the headers has no name")
             return False
         return True

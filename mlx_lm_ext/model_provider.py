@@ -98,18 +98,18 @@ class BatchModelProvider(ModelProviderBase):
         for param, name in zip(("model", "adapters", "draft_model"), key):
             if name is None:
                 continue
-            # Names that no repository has.
-            is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+            is_adapter = param == "adapters"
+            config = "adapter_config.json" if is_adapter else "config.json"
+            # So are names that no repository has.
+            is_path = (
+                is_adapter or name.startswith(("/", ".", "~")) or name.count("/") > 1
+            )
             try:
-                if param == "adapters" or is_path:
-                    paths[param] = Path(name)
-                else:
-                    paths[param] = download(name)
-                if not paths[param].is_dir():
+                path = paths[param] = Path(name) if is_path else download(name)
+                if not path.is_dir():
                     raise FileNotFoundError("there is no such folder")
-                config = "adapter_config" if param == "adapters" else "config"
-                if not (paths[param] / f"{config}.json").is_file():
-                    raise FileNotFoundError(f"it has no {config}.json")
+                if not (path / config).is_file():
+                    raise FileNotFoundError(f"it has no {config}")
             except Exception as e:
                 raise self.not_found(param, name, e)
         return paths["model"]

@@ -9,7 +9,7 @@ Rules:
 import argparse
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 from mlx_lm.server import (
     GenerationArguments,
@@ -121,6 +121,12 @@ def check_type(name: str, value: Any, kind: type) -> None:
         raise RequestError(400, f"{name} must be {TYPE_NAMES[kind]}", name)
 
 
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse what is none of the choices."""
+    if value not in choices:
+        raise RequestError(400, f"{name} must be one of {', '.join(choices)}", name)
+
+
 def check_field(name: str, value: Any, field: Field) -> None:
     check_type(name, value, field.kind)
     if field.kind not in (int, float):
@@ -172,10 +178,7 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
         check_type(name, message, dict)
-        if message.get("role") not in ROLES:
-            raise RequestError(
-                400, f"{name}.role must be one of {', '.join(ROLES)}", f"{name}.role"
-            )
+        check_choice(f"{name}.role", message.get("role"), ROLES)
         check_content(f"{name}.content", message)
         parse_tool_calls(f"{name}.tool_calls", message)
     return messages
@@ -187,10 +190,7 @@ def check_content(name: str, message: Dict[str, Any]) -> None:
     if isinstance(content, list):
         for i, part in enumerate(content):
             check_type(f"{name}[{i}]", part, dict)
-            if part.get("type") not in PARTS:
-                where = f"{name}[{i}].type"
-                right = f"must be one of {', '.join(PARTS)}"
-                raise RequestError(400, f"{where} {right}", where)
+            check_choice(f"{name}[{i}].type", part.get("type"), PARTS)
             if part["type"] == "text":
                 check_type(f"{name}[{i}].text", part.get("text"), str)
     elif content is not None or message["role"] != "assistant":
@@ -203,10 +203,9 @@ def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
     check_type(name, calls, list)
     for i, call in enumerate(calls):
         check_type(f"{name}[{i}]", call, dict)
-        where = f"{name}[{i}].function"
         function = call.get("function")
-        check_type(where, function, dict)
-        where += ".arguments"
+        check_type(f"{name}[{i}].function", function, dict)
+        where = f"{name}[{i}].function.arguments"
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:

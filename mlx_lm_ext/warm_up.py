@@ -33,7 +33,14 @@ PENALTIES = dict(
 )
 # With CUDA, each of these has kernels that take seconds to make.
 GPU_BODIES = [
-    dict(top_p=0.95, min_p=0.01, top_k=40, xtc_probability=0.5, xtc_threshold=0.1),
+    dict(
+        temperature=0.7,
+        top_p=0.95,
+        min_p=0.01,
+        top_k=40,
+        xtc_probability=0.5,
+        xtc_threshold=0.1,
+    ),
     PENALTIES,
     PENALTIES | dict(repetition_context_size=MAX_CONTEXT + 1),
 ]
@@ -90,7 +97,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
 
     extras = [(default_budget(), {})]
     if not on_cpu():
-        extras += [(8, dict(temperature=0.7) | body) for body in GPU_BODIES]
+        extras += [(8, body) for body in GPU_BODIES]
     size, n_tokens = 1, 64 + 2 * args.batch_size
     while not is_stopping():
         # Of as many sizes as fit.

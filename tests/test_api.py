@@ -450,6 +450,16 @@ def test_unknown_route_is_an_error_object(method, path, status, start_server):
     assert_is_error(answer, None)
 
 
+def post(headers, raw, version="1.1"):
+    """The bytes of a request."""
+    head = f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n{headers}\r\n\r\n"
+    return head.encode() + raw
+
+
+def post_whole(body, version="1.1"):
+    return post(f"Content-Length: {len(body)}", body, version)
+
+
 def send_raw(port, raw, shut=True):
     """Send bytes, end the sending side, and read until the server closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
@@ -474,9 +484,7 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
     headers, body, status, start_server
 ):
     _, port = start_server()
-    answer = send_raw(
-        port, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n".encode() + body
-    )
+    answer = send_raw(port, post(headers, body))
     head, _, content = answer.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode())
     assert_is_error(json.loads(content), None)
@@ -486,11 +494,6 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
 CHUNKED = "Transfer-Encoding: chunked"
 BODY = chat()
 CHUNK = b"%X\r\n%b\r\n" % (len(BODY), BODY)
-
-
-def post(headers, raw, version="1.1"):
-    head = f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n{headers}\r\n\r\n"
-    return head.encode() + raw
 
 
 def test_body_may_come_in_chunks(start_server):
@@ -564,9 +567,7 @@ def test_connection_is_kept_for_the_next_request(start_server):
 
 def test_client_of_http_1_0_gets_a_stream_without_chunks(start_server):
     _, port = start_server()
-    body = chat(stream=True)
-    head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    answer = send_raw(port, head + body, shut=False)
+    answer = send_raw(port, post_whole(chat(stream=True), "1.0"), shut=False)
     assert b"Transfer-Encoding" not in answer
     assert answer.endswith(b"data: [DONE]\n\n")
 
@@ -590,8 +591,7 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
     engine, port = start_server(make_engine=WatchedEngine)
     body = chat(max_tokens=4000, stream=streamed)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        s.sendall(head.encode() + body)
+        s.sendall(post_whole(body))
         if streamed:
             s.recv(1000)
     assert engine.left.wait(60)
@@ -622,8 +622,7 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
     engine, port = start_server(make_engine=RecordingEngine)
     body = chat(max_tokens=4000, stream=True)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        s.sendall(head.encode() + body)
+        s.sendall(post_whole(body))
         s.recv(1000)
     assert engine.left.wait(60)
     complete(port, "after", max_tokens=1)
@@ -638,8 +637,7 @@ def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
     monkeypatch.setattr(BatchAPIHandler, "start_events", start_events)
     engine, port = start_server(make_engine=WatchedEngine)
     body = chat(max_tokens=4000, stream=True)
-    head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    assert send_raw(port, head + body, shut=False) == b""
+    assert send_raw(port, post_whole(body), shut=False) == b""
     complete(port, "after", max_tokens=1)
     assert len(engine.batch) == 0
 
@@ -655,9 +653,7 @@ def test_failure_in_a_stream_is_an_event(start_server):
     assert status == 500
     assert answer["error"]["type"] == "server_error"
     assert "secret" not in answer["error"]["message"]
-    body = chat(stream=True)
-    head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    raw = send_raw(port, head + body, shut=False)
+    raw = send_raw(port, post_whole(chat(stream=True), "1.0"), shut=False)
     event = json.loads(raw.split(b"data: ")[1])
     assert event["error"]["type"] == "server_error"
     assert b"[DONE]" not in raw

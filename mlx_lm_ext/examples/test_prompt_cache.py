@@ -10,7 +10,7 @@ with a suffix, then the same with another. This is a tool: pytest has no part in
 import argparse
 import asyncio
 import random
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from mlx_lm_ext.argument_types import ArgumentParser
 from mlx_lm_ext.examples import timings, words
@@ -59,13 +59,17 @@ def report(rounds: List[List[Timing]]) -> str:
         f"{'round':<26}{'median TTFT':>12}{'cached / prompt tokens':>26}{'gain':>9}"
     ]
     for name, done, speed_up in zip(ROUNDS, rounds, speed_ups(rounds)):
-        cached = sum(t.cached_tokens for t in done)
-        prompt = sum(t.prompt_tokens for t in done)
+        cached, prompt = token_counts(done)
         ttft = timings.median(done, lambda t: t.ttft)
         lines.append(
             f"{name:<26}{ttft:>10.2f} s{f'{cached} / {prompt}':>26}{speed_up:>8.2f}x"
         )
     return "\n".join(lines)
+
+
+def token_counts(done: List[Timing]) -> Tuple[int, int]:
+    """Cached tokens of a round, and tokens of its prompts."""
+    return sum(t.cached_tokens for t in done), sum(t.prompt_tokens for t in done)
 
 
 def speed_ups(rounds: List[List[Timing]]) -> List[float]:
@@ -85,10 +89,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         raise SystemExit(f"error: a request failed with {error}")
     print(report(rounds))
     # Without a cache, what prompts of one round share may still count as cached.
-    reused = all(
-        2 * sum(t.cached_tokens for t in done) > sum(t.prompt_tokens for t in done)
-        for done in rounds[1:]
-    )
+    counts = [token_counts(done) for done in rounds[1:]]
+    reused = all(2 * cached > prompt for cached, prompt in counts)
     if not reused or min(speed_ups(rounds)[1:]) <= 1:
         raise SystemExit("no speed-up: the server does not reuse prefixes")
 
