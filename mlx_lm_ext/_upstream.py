@@ -12,16 +12,17 @@ import mlx.core as mx
 from mlx_lm import __version__
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.server import (
-    APIHandler,
     CompletionRequest,
     GenerationArguments,
     ModelDescription,
     ModelProvider,
     ResponseGenerator,
-    _image_parts,
     _make_logits_processors,
 )
+from mlx_lm.processors import PROCESSORS
 from mlx_lm.utils import _download
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from .device import give_back_freed, on_cpu
 from .logprobs import Logprobs
@@ -33,7 +34,7 @@ from .segments import leaves, tidy
 ModelKey = Tuple[str, Optional[str], Optional[str]]
 
 download = _download
-image_parts = _image_parts
+compile_chat_template = _compile_jinja_template
 make_logits_processors = _make_logits_processors
 
 
@@ -338,11 +339,28 @@ class LeanBatchGenerator(BatchGenerator):
         return self._generation_batch
 
 
+def takes_images(config: Dict[str, Any]) -> bool:
+    """Whether a model of this configuration has a processor of images."""
+    kind = config.get("processor_type", config.get("model_type"))
+    return bool(config.get("vision_config")) and kind in PROCESSORS
+
+
+def writes_text(tokenizer: Any) -> bool:
+    """Whether what the chat template of a ``TokenizerWrapper`` writes is all that its
+    tokens are made of. Tokenizers with code of their own may do more."""
+    cls = type(tokenizer._tokenizer)
+    return (
+        tokenizer._chat_template is not None
+        or cls.apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    )
+
+
 class ModelProviderBase(ModelProvider):
     """``ModelProvider`` with its name maps and load arguments as public members."""
 
     def resolve(self, model: ModelDescription) -> ModelKey:
-        """The paths of a request's model, adapter and draft model for ``load``."""
+        """The names of a request's model, adapter and draft model, the defaults filled
+        in."""
         return (
             self._model_map.get(model.model, model.model),
             # Upstream ignores an adapter asked for on the default model.
@@ -387,12 +405,3 @@ class ResponseGeneratorBase(ResponseGenerator):
     def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
         """Serve ``(queue, request, args)`` alone, on the calling thread."""
         self._serve_single(request, stream)
-
-
-class APIHandlerBase(APIHandler):
-    """``APIHandler`` with its CORS headers as a public method."""
-
-    def send_cors_headers(self) -> None:
-        self._set_cors_headers()
-        # "*" is all headers but this one.
-        self.send_header("Access-Control-Allow-Headers", "Authorization")

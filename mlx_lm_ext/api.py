@@ -8,7 +8,6 @@ Rules:
 
 import json
 import logging
-from http.client import HTTPException
 from typing import Any, Dict, Iterator, Optional
 from urllib.parse import unquote
 
@@ -16,12 +15,14 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from mlx_lm.server import CompletionRequest
 
-from ._upstream import image_parts
 from .delivery import Delivery, Delta, chat_logprobs, text_logprobs
 from .errors import RequestError, internal_error
-from .http_server import HTTPHandler
+from .http_server import MAX_IMAGES_BODY, HTTPHandler
+from .images import image_parts, inline_images
+from .preparation import Preparation
 from .request import Request
 from .validation import (
+    check_size,
     parse_arguments,
     parse_body,
     parse_messages,
@@ -48,25 +49,28 @@ class BatchAPIHandler(HTTPHandler):
         elif path == "/v1/models" or path.startswith("/v1/models/"):
             self.handle_models_request()
         else:
-            raise self.wrong_route(path)
+            raise self.wrong_route()
 
     def post(self) -> None:
         raw = self.read_body()
-        path = self.path.partition("?")[0]
-        if path not in POST_ROUTES:
-            raise self.wrong_route(path)
-        self.body = parse_body(raw)
-        self.stream = self.body.get("stream", False)
-        self.requested_model = self.body.get("model", "default_model")
-        if self.requested_model == self.model_id:
-            self.body["model"] = "default_model"
-        self.args = parse_arguments(self.body, self.response_generator.cli_args)
-        if path == "/v1/completions":
-            request = self.handle_text_completions()
-        else:
-            request = self.handle_chat_completions()
+        if self.path.partition("?")[0] not in POST_ROUTES:
+            raise self.wrong_route()
         engine = self.response_generator
-        job = engine.generate(request, self.args, self.body, self.request_id)
+        engine.check_available()
+        preparation = self.server.preparations.begin(self.client_is_gone)
+        with preparation.turn():
+            self.parse(raw)
+        # Not in a turn: a model may be looked for, and images fetched.
+        with preparation.watched():
+            self.check_images(preparation)
+        if self.is_chat:
+            request = self.handle_chat_completions()
+        else:
+            request = self.handle_text_completions()
+        with preparation.turn():
+            job = engine.generate(
+                request, self.args, self.body, self.request_id, preparation
+            )
         job.reads_each = self.stream or bool(self.args.stop_words)
         reason = "error"
         try:
@@ -78,28 +82,61 @@ class BatchAPIHandler(HTTPHandler):
             job.cancel()
             engine.policies.request_finished(job, job.stats(reason))
 
-    def wrong_route(self, path: str) -> RequestError:
+    def parse(self, raw: bytes) -> None:
+        """Check a body, as far as that needs no model."""
+        check_size(raw, self.response_generator.cli_args.max_body_bytes)
+        self.body = parse_body(raw)
+        self.set_cache_salt()
+        self.stream = self.body.get("stream", False)
+        self.requested_model = self.body.get("model", "default_model")
+        if self.requested_model == self.model_id:
+            self.body["model"] = "default_model"
+        self.args = parse_arguments(self.body, self.response_generator.cli_args)
+        self.is_chat = not self.path.startswith("/v1/completions")
+        if self.is_chat:
+            self.body["messages"] = parse_messages(self.body)
+            self.body["tools"] = parse_tools(self.body)
+        else:
+            self.body["prompt"] = parse_prompt(self.body)
+
+    def set_cache_salt(self) -> None:
+        """Take the salt that a proxy sets instead of the body's."""
+        name, required = "X-Cache-Salt", self.response_generator.cli_args
+        salts = self.headers.get_all(name, [])
+        if len(salts) > 1:
+            raise RequestError(400, f"{name} must be sent once", "cache_salt")
+        if salts:
+            self.body["cache_salt"] = salts[0]
+        if required.cache_salt_required and not self.body.get("cache_salt"):
+            message = f"cache_salt is required, in the body or in the header {name}"
+            raise RequestError(400, message, "cache_salt")
+
+    def wrong_route(self) -> RequestError:
+        path = self.path.partition("?")[0]
         if path in POST_ROUTES + GET_ROUTES:
             right = "POST" if path in POST_ROUTES else "GET"
-            return RequestError(405, f"{path} takes {right}, not {self.command}")
-        return RequestError(404, f"there is no {path} here")
+            message = f"{path} takes {right}, not {self.command}"
+            return RequestError(405, message, headers={"Allow": f"{right}, OPTIONS"})
+        return RequestError(404, f"there is no {path[:200]} here")
 
-    def handle_chat_completions(self) -> CompletionRequest:
-        messages = parse_messages(self.body)
-        self.body["tools"] = parse_tools(self.body)
-        provider = self.response_generator.model_provider
-        loaded = provider.model_key == provider.resolve(self.args.model)
-        # Before upstream fetches them.
-        if loaded and provider.processor is None and any(image_parts(messages)):
+    def check_images(self, preparation: Preparation) -> None:
+        """Look at the images of a chat, and fetch them, before upstream does."""
+        engine = self.response_generator
+        model = engine.model_provider.describe(self.args.model)
+        images = image_parts(self.body["messages"]) if self.is_chat else []
+        if not images:
+            return
+        if not engine.model_provider.takes_images(model):
             raise RequestError(400, "the model takes no images", "messages")
-        try:
-            return super().handle_chat_completions()
-        except (OSError, ValueError, AttributeError, HTTPException) as e:
-            raise RequestError(400, f"an image cannot be fetched: {e}", "messages")
+        inline_images(images, engine.cli_args.allow_image_urls, preparation)
 
-    def handle_text_completions(self) -> CompletionRequest:
-        self.body["prompt"] = parse_prompt(self.body)
-        return super().handle_text_completions()
+    @property
+    def max_body(self) -> int:
+        """Bytes of a body."""
+        engine = self.response_generator
+        limit = engine.cli_args.max_body_bytes
+        takes_images = engine.model_provider.processor is not None
+        return max(limit, MAX_IMAGES_BODY) if takes_images else limit
 
     # Answers
 
@@ -149,7 +186,7 @@ class BatchAPIHandler(HTTPHandler):
             self.send_event(json.dumps(e.to_json()))
         except (ConnectionError, TimeoutError):
             raise
-        except Exception:
+        except BaseException:
             logging.exception("A stream failed")
             self.send_event(json.dumps(internal_error().to_json()))
         self.end_events()

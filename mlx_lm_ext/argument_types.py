@@ -8,7 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 from jinja2 import Environment, TemplateSyntaxError
 
@@ -48,6 +48,11 @@ def size(text: str) -> int:
     if len(text) > 20:
         raise argparse.ArgumentTypeError(f"{text[:20]}... is too large")
     return int(float(match[1]) * units[match[2]])
+
+
+def names(text: str) -> List[str]:
+    """An argument type: names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def json_object(text: str) -> Dict[str, Any]:

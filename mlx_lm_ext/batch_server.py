@@ -14,11 +14,18 @@ import os
 import signal
 import sys
 from functools import partial
-from threading import Event, Thread
+from threading import Thread
 from typing import List, Optional, Tuple
 
 from . import __version__, blas, demo_model
-from .argument_types import ArgumentParser, chat_template, json_object, number, size
+from .argument_types import (
+    ArgumentParser,
+    chat_template,
+    json_object,
+    names,
+    number,
+    size,
+)
 from .plugins import KINDS, PluginError, Plugins
 
 
@@ -74,6 +81,15 @@ def make_parser() -> argparse.ArgumentParser:
         e.g. '{"enable_thinking": false}'""",
     )
 
+    model(
+        "--allow-models",
+        nargs="*",
+        metavar="NAME",
+        help="other models, adapters and draft models that requests may name: paths or "
+        "repositories, * stands for any characters but slashes; any allows all; unset, "
+        "what the Hugging Face cache holds",
+    )
+
     server = parser.add_argument_group("server").add_argument
     server("--host", default="127.0.0.1", help="address to listen on")
     server(
@@ -84,9 +100,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     server(
         "--allowed-origins",
-        type=lambda text: text.split(","),
-        default="*",
-        help="origins that browsers may call from, with commas between them",
+        type=names,
+        default="loopback",
+        help="origins of the web pages that may call, with commas between them: "
+        "https://chat.example, https://*.example, loopback for pages of this machine, * "
+        "for all; others are refused",
+    )
+    server(
+        "--allowed-hosts",
+        type=names,
+        help="names that clients may call the server by, with commas between them; "
+        "unset, those of this machine if --host is one, else all",
+    )
+    server(
+        "--max-body-bytes",
+        type=size,
+        default=8 << 20,
+        help="bytes of a request's body, without its images; also 512KB, 8MB",
+    )
+    server(
+        "--allow-image-urls",
+        action="store_true",
+        help="fetch images that requests name by http(s) URLs, from public addresses; "
+        "else they must be data URLs",
     )
     server(
         "--log-level",
@@ -170,6 +206,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(float, 0),
         default=3600.0,
         help="seconds without use after which --eviction-policy ttl drops KV",
+    )
+    cache(
+        "--cache-salt-required",
+        action="store_true",
+        help="refuse requests without a cache_salt, in the body or in the header "
+        "X-Cache-Salt: no two with different ones share KV",
     )
     cache(
         "--kv-bits",
@@ -320,7 +362,9 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
         logging.info(f"No --model was given: serving {args.model_id}")
 
     try:
-        httpd = BatchHTTPServer((args.host, args.port), None)
+        httpd = BatchHTTPServer(
+            (args.host, args.port), None, args.allowed_origins, args.allowed_hosts
+        )
     except (OSError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
@@ -348,7 +392,8 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         port = httpd.server_address[1]
         logging.info(f"Serving {args.model_id} at http://{host}:{port}/v1")
-        Event().wait()
+        engine.ended.wait()
+        raise RuntimeError("the generation thread has failed; the log says why")
     finally:
         # A second signal ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -21,11 +21,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
-from ._upstream import ResponseGeneratorBase, image_parts
+from ._upstream import ResponseGeneratorBase
 from .batching import Batch
 from .errors import RequestError, internal_error
+from .images import image_parts
 from .model_provider import BatchModelProvider
 from .policies import Policies
+from .preparation import Preparation
 from .radix_cache import RadixPromptCache
 from .request import Request, SingleCache, SingleQueue
 from .turnstile import Mailbox, Turnstile
@@ -67,6 +69,9 @@ class Engine(ResponseGeneratorBase):
         self.limit = model_provider.cli_args.batch_size
         self.loaded = Event()
         self.load_error: Optional[Exception] = None
+        # Whether the generation thread has ended, and whether it should not have.
+        self.ended = Event()
+        self.has_failed = False
         self.stopping = False
         self.n_reported, self.reported = 0, policies.clock()
         self.turnstile = Turnstile()
@@ -86,6 +91,7 @@ class Engine(ResponseGeneratorBase):
         generation_args: GenerationArguments,
         body: Dict[str, Any],
         id: str = "",
+        preparation: Optional[Preparation] = None,
     ) -> Request:
         """Tokenise a request on the caller's thread and put it into the inbox.
 
@@ -94,8 +100,10 @@ class Engine(ResponseGeneratorBase):
             generation_args (GenerationArguments): Sampling parameters and limits.
             body (Dict[str, Any]): What the client sent.
             id (str): The id of its answer.
+            preparation (Optional[Preparation]): Says when to give up.
 
         Raises:
+            ConnectionError: If its client has left.
             RequestError: If it cannot be served.
         """
         self.check_available()
@@ -117,15 +125,17 @@ class Engine(ResponseGeneratorBase):
         check_choice("sampler", job.sampler, self.policies.samplers)
         if not any(image_parts(request.messages)):
             try:
-                job.prompt, job.segments, job.segment_types, job.initial_state = (
-                    self.tokenize(model.tokenizer, request, generation_args)
+                tokenizer = model.bounded_tokenizer(
+                    job.prompt_field, preparation or Preparation()
                 )
-                # Arguments of a request's template can ask for other things.
-                if not isinstance(job.prompt, list):
-                    raise ValueError("it gives no list of tokens")
+                job.prompt, job.segments, job.segment_types, job.initial_state = (
+                    self.tokenize(tokenizer, request, generation_args)
+                )
+            except (ConnectionError, RequestError):
+                raise
             except Exception as e:
-                # Templates and their arguments are code, and can raise anything.
-                name = "messages" if request.messages else "prompt"
+                # Templates are code, and can raise anything.
+                name = job.prompt_field
                 raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
         job.n_prompt = len(job.prompt)
         job.check_tokens()
@@ -157,6 +167,23 @@ class Engine(ResponseGeneratorBase):
 
     def run(self) -> None:
         try:
+            self.load()
+            self.serve()
+        except BaseException as e:
+            # What requests and plugins raise ends in ``recover`` and ``fail``.
+            logging.critical("The generation thread has failed", exc_info=e)
+            self.has_failed = True
+        self.stopping = True
+        self.loaded.set()
+        try:
+            self.end()
+        except BaseException:
+            logging.exception("The generation thread could not free what it has")
+        self.ended.set()
+
+    def load(self) -> None:
+        """Load the model and warm it up."""
+        try:
             self.model_provider.switch_to(self.model_provider.default_key)
         except Exception as e:
             self.load_error = e
@@ -169,6 +196,9 @@ class Engine(ResponseGeneratorBase):
             except Exception:
                 logging.warning("The warm-up failed", exc_info=True)
         self.loaded.set()
+
+    def serve(self) -> None:
+        """Serve requests until the server stops."""
         while not self.stopping:
             idle = not (self.waiting or self.batch)
             self.report(idle)
@@ -180,12 +210,15 @@ class Engine(ResponseGeneratorBase):
                 self.admit()
                 self.step()
                 self.batch.forget_shared(self.waiting)
-            except Exception as e:
+            except BaseException as e:
                 self.recover(e)
+
+    def end(self) -> None:
+        """Fail what is unfinished, and free all arrays on the thread that made them."""
         self.drain_inbox(block=False)
+        reason = "the engine has failed" if self.has_failed else "the server is stopping"
         for request in [*self.waiting, *self.batch.requests]:
-            request.put(RequestError(503, "the server is stopping"))
-        # Arrays must be freed on the thread that made them.
+            request.put(RequestError(503, reason))
         self.batch.close()
         self.model_provider.reset()
         del self.batch, self.prompt_cache
@@ -285,7 +318,7 @@ class Engine(ResponseGeneratorBase):
                     self.batch.add(request)
                 else:
                     self.serve_alone(request)
-            except Exception as e:
+            except BaseException as e:
                 self.fail(request, e)
 
     def order_waiting(self) -> None:
@@ -350,7 +383,7 @@ class Engine(ResponseGeneratorBase):
 
     # When a step fails
 
-    def recover(self, error: Exception) -> None:
+    def recover(self, error: BaseException) -> None:
         """Fail the requests whose part of a step raises; requeue the others."""
         suspects = [r for r in self.batch.requests if not r.finished]
         logging.error(f"A step of {len(suspects)} requests failed", exc_info=error)
@@ -363,7 +396,7 @@ class Engine(ResponseGeneratorBase):
         # Those that were put back are to be looked at as well.
         self.deadline = -inf
 
-    def isolate(self, suspects: List[Request], error: Exception) -> None:
+    def isolate(self, suspects: List[Request], error: BaseException) -> None:
         """Run ever smaller halves apart until the ones that raise are alone."""
         self.batch.close()
         if len(suspects) == 1:
@@ -373,7 +406,7 @@ class Engine(ResponseGeneratorBase):
         for half in (suspects[:middle], suspects[middle:]):
             try:
                 self.advance(half)
-            except Exception as e:
+            except BaseException as e:
                 self.isolate([r for r in half if not r.finished], e)
 
     def advance(self, requests: List[Request]) -> None:
@@ -389,7 +422,7 @@ class Engine(ResponseGeneratorBase):
             self.step()
         self.batch.close()
 
-    def fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: BaseException) -> None:
         if not isinstance(error, RequestError):
             logging.error("A request failed", exc_info=error)
             error = internal_error()

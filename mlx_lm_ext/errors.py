@@ -12,6 +12,7 @@ class RequestError(Exception):
         message (str): One sentence: what is wrong and what would be right.
         param (Optional[str]): The field at fault.
         code (Optional[str]): OpenAI's error code, where it has one.
+        headers (Optional[Dict[str, str]]): Headers of the response.
     """
 
     def __init__(
@@ -20,11 +21,13 @@ class RequestError(Exception):
         message: str,
         param: Optional[str] = None,
         code: Optional[str] = None,
+        headers: Optional[Dict[str, str]] = None,
     ):
         super().__init__(message)
         self.status = HTTPStatus(status)
         self.param = param
         self.code = code
+        self.headers = headers or {}
 
     def to_json(self) -> Dict[str, Any]:
         """The body of the error response."""
@@ -37,6 +40,14 @@ class RequestError(Exception):
                 "code": self.code,
             }
         }
+
+
+def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
+    """The 400 for more tokens than the model takes. Clients know OpenAI's words."""
+    message = reason
+    if limit is not None:
+        message = f"this model's maximum context length is {limit} tokens: {reason}"
+    return RequestError(400, message, param, "context_length_exceeded")
 
 
 def internal_error() -> RequestError:

@@ -4,32 +4,75 @@ Rules:
 1. Every response but a stream has a length, and every error is OpenAI's JSON.
 2. A connection serves another request only after a body that was read whole.
 3. A client that is gone is no error: nothing is written, nothing is logged.
+4. Whatever a client sends has a limit of bytes and of time.
 """
 
+import io
 import json
 import logging
 import re
 import select
 import socket
 import sys
+import threading
 import time
 from email.errors import MissingHeaderBodySeparatorDefect
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Optional
 
-from ._upstream import APIHandlerBase
+from mlx_lm.server import APIHandler
+
+from .browsers import LOOPBACK, BrowserGuard
 from .errors import RequestError, internal_error
+from .preparation import Preparations
 
-# Bytes of a request body; images come inside it.
-MAX_BODY = 64 << 20
+# Bytes of a request body with images.
+MAX_IMAGES_BODY = 64 << 20
+# Seconds for a request to arrive, and how many bytes of it are worth another one.
+MAX_SECONDS, BYTES_A_SECOND = 60.0, 50_000
+# Seconds in which the rest of a body is read that was refused, and in which the
+# connections are to end when the server stops.
+LINGER, CLOSE_TIMEOUT = 3.0, 5.0
 # Of what goes with the chunks of a body.
 MAX_LINE, MAX_TRAILERS = 1 << 16, 100
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
-def too_large() -> RequestError:
-    return RequestError(413, f"the body may have {MAX_BODY} bytes at most")
+class Incoming(io.RawIOBase):
+    """What a client sends, which has to come at some pace.
+
+    Args:
+        connection (socket.socket): Read in the blocking way.
+        idle_timeout (float): Seconds for it to send anything.
+    """
+
+    def __init__(self, connection: socket.socket, idle_timeout: float):
+        self.connection = connection
+        self.idle_timeout = idle_timeout
+        self.begin()
+
+    def begin(self) -> None:
+        """What comes next is another request."""
+        self.start, self.n = None, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        wait = self.idle_timeout
+        if self.start is not None:
+            end = self.start + MAX_SECONDS + self.n / BYTES_A_SECOND
+            wait = min(wait, end - time.monotonic())
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if wait <= 0 or not poll.poll(wait * 1000):
+            raise TimeoutError("the request did not arrive in time")
+        if self.start is None:
+            self.start = time.monotonic()
+        n = self.connection.recv_into(buffer)
+        self.n += n
+        return n
 
 
 class BatchHTTPServer(ThreadingHTTPServer):
@@ -38,37 +81,73 @@ class BatchHTTPServer(ThreadingHTTPServer):
     Args:
         address (Tuple[str, int]): Host name or address, and port; 0 takes a free one.
         handler (Callable): Makes the handler of a connection.
+        allowed_origins (List[str]): See ``BrowserGuard``.
+        allowed_hosts (Optional[List[str]]): See ``BrowserGuard``.
     """
 
     request_queue_size = 512
-    daemon_threads = False
+    # Their end is waited for in ``server_close``, for a while.
+    daemon_threads = True
 
-    def __init__(self, address, handler):
+    def __init__(
+        self,
+        address,
+        handler,
+        allowed_origins: List[str] = (LOOPBACK,),
+        allowed_hosts: Optional[List[str]] = None,
+    ):
+        name = address[0]
         infos = socket.getaddrinfo(
             *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         self.address_family, _, _, _, address = infos[0]
         self.connections = set()
+        self.changed = threading.Condition()
+        self.preparations = Preparations()
         super().__init__(address, handler)
+        self.guard = BrowserGuard(
+            allowed_origins, allowed_hosts, self.server_address[0], name
+        )
 
     def server_bind(self):
         # HTTPServer's own asks a name server for the host's full name, and waits.
         TCPServer.server_bind(self)
 
+    def service_actions(self):
+        self.preparations.look()
+
+    def process_request(self, request, client_address):
+        with self.changed:
+            self.connections.add(request)
+        try:
+            super().process_request(request, client_address)
+        except Exception:
+            # There is no thread for it.
+            self.forget(request)
+            raise
+
     def process_request_thread(self, request, client_address):
-        self.connections.add(request)
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.connections.discard(request)
+            self.forget(request)
+
+    def forget(self, connection: socket.socket) -> None:
+        with self.changed:
+            self.connections.discard(connection)
+            self.changed.notify_all()
 
     def server_close(self):
         """Let the open answers end, and idle connections close."""
-        for connection in list(self.connections):
-            try:
-                connection.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass  # it has just ended
+        self.preparations.stop()
+        with self.changed:
+            for connection in self.connections:
+                try:
+                    connection.shutdown(socket.SHUT_RD)
+                except OSError:
+                    pass  # it has just ended
+            if not self.changed.wait_for(lambda: not self.connections, CLOSE_TIMEOUT):
+                logging.warning(f"{len(self.connections)} connections did not end")
         super().server_close()
 
     def handle_error(self, request, client_address):
@@ -77,13 +156,45 @@ class BatchHTTPServer(ThreadingHTTPServer):
         logging.exception(f"A connection from {client_address[0]} failed")
 
 
-class HTTPHandler(APIHandlerBase):
+class HTTPHandler(APIHandler):
     """A connection. A subclass answers with ``get`` and ``post``."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     # Seconds for a client to send its request, or to take what is sent to it.
     timeout = 60
+
+    # Bytes of a request body.
+    max_body = MAX_IMAGES_BODY
+    # Whether a part of the body is left in the connection.
+    is_unread = False
+
+    def setup(self):
+        super().setup()
+        self.rfile.close()
+        self.incoming = Incoming(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self.incoming)
+
+    def handle_one_request(self):
+        self.incoming.begin()
+        super().handle_one_request()
+
+    def finish(self):
+        super().finish()
+        if self.is_unread:
+            self.linger()
+
+    def linger(self) -> None:
+        """Read on for a while: if a connection is closed before that, its client may not
+        see the answer."""
+        end = time.monotonic() + LINGER
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER)
+            while time.monotonic() < end and self.connection.recv(1 << 16):
+                pass
+        except OSError:
+            pass  # it has ended
 
     def get(self) -> None:
         """Answer a GET request."""
@@ -93,12 +204,21 @@ class HTTPHandler(APIHandlerBase):
         """Answer a POST request."""
         raise NotImplementedError
 
+    def wrong_route(self) -> RequestError:
+        """The error for a path that is not there, or takes another method."""
+        raise NotImplementedError
+
     def parse_request(self):
         if not super().parse_request():
             return False
         # Python takes what follows such a line for no headers.
         if MissingHeaderBodySeparatorDefect in map(type, self.headers.defects):
             self.send_error(400, "a line of the headers has no name")
+            return False
+        try:
+            self.server.guard.check(self.headers)
+        except RequestError as e:
+            self.send_error(e.status, str(e))
             return False
         return True
 
@@ -122,10 +242,10 @@ class HTTPHandler(APIHandlerBase):
             try:
                 method()
             except RequestError as e:
-                self.send_json(e.status, e.to_json())
+                self.send_json(e.status, e.to_json(), e.headers)
             except (ConnectionError, TimeoutError):
                 raise
-            except Exception:
+            except BaseException:
                 logging.exception("A request failed")
                 error = internal_error()
                 self.send_json(error.status, error.to_json())
@@ -135,12 +255,16 @@ class HTTPHandler(APIHandlerBase):
     def ignore_body(self) -> None:
         """A body of a request that takes none is not the next request."""
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True
+            self.close_connection = self.is_unread = True
 
     def read_body(self) -> bytes:
         """Read the whole body, so that the connection can serve another request."""
         # Until it is read, nothing after it can be.
         close, self.close_connection = self.close_connection, True
+        self.is_unread = True
+        # Other types a browser sends for any page, without asking first.
+        if self.headers.get_content_type() != "application/json":
+            raise RequestError(415, "the Content-Type must be application/json")
         try:
             if "Transfer-Encoding" in self.headers:
                 raw = self.read_chunks()
@@ -148,8 +272,11 @@ class HTTPHandler(APIHandlerBase):
                 raw = self.read_exactly(self.content_length())
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time")
-        self.close_connection = close
+        self.close_connection, self.is_unread = close, False
         return raw
+
+    def too_large(self) -> RequestError:
+        return RequestError(413, f"the body may have {self.max_body} bytes at most")
 
     def content_length(self) -> int:
         """How many bytes the body has, by the header."""
@@ -161,8 +288,8 @@ class HTTPHandler(APIHandlerBase):
         if not (length.isascii() and length.isdigit()):
             raise RequestError(400, "the Content-Length header must be a number")
         # The count of digits first: Python refuses to read very long numbers.
-        if len(length) > 15 or int(length) > MAX_BODY:
-            raise too_large()
+        if len(length) > 15 or int(length) > self.max_body:
+            raise self.too_large()
         return int(length)
 
     def read_exactly(self, n: int) -> bytes:
@@ -189,8 +316,8 @@ class HTTPHandler(APIHandlerBase):
             if size is None:
                 raise RequestError(400, "a chunk of the body must begin with its size")
             n = int(size[1], 16)
-            if len(raw) + n > MAX_BODY:
-                raise too_large()
+            if len(raw) + n > self.max_body:
+                raise self.too_large()
             if not n:
                 break
             raw += self.read_exactly(n)
@@ -211,7 +338,20 @@ class HTTPHandler(APIHandlerBase):
         poll.register(self.connection, select.POLLIN)
         return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
 
-    def send_json(self, status: int, content: Dict[str, Any]) -> None:
+    def send_cors_headers(self) -> None:
+        """Let the page that asks read the answer: the guard has let it in."""
+        origin = self.headers.get("Origin")
+        if origin is None or not self.server.guard.allows_origin(origin):
+            return
+        self.send_header("Access-Control-Allow-Origin", origin)
+        self.send_header("Vary", "Origin")
+        self.send_header("Access-Control-Allow-Methods", "*")
+        # "*" is all headers but this one.
+        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+
+    def send_json(
+        self, status: int, content: Dict[str, Any], headers: Dict[str, str] = {}
+    ) -> None:
         raw = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -220,6 +360,8 @@ class HTTPHandler(APIHandlerBase):
             self.send_header("Retry-After", "1")
         if self.close_connection:
             self.send_header("Connection", "close")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_cors_headers()
         self.end_headers()
         self.wfile.write(raw)
@@ -255,12 +397,12 @@ class HTTPHandler(APIHandlerBase):
 
     def send_error(self, code, message=None, explain=None):
         """What ``http.server`` refuses by itself, in OpenAI's shape."""
-        if code == 501:
-            code, message = 405, f"the method {self.command} is not supported"
-        self.close_connection = True
+        self.close_connection = self.is_unread = True
         self.headers = getattr(self, "headers", None) or {}
         error = RequestError(code, message or explain or "the request is not HTTP")
-        self.send_json(error.status, error.to_json())
+        if code == 501:
+            error = self.wrong_route()
+        self.send_json(error.status, error.to_json(), error.headers)
 
     def log_error(self, format, *args):
         # An idle connection that times out, or an error that was answered.

@@ -3,19 +3,32 @@
 Rules:
 1. Weights are loaded on the generation thread only, by upstream's ``load``.
 2. A wrong name is found out before that, so it never costs the running model.
+3. A request may name only what the command line allows. Of anything else it is not even
+   told whether it exists.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from threading import Lock
+from typing import Any, Dict, Optional, Set
 
+from huggingface_hub import snapshot_download
 from mlx_lm.generate import StopSequences, make_stop_sequences
 from mlx_lm.server import CompletionRequest, ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
-from ._upstream import ModelKey, ModelProviderBase, download
+from ._upstream import ModelKey, ModelProviderBase, download, takes_images
 from .errors import RequestError
+from .patterns import matches
+from .preparation import Preparation
+from .tokenizing import BoundedTokenizer, bound_chat_templates, most_characters
+
+# Models of which tokenizer and configuration are kept.
+MAX_DESCRIBED = 8
+# Allows requests to name any model.
+ANY = "any"
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class ServedModel:
         tokenizer (TokenizerWrapper): Shared by all threads, never changed.
         vocabulary_size (int): Rows of the embedding; token ids are below it.
         context_length (Optional[int]): Tokens of prompt and answer together.
+        most_characters (int): Characters that a prompt may have to fit into these.
+        takes_images (bool): Whether it is of a kind that takes images.
         end_of_text (StopSequences): The end-of-text tokens.
     """
 
@@ -34,7 +49,21 @@ class ServedModel:
     tokenizer: Any
     vocabulary_size: int
     context_length: Optional[int]
+    most_characters: int
+    takes_images: bool
     end_of_text: StopSequences
+
+    def bounded_tokenizer(
+        self, field: str, preparation: Preparation
+    ) -> BoundedTokenizer:
+        """Its tokenizer for one request; see there."""
+        return BoundedTokenizer(
+            self.tokenizer,
+            self.context_length,
+            self.most_characters,
+            field,
+            preparation,
+        )
 
     def name_roles(self, request: CompletionRequest) -> None:
         """Let developers be of the role system, in place, if the chat template does not
@@ -47,29 +76,119 @@ class ServedModel:
                 message["role"] = "system"
 
 
+def normalised(name: str) -> str:
+    """One name for all spellings of the same folder. Of a repository it is the name."""
+    if is_path(name) or os.path.isdir(name):
+        # First without "..", as the patterns are compared.
+        return os.path.realpath(os.path.abspath(name))
+    return name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path. So are names that no repository has."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def spellings(name: str) -> Set[str]:
+    """The texts of which a pattern may be one to allow a name."""
+    texts = set()
+    if os.path.normpath(name) == name:
+        texts.add(name)
+    if is_path(name) or os.path.isdir(name):
+        texts.add(os.path.abspath(name))
+    return texts
+
+
+def cached_snapshot(name: str) -> Optional[str]:
+    """The folder of a repository in the Hugging Face cache, if it is there."""
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except Exception:
+        # A name that none can have, or a cache that is not whole.
+        return None
+
+
 class BatchModelProvider(ModelProviderBase):
     """Upstream's ``ModelProvider`` that also answers handler threads."""
 
     def __init__(self, cli_args):
         super().__init__(cli_args)
-        self._served = {}
+        self._lock = Lock()
+        # The last one is the one that was asked for last.
+        self._served: Dict[ModelKey, ServedModel] = {}
+        patterns = cli_args.allow_models
+        # Without any, what the Hugging Face cache holds.
+        self.allows_cached = patterns is None
+        self.patterns = {
+            text
+            for pattern in patterns or ()
+            for text in (pattern, os.path.abspath(os.path.expanduser(pattern)))
+        }
+        self.default_key: ModelKey = tuple(
+            None if name is None else normalised(name)
+            for name in (cli_args.model, cli_args.adapter_path, cli_args.draft_model)
+        )
 
-    @property
-    def default_key(self) -> ModelKey:
-        """The model of the command line."""
-        name = "default_model"
-        return self.resolve(ModelDescription(model=name, draft=name, adapter=None))
+    def key(self, model: ModelDescription) -> ModelKey:
+        """The model, the adapter and the draft model that a request names.
+
+        Raises:
+            RequestError: If it may not have one of them.
+        """
+        default = ModelDescription("default_model", "default_model", None)
+        names = self.resolve(model)
+        if names == self.resolve(default):
+            return self.default_key
+        params = ("model", "adapters", "draft_model")
+        return tuple(map(self._allowed, params, names, self.default_key))
+
+    def _allowed(
+        self, param: str, name: Optional[str], served: Optional[str]
+    ) -> Optional[str]:
+        """The normalised name of what a request may have."""
+        if name is None or (served is not None and normalised(name) == served):
+            return name and served
+        if "\0" not in name:
+            if ANY in self.patterns or any(
+                matches(text, self.patterns) for text in spellings(name)
+            ):
+                return normalised(name)
+            is_repository = param != "adapters" and normalised(name) == name
+            if self.allows_cached and is_repository:
+                if path := cached_snapshot(name):
+                    return path
+        message = f"{param} {name!r} is not there, or not one of --allow-models"
+        raise self.not_found(param, message)
 
     def describe(self, model: ModelDescription) -> ServedModel:
         """Find a request's model without loading its weights (any thread).
 
         Raises:
-            RequestError: If the model, its adapter or its draft model is not found.
+            RequestError: If the model, its adapter or its draft model is not found, or
+              may not be loaded.
         """
-        key = self.resolve(model)
-        if key not in self._served:
-            self._served[key] = self._describe(key, self._locate(key))
-        return self._served[key]
+        key = self.key(model)
+        with self._lock:
+            served = self._served.get(key)
+        if served is None:
+            served = self._describe(key, self._locate(key))
+        self._keep(served)
+        return served
+
+    def _keep(self, served: ServedModel) -> None:
+        """Note that a model was asked for; those that were not for longest go."""
+        with self._lock:
+            self._served.pop(served.key, None)
+            self._served[served.key] = served
+            others = [key for key in self._served if key != self.default_key]
+            for key in others[: max(0, len(others) - MAX_DESCRIBED)]:
+                del self._served[key]
+
+    def takes_images(self, model: ServedModel) -> bool:
+        """Whether a model takes images, as far as that is known before it is loaded."""
+        if model.key == self.model_key:
+            return self.processor is not None
+        return model.takes_images
 
     def _describe(
         self, key: ModelKey, path: Path, tokenizer: Any = None
@@ -80,15 +199,19 @@ class BatchModelProvider(ModelProviderBase):
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
         except Exception as e:
-            raise self.not_found("model", key[0], e)
+            raise self.unusable("model", key[0], e)
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
+        context_length = text_config.get("max_position_embeddings")
+        bound_chat_templates(tokenizer)
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
             vocabulary_size=text_config.get("vocab_size", len(tokenizer)),
-            context_length=text_config.get("max_position_embeddings"),
+            context_length=context_length,
+            most_characters=most_characters(tokenizer, context_length),
+            takes_images=takes_images(config),
             end_of_text=make_stop_sequences(tokenizer),
         )
 
@@ -100,18 +223,15 @@ class BatchModelProvider(ModelProviderBase):
                 continue
             is_adapter = param == "adapters"
             config = "adapter_config.json" if is_adapter else "config.json"
-            # So are names that no repository has.
-            is_path = (
-                is_adapter or name.startswith(("/", ".", "~")) or name.count("/") > 1
-            )
             try:
-                path = paths[param] = Path(name) if is_path else download(name)
+                is_local = is_adapter or is_path(name)
+                path = paths[param] = Path(name) if is_local else download(name)
                 if not path.is_dir():
                     raise FileNotFoundError("there is no such folder")
                 if not (path / config).is_file():
                     raise FileNotFoundError(f"it has no {config}")
             except Exception as e:
-                raise self.not_found(param, name, e)
+                raise self.unusable(param, name, e)
         return paths["model"]
 
     def switch_to(self, key: ModelKey) -> None:
@@ -123,13 +243,18 @@ class BatchModelProvider(ModelProviderBase):
         try:
             _, tokenizer = self.load(*key)
         except Exception as e:
-            raise self.not_found("model", key[0], e)
-        self._served[key] = self._describe(key, path, tokenizer)
+            raise self.unusable("model", key[0], e)
+        self._keep(self._describe(key, path, tokenizer))
 
-    def not_found(self, param: str, name: str, reason: Any) -> RequestError:
-        """The 404 for a model, adapter or draft model that is not there or not whole."""
+    def unusable(self, param: str, name: str, reason: Any) -> RequestError:
+        """The 404 for what may be loaded, and is not there or not whole."""
         reason = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
         message = f"{param} {name!r} cannot be loaded: {reason}"
-        if param == "model" and name != self.default_key[0]:
+        if name == self.default_key[0]:
+            return RequestError(404, message, param, "model_not_found")
+        return self.not_found(param, message)
+
+    def not_found(self, param: str, message: str) -> RequestError:
+        if param == "model":
             message += "; 'default_model' is the one that is served"
         return RequestError(404, message, param, "model_not_found")

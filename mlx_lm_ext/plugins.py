@@ -171,7 +171,7 @@ class Plugins:
             raise PluginError(f"{label}: {' '.join(str(e).split())}")
         except PluginError as e:
             raise PluginError(f"{label}: {e}")
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise PluginError(f"{label} cannot be loaded: {one_line(e)}")
 
     def label(self, name: str) -> str:
@@ -194,7 +194,7 @@ class Plugins:
         for label, call in self.each(hook, **arguments):
             try:
                 result = call()
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 raise PluginError(f"{label}: {hook}: {one_line(e)}")
             yield label, result
 
@@ -239,7 +239,7 @@ class Plugins:
         return "\n".join(lines)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The type and the message of what a plugin raised."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -4,6 +4,7 @@ Rules:
 1. Each call of a policy goes through here.
 2. A policy that raises is named in the log once. From then on the built-in one of its
    kind does its work.
+3. Whatever is raised counts: ``sys.exit()`` in a plugin ends no thread of the server.
 """
 
 import argparse
@@ -45,15 +46,15 @@ class Slot:
             return cls(*args)
         except RequestError:
             raise
-        except Exception as e:
+        except BaseException as e:
             self.fail(cls, e)
             return self.cls(*args)
 
-    def fail(self, cls: Type, error: Exception) -> None:
+    def fail(self, cls: Type, error: BaseException) -> None:
         """Use the built-in class from now on, as ``cls`` has failed.
 
         Raises:
-            Exception: ``error`` itself, if that is what failed.
+            BaseException: ``error`` itself, if that is what failed.
         """
         if cls is self.default:
             raise error
@@ -85,7 +86,7 @@ class Guard:
         start = time.perf_counter()
         try:
             return use(self.policy)
-        except Exception as e:
+        except BaseException as e:
             self.slot.fail(type(self.policy), e)
             self.policy = self.slot.cls(*self.args)
             return use(self.policy)
@@ -135,7 +136,7 @@ class Policies:
         slot = self.slots(kind, name)[name]
         try:
             return Guard(slot, self.args, self.clock)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise PluginError(
                 f"{slot.plugin}: the {kind.title} {name!r} cannot be made: {one_line(e)}"
             )
@@ -158,7 +159,7 @@ class Policies:
                 processors += [partial(process, label, p) for p in call() or ()]
             except RequestError:
                 raise
-            except Exception as e:
+            except BaseException as e:
                 raise RuntimeError(f"{label}: {hook} failed") from e
         return processors
 
@@ -170,7 +171,7 @@ class Policies:
         ):
             try:
                 call()
-            except Exception:
+            except BaseException:
                 logging.exception(f"{label}: {hook} failed")
 
     def describe_times(self) -> str:
@@ -185,5 +186,5 @@ def process(label: str, processor: Callable, tokens: Any, logits: Any) -> Any:
     """Run a plugin's logits processor; what it raises names the plugin."""
     try:
         return processor(tokens, logits)
-    except Exception as e:
+    except BaseException as e:
         raise RuntimeError(f"{label}: a logits processor failed") from e

@@ -15,7 +15,7 @@ from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationContext, Response
 
-from .errors import RequestError
+from .errors import RequestError, too_long
 from .interfaces import Clock, RequestInfo, RequestStats
 from .model_provider import ServedModel
 from .penalties import Row
@@ -101,6 +101,11 @@ class Request(RequestInfo):
         salt = self.body.get("cache_salt")
         return self.model.key if salt is None else (*self.model.key, salt)
 
+    @property
+    def prompt_field(self) -> str:
+        """The field of the body that its prompt is made of."""
+        return "messages" if self.completion.messages else "prompt"
+
     def check_tokens(self) -> None:
         """Refuse a client's token ids that the model lacks.
 
@@ -126,7 +131,7 @@ class Request(RequestInfo):
 
         A ``max_tokens`` that nobody asked for shrinks instead.
         """
-        prompt_field = "messages" if self.completion.messages else "prompt"
+        prompt_field = self.prompt_field
         n_prompt, limit = len(self.prompt), self.model.context_length
         if not n_prompt:
             raise RequestError(400, f"{prompt_field} gives no tokens", prompt_field)
@@ -208,12 +213,6 @@ class Request(RequestInfo):
         if events and isinstance(events[-1], Exception):
             raise events[-1]
         return events
-
-
-def too_long(limit: int, reason: str, param: str) -> RequestError:
-    """The 400 for more tokens than the model takes. Clients know OpenAI's words."""
-    message = f"this model's maximum context length is {limit} tokens: {reason}"
-    return RequestError(400, message, param, "context_length_exceeded")
 
 
 class SingleQueue:

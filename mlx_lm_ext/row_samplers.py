@@ -76,11 +76,11 @@ class RowSampler:
                 self.make_again()
             else:
                 change()
-        except Exception as e:
+        except BaseException as e:
             self.replace(e)
         self.slot.seconds += time.perf_counter() - start
 
-    def replace(self, error: Exception) -> None:
+    def replace(self, error: BaseException) -> None:
         self.slot.fail(type(self.sampler), error)
         self.make_again()
 
@@ -95,7 +95,7 @@ class RowSampler:
         start = time.perf_counter()
         try:
             tokens = self.sample(logits)
-        except Exception as e:
+        except BaseException as e:
             self.replace(e)
             tokens = self.sample(logits)
         # The built-in one may wait for the logits.

@@ -9,6 +9,7 @@ Rules:
 import argparse
 import json
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Collection, Dict, List, Optional, Tuple
 
 from mlx_lm.server import (
@@ -17,8 +18,10 @@ from mlx_lm.server import (
     ModelDescription,
     SamplingArguments,
 )
+from transformers import PreTrainedTokenizerBase
 
 from .errors import RequestError
+from .images import MAX_IMAGES
 
 TYPE_NAMES = {
     bool: "a boolean",
@@ -32,17 +35,20 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Field:
-    """The type of a field and the range of its value."""
+    """The type of a field and the range of its value, or of a text's length."""
 
     kind: type
     minimum: float = -1e9
     maximum: float = 1e9
 
 
+# Characters of a name: as long as a path may be.
+NAME = Field(str, 0, 4096)
+
 FIELDS = {
-    "model": Field(str),
-    "adapters": Field(str),
-    "draft_model": Field(str),
+    "model": NAME,
+    "adapters": NAME,
+    "draft_model": NAME,
     "num_draft_tokens": Field(int, 1),
     "stream": Field(bool),
     "stream_options": Field(dict),
@@ -72,19 +78,55 @@ FIELDS = {
     "role_mapping": Field(dict),
     "echo": Field(bool),
     "suffix": Field(str),
-    "user": Field(str),
+    "user": NAME,
     "priority": Field(int, -(2**31), 2**31 - 1),
-    "sampler": Field(str),
-    "cache_salt": Field(str),
+    "sampler": NAME,
+    "cache_salt": NAME,
 }
 
 # The time to look for one grows with its square.
 MAX_STOP_WORD = 1000
+MAX_STOP_WORDS = 128
+MAX_MESSAGES = 10_000
+# Of all messages.
+MAX_PARTS = 20_000
+MAX_TOOLS = 1024
+# Characters of each text of a role mapping, which every message gets.
+MAX_ROLE_TEXT = 1000
+# Objects and arrays of a body: to make them takes time in which no other thread runs.
+MAX_NESTED = 500_000
+
+# What the tokenizer itself takes beside the variables of its chat template: some of it
+# is code, some asks for other work.
+TOKENIZER_ARGUMENTS = {
+    name
+    for function in (
+        PreTrainedTokenizerBase.apply_chat_template,
+        PreTrainedTokenizerBase.__call__,
+        PreTrainedTokenizerBase.encode,
+    )
+    for name in signature(function).parameters
+}
+TOKENIZER_ARGUMENTS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
 
 # What a content may be made of.
 PARTS = ("text", "image_url", "input_image", "image")
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def check_size(raw: bytes, limit: int) -> None:
+    """Refuse a body of more bytes than ``limit`` beside its data URLs."""
+    n, end = len(raw), 0
+    for _ in range(MAX_IMAGES if n > limit else 0):
+        start = raw.find(b'"data:', end)
+        end = raw.find(b'"', start + 1)
+        if start < 0 or end < 0:
+            break
+        n -= end - start
+    if n > limit:
+        message = f"the body may have {limit} bytes at most, without its images"
+        raise RequestError(413, message)
 
 
 def parse_body(raw: bytes) -> Dict[str, Any]:
@@ -96,6 +138,9 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
     Raises:
         RequestError: If it is no JSON object, or a field is wrong.
     """
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTED:
+        message = f"the body may have {MAX_NESTED} objects and arrays at most"
+        raise RequestError(400, message)
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -129,9 +174,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_field(name: str, value: Any, field: Field) -> None:
     check_type(name, value, field.kind)
+    low, high = field.minimum, field.maximum
+    if field.kind is str and len(value) > high:
+        message = f"{name} may have {high:.0f} characters at most"
+        raise RequestError(400, message, name)
     if field.kind not in (int, float):
         return
-    low, high = field.minimum, field.maximum
     # Written so that NaN fails too.
     if not low <= value <= high:
         limits = f"between {low:g} and {high:g}"
@@ -167,6 +215,19 @@ def check_supported(body: Dict[str, Any]) -> None:
     usage = body.get("stream_options", {}).get("include_usage")
     if usage is not None:
         check_type("stream_options.include_usage", usage, bool)
+    for name in body.get("chat_template_kwargs", {}):
+        if name in TOKENIZER_ARGUMENTS or name.startswith("_"):
+            name = f"chat_template_kwargs.{name[:100]}"
+            message = f"{name} is no variable of a chat template"
+            raise RequestError(400, message, name, "unsupported_value")
+    for role, text in body.get("role_mapping", {}).items():
+        check_field(f"role_mapping.{role[:100]}", text, Field(str, 0, MAX_ROLE_TEXT))
+
+
+def check_count(name: str, n: int, limit: int) -> None:
+    """Refuse more of something than ``limit``."""
+    if n > limit:
+        raise RequestError(400, f"{name} may have {limit} at most, not {n}", name)
 
 
 def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -175,12 +236,17 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
     check_type("messages", messages, list)
     if not messages:
         raise RequestError(400, "messages must not be empty", "messages")
+    check_count("messages", len(messages), MAX_MESSAGES)
+    n_parts = 0
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
         check_type(name, message, dict)
         check_choice(f"{name}.role", message.get("role"), ROLES)
         check_content(f"{name}.content", message)
         parse_tool_calls(f"{name}.tool_calls", message)
+        for parts in (message.get("content"), message.get("tool_calls")):
+            n_parts += len(parts) if isinstance(parts, list) else 0
+    check_count("messages", n_parts, MAX_PARTS)
     return messages
 
 
@@ -220,6 +286,7 @@ def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
     """The tools that the model may call."""
     tools = body.get("tools") or []
+    check_count("tools", len(tools), MAX_TOOLS)
     for i, tool in enumerate(tools):
         check_type(f"tools[{i}]", tool, dict)
         check_type(f"tools[{i}].function", tool.get("function"), dict)
@@ -253,6 +320,7 @@ def parse_stop(body: Dict[str, Any]) -> List[str]:
         raise RequestError(
             400, "stop must be a string or an array of non-empty strings", "stop"
         )
+    check_count("stop", len(words), MAX_STOP_WORDS)
     if any(len(word) > MAX_STOP_WORD for word in words):
         message = f"stop words may have {MAX_STOP_WORD} characters at most"
         raise RequestError(400, message, "stop")
@@ -285,7 +353,7 @@ def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
         bias = {int(token): float(b) for token, b in body["logit_bias"].items()}
         if all(abs(b) <= 1e9 for b in bias.values()):
             return bias
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise RequestError(
         400, "logit_bias must map token ids to finite numbers", "logit_bias"

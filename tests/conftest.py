@@ -98,8 +98,12 @@ def start_server(start_engine):
 
     def start(*args, **kwargs):
         engine = start_engine(*args, **kwargs)
+        args = engine.cli_args
         httpd = BatchHTTPServer(
-            ("127.0.0.1", 0), partial(BatchAPIHandler, engine, system_fingerprint="")
+            ("127.0.0.1", 0),
+            partial(BatchAPIHandler, engine, system_fingerprint=""),
+            args.allowed_origins,
+            args.allowed_hosts,
         )
         threading.Thread(target=httpd.serve_forever).start()
         servers.append(httpd)

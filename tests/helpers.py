@@ -17,6 +17,8 @@ from mlx_lm_ext.validation import parse_arguments, parse_body
 # A server with these has upstream serve each request alone.
 ALONE = ["--kv-bits", "8", "--quantized-kv-start", "100000"]
 
+JSON = {"Content-Type": "application/json"}
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,.ABC012"
 
 
@@ -136,7 +138,7 @@ def call(port, method, path, body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         raw = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
-        connection.request(method, path, raw, headers)
+        connection.request(method, path, raw, JSON | headers)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
@@ -155,7 +157,7 @@ def stream(port, path, **body):
     """The parsed events of a streamed answer, without the last, [DONE]."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
-        connection.request("POST", path, json.dumps(dict(body, stream=True)))
+        connection.request("POST", path, json.dumps(dict(body, stream=True)), JSON)
         response = connection.getresponse()
         raw = response.read().decode()
         assert response.status == 200, raw

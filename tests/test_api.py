@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import Reference, call, complete, plugin, stream, streamed_text, texts
+from helpers import JSON, Reference, call, complete, plugin, stream, streamed_text, texts
 from mlx_lm.server import CompletionRequest
 from PIL import Image
 from tiny_models import CONFIGS
@@ -103,7 +103,9 @@ def test_developer_is_a_system_to_a_template_that_knows_no_developers(
     "mapped, role", [("user", "system"), ("developer", "developer")]
 )
 def test_developer_may_be_one_of_the_role_mapping(mapped, role):
-    model = ServedModel(None, SimpleNamespace(chat_template=None), 0, None, None)
+    model = ServedModel(
+        None, SimpleNamespace(chat_template=None), 0, None, 0, False, None
+    )
     messages = [{"role": "developer", "content": "Be brief."}]
     model.name_roles(CompletionRequest("chat", "", messages, None, {mapped: "X: "}))
     assert messages[0]["role"] == role
@@ -390,8 +392,10 @@ BAD_BODIES = [
     (chat(n=0), "n"),
     (chat(response_format={"type": "json_object"}), "response_format"),
     (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
-    (chat(chat_template_kwargs={"return_tensors": "np"}), "messages"),
-    (chat(chat_template_kwargs={"tokenize": False}), "messages"),
+    (
+        chat(chat_template_kwargs={"return_tensors": "np"}),
+        "chat_template_kwargs.return_tensors",
+    ),
 ]
 
 BAD_PROMPTS = [
@@ -452,7 +456,8 @@ def test_unknown_route_is_an_error_object(method, path, status, start_server):
 
 def post(headers, raw, version="1.1"):
     """The bytes of a request."""
-    head = f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n{headers}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\n{headers}\r\n\r\n"
     return head.encode() + raw
 
 
@@ -555,7 +560,7 @@ def test_connection_is_kept_for_the_next_request(start_server):
     bodies = [chat(), chat(stream=True), b"{}", chat()]
     statuses, sockets = [], set()
     for body in bodies:
-        connection.request("POST", CHAT, body)
+        connection.request("POST", CHAT, body, JSON)
         sockets.add(connection.sock)
         response = connection.getresponse()
         response.read()
@@ -573,11 +578,16 @@ def test_client_of_http_1_0_gets_a_stream_without_chunks(start_server):
 
 
 class WatchedEngine(Engine):
-    """Tells when a request was cancelled, and when its row was free."""
+    """Tells when a request came, was cancelled, and when its row was free."""
 
     def __init__(self, *args):
-        self.left = threading.Event()
+        self.came, self.left = threading.Event(), threading.Event()
         super().__init__(*args)
+
+    def generate(self, *args):
+        job = super().generate(*args)
+        self.came.set()
+        return job
 
     def drop_unwanted(self):
         before = len(self.batch)
@@ -592,6 +602,7 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
     body = chat(max_tokens=4000, stream=streamed)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(post_whole(body))
+        assert engine.came.wait(60)
         if streamed:
             s.recv(1000)
     assert engine.left.wait(60)
@@ -675,9 +686,10 @@ def test_browser_origin_gets_cors_headers(start_server):
 def test_browser_may_send_the_key_that_clients_send(start_server):
     _, port = start_server()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("OPTIONS", CHAT, headers={"Origin": "http://a.test"})
+    origin = "http://localhost:3000"
+    connection.request("OPTIONS", CHAT, headers={"Origin": origin})
     response = connection.getresponse()
     assert response.status == 204
-    assert response.getheader("Access-Control-Allow-Origin") == "*"
+    assert response.getheader("Access-Control-Allow-Origin") == origin
     assert response.getheader("Access-Control-Allow-Headers") == "*, Authorization"
     connection.close()

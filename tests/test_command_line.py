@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx_lm.server
 import pytest
 from conftest import server_process
-from helpers import complete
+from helpers import JSON, complete
 from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext.batch_server import make_parser
@@ -61,9 +61,9 @@ def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
     monkeypatch.undo()
     (upstream,) = parsed.value.args
     ours = vars(make_parser().parse_args([]))
-    # Ours is bounded by the tokens of a step instead.
-    shared = set(upstream) & set(ours) - {"prompt_concurrency"}
-    assert {"kv_bits", "prefill_step_size", "allowed_origins"} < shared
+    # Ours is bounded by the tokens of a step instead, and browsers are kept out.
+    shared = set(upstream) & set(ours) - {"prompt_concurrency", "allowed_origins"}
+    assert {"kv_bits", "prefill_step_size", "adapter_path"} < shared
     assert {n: ours[n] for n in shared} == {n: upstream[n] for n in shared}
 
 
@@ -193,7 +193,7 @@ def test_signal_tells_the_client_of_a_running_stream(model_folder):
         body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
         # Not before the signal: no end-of-text token.
         body["logit_bias"] = {SPECIAL.index("<|im_end|>"): -1000}
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
         process.send_signal(signal.SIGTERM)

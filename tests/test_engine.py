@@ -305,7 +305,7 @@ def test_request_alone_waits_for_the_batch_and_keeps_the_order(
 ):
     folders = [str(model_folder(a)) for a in ("llama", "llama4")]
     references = [Reference(folder) for folder in folders]
-    engine = start_engine()
+    engine = start_engine("llama", "--allow-models", "any")
     which = [0, 0, 1, 0, 1]
     prompts = texts(5)
     jobs = [
@@ -328,7 +328,7 @@ def test_request_alone_can_be_cancelled(start_engine):
 
 
 def test_other_models_are_loaded_when_asked_for(model_folder, start_engine):
-    engine = start_engine("llama")
+    engine = start_engine("llama", "--allow-models", "any")
     folder = str(model_folder("lfm2"))
     jobs = [
         submit(engine, "hello", max_tokens=10, model=m)
@@ -342,7 +342,7 @@ def test_other_models_are_loaded_when_asked_for(model_folder, start_engine):
 
 
 def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path):
-    engine = start_engine()
+    engine = start_engine("llama", "--allow-models", "any")
     running = submit(engine, "hello", max_tokens=300)
     running.receive(timeout=60)
     model = engine.model_provider.model
@@ -373,7 +373,7 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model_folder() / name).read_bytes())
-    engine = start_engine()
+    engine = start_engine("llama", "--allow-models", "any")
     with pytest.raises(RequestError, match="cannot be loaded"):
         read(submit(engine, "hello", model=str(tmp_path)))
     expected = Reference(model_folder()).tokens("hello", 5)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import ALONE, Always, call, complete, plugin, read, stream, submit
+from helpers import ALONE, JSON, Always, call, complete, plugin, read, stream, submit
 
 from mlx_lm_ext import hookimpl, hookspecs, plugins
 from mlx_lm_ext.batch_server import make_parser, parse_arguments
@@ -391,7 +391,7 @@ def test_observers_hear_of_a_client_that_left(start_server):
     _, port = start_server(plugin=hook)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = dict(prompt="hello", max_tokens=4000, stream=True)
-    connection.request("POST", "/v1/completions", json.dumps(body))
+    connection.request("POST", "/v1/completions", json.dumps(body), JSON)
     connection.getresponse().close()
     connection.close()
     assert seen.get(timeout=60).finish_reason == "cancelled"

@@ -138,7 +138,7 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
         def order(self, waiting, view):
             self.calls.append(len(waiting))
 
-    engine = start_with(Counting)
+    engine = start_with(Counting, "--allow-models", "any")
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
     # There is room, but not for another model.
@@ -292,7 +292,7 @@ def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(
         def on_finish(self, request):
             self.ended.append(request)
 
-    engine = start_with(Counting, "--batch-size", "2")
+    engine = start_with(Counting, "--batch-size", "2", "--allow-models", "any")
     running = [submit(engine, "a", max_tokens=4000) for _ in range(2)]
     for job in running:
         job.receive(timeout=60)

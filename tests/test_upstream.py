@@ -47,12 +47,11 @@ def test_package_imports_no_mlx():
     assert result.stdout == "False\n"
 
 
-def test_core_files_stay_short_and_say_what_they_are():
+def test_files_say_what_they_are():
     for path in FILES:
         text = path.read_text()
         if text:
             assert ast.get_docstring(ast.parse(text)), path.name
-        assert len(text.splitlines()) <= 400, path.name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Which web pages may call the server, and by which names.
+
+A page of any site can make the user's browser send requests to this machine. Two headers
+of these requests the page cannot choose: ``Origin``, the site that it came from, and
+``Host``, the name that it called the server by.
+
+Rules:
+1. What is not allowed is refused before its body is read.
+2. Programs that are no browsers send no ``Origin``: they are asked for none.
+"""
+
+import re
+from email.message import Message
+from ipaddress import ip_address
+from typing import List, Optional
+from urllib.parse import urlsplit
+
+from .errors import RequestError
+from .patterns import matches
+
+# Stands for this machine among allowed origins and hosts.
+LOOPBACK = "loopback"
+# A name or an address, and perhaps a port.
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/@\[\]\s]+)(?::\d*)?", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is always that of the machine that asks."""
+    host = host.lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_loopback_origin(origin: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and is_loopback(parts.hostname or "")
+    except ValueError:
+        return False
+
+
+class BrowserGuard:
+    """Refuses requests that a browser sends for pages that are not allowed.
+
+    Args:
+        origins (List[str]): Patterns of the origins that may call, or ``LOOPBACK``.
+        hosts (Optional[List[str]]): Patterns of the names that the server may be called
+          by, or ``LOOPBACK``. Without any, the names of loopback if it listens there,
+          and all names elsewhere.
+        address (str): Where the server listens.
+        name (str): What it was told to listen on.
+    """
+
+    def __init__(
+        self, origins: List[str], hosts: Optional[List[str]], address: str, name: str
+    ):
+        if hosts is None:
+            hosts = [LOOPBACK, name] if is_loopback(address) else ["*"]
+        self.origins = [origin.lower() for origin in origins]
+        self.hosts = [host.lower() for host in hosts]
+
+    def allows_origin(self, origin: str) -> bool:
+        return matches(origin.lower(), self.origins) or (
+            LOOPBACK in self.origins and is_loopback_origin(origin)
+        )
+
+    def allows_host(self, host: str) -> bool:
+        if self.hosts == ["*"]:
+            return True
+        match = HOST.fullmatch(host)
+        return match is not None and (
+            matches(match[1].lower(), self.hosts)
+            or (LOOPBACK in self.hosts and is_loopback(match[1]))
+        )
+
+    def check(self, headers: Message) -> None:
+        """Refuse what is not allowed.
+
+        Raises:
+            RequestError: A 403 that says which argument would allow it.
+        """
+        for kind, allows in (("Host", self.allows_host), ("Origin", self.allows_origin)):
+            for value in headers.get_all(kind, []):
+                if not allows(value):
+                    raise RequestError(
+                        403,
+                        f"the {kind} {value[:200]!r} is not one of "
+                        f"--allowed-{kind.lower()}s",
+                    )

@@ -1,0 +1,185 @@
+"""The images of a request: looked at, and fetched if that is allowed.
+
+A request that names an address makes this machine connect there, from inside its network.
+
+Rules:
+1. Only data URLs, unless ``--allow-image-urls``; then HTTP to public addresses, which
+   are looked up once, checked, and connected to, for each redirect again.
+2. What a client is told of a fetch does not depend on what the other side says.
+3. Formats, pixels, bytes and seconds are bounded before an image is decoded.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import logging
+import socket
+import ssl
+import warnings
+from ipaddress import ip_address, ip_network
+from typing import Any, Dict, List
+from urllib.parse import urljoin, urlsplit
+
+from .errors import RequestError
+from .preparation import Preparation
+
+MAX_IMAGES = 64
+# Of an image as it comes, and when it is decoded.
+MAX_BYTES = 20 << 20
+MAX_PIXELS = 40_000_000
+REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 3
+# Seconds for a connection to be made, and between two parts of an answer.
+TIMEOUT = 5.0
+# Pillow knows others, of which some run programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Addresses that stand for others, which may be private.
+TRANSLATED = [ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
+
+
+def image_parts(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The parts of checked messages that are images."""
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    return [part for parts in contents for part in parts if part["type"] != "text"]
+
+
+def image_url(part: Dict[str, Any]) -> Any:
+    """The URL of an image part, or what is in its place."""
+    url = part.get("image_url", part.get("image"))
+    return url.get("url") if isinstance(url, dict) else url
+
+
+def check_image(raw: bytes, param: str) -> None:
+    """Refuse what is no image, or too large to be decoded."""
+    # Without Pillow, mlx-lm says what to install.
+    try:
+        from PIL import Image
+    except ImportError:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            width, height = Image.open(io.BytesIO(raw), formats=FORMATS).size
+    except Exception:
+        # Pillow raises whatever a broken file leads to.
+        formats = ", ".join(FORMATS)
+        raise RequestError(400, f"an image is none of {formats}, or broken", param)
+    if width * height > MAX_PIXELS:
+        raise RequestError(400, f"an image has more than {MAX_PIXELS} pixels", param)
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet."""
+    ip = ip_address(address.partition("%")[0])
+    return (
+        ip.is_global
+        and not ip.is_multicast
+        and not any(ip in network for network in TRANSLATED if network.version == ip.version)
+    )
+
+
+def connect(host: str, port: int) -> socket.socket:
+    """Connect to a public address of a host.
+
+    Raises:
+        OSError: If it has others, or none answers.
+    """
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [info[4][:2] for info in infos]
+    if not all(is_public(address) for address, _ in addresses):
+        raise OSError("it is not on the public internet")
+    for address in addresses[:-1]:
+        try:
+            return socket.create_connection(address, timeout=TIMEOUT)
+        except OSError:
+            pass  # the next one may answer
+    return socket.create_connection(addresses[-1], timeout=TIMEOUT)
+
+
+def fetch(url: str, preparation: Preparation) -> bytes:
+    """What a URL gives, redirects followed.
+
+    Raises:
+        ConnectionError: If the client has left.
+        OSError: If it cannot be fetched, or is too large.
+        ValueError: If it is no URL that may be fetched.
+        http.client.HTTPException: If the other side is no HTTP server.
+        RequestError: If it takes too long, or the server stops.
+    """
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it is no URL of HTTP")
+        connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
+        secure = parts.scheme == "https"
+        preparation.check()
+        sock = connect(parts.hostname, parts.port or (443 if secure else 80))
+        if secure:
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=parts.hostname)
+        with sock, preparation.reading(sock):
+            connection.sock = sock
+            query = f"?{parts.query}" if parts.query else ""
+            target = (parts.path or "/") + query
+            connection.request("GET", target, headers={"Accept": "image/*"})
+            response = connection.getresponse()
+            if response.status in REDIRECTS:
+                url = urljoin(url, response.getheader("Location", ""))
+                continue
+            if response.status != 200:
+                raise OSError(f"it answers {response.status}")
+            raw = bytearray()
+            while part := response.read1(1 << 16):
+                raw += part
+                if len(raw) > MAX_BYTES:
+                    raise OSError(f"it has more than {MAX_BYTES} bytes")
+            # Its connection may have been shut.
+            preparation.check()
+            return bytes(raw)
+    raise OSError("it has too many redirects")
+
+
+def inline_images(
+    parts: List[Dict[str, Any]], allow_urls: bool, preparation: Preparation
+) -> None:
+    """Check the images of a request, and make data URLs of those that are fetched.
+
+    Args:
+        parts (List[Dict]): The image parts of its messages, changed in place.
+        allow_urls (bool): Whether images may be fetched.
+        preparation (Preparation): Says when to give up.
+
+    Raises:
+        ConnectionError: If the client has left.
+        RequestError: If an image cannot be had or used.
+    """
+    param = "messages"
+    if len(parts) > MAX_IMAGES:
+        raise RequestError(400, f"there may be {MAX_IMAGES} images at most", param)
+    for part in parts:
+        url = image_url(part)
+        if not isinstance(url, str):
+            raise RequestError(400, "an image must have a URL, a string", param)
+        if url[:5].lower() == "data:":
+            try:
+                raw = base64.b64decode(url.partition(",")[2])
+            except (binascii.Error, ValueError):
+                raise RequestError(400, "an image is not in base64", param)
+            # In the spelling that mlx-lm knows.
+            url = f"data:{url[5:]}"
+        elif not allow_urls:
+            message = "images must be data URLs (--allow-image-urls allows others)"
+            raise RequestError(400, message, param)
+        else:
+            try:
+                raw = fetch(url, preparation)
+            except RequestError:
+                raise
+            except (OSError, ValueError, http.client.HTTPException) as e:
+                preparation.check()
+                logging.info(f"An image cannot be fetched: {ascii(str(e))[:300]}")
+                raise RequestError(400, "an image cannot be fetched", param)
+            url = "data:image;base64," + base64.b64encode(raw).decode()
+        check_image(raw, param)
+        part.clear()
+        part.update(type="image_url", image_url={"url": url})

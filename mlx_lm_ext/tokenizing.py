@@ -1,0 +1,120 @@
+"""Prompts from messages and texts, within bounds.
+
+Rules:
+1. What can never fit into the model's context is refused before it is tokenised.
+2. A chat template writes no more than that, and is cut off while it runs.
+"""
+
+from contextvars import ContextVar
+from typing import Any, Iterable, List, Optional, Union
+
+from ._upstream import compile_chat_template, writes_text
+from .errors import too_long
+from .preparation import Preparation
+
+# Characters of a prompt to a model whose context has no limit.
+MAX_CHARACTERS = 1 << 26
+
+# That for which a chat template is run on this thread.
+current: ContextVar[Optional["BoundedTokenizer"]] = ContextVar("current", default=None)
+
+
+def join_bounded(pieces: Iterable[str]) -> str:
+    """What Jinja joins the pieces with that a template writes, up to the limit.
+
+    Raises:
+        RequestError: If there are more.
+    """
+    tokenizer = current.get()
+    if tokenizer is None:
+        return "".join(pieces)
+    kept, n = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        n += len(piece)
+        tokenizer.check_characters(n)
+    return "".join(kept)
+
+
+def bound_chat_templates(tokenizer: Any) -> None:
+    """Let the chat templates of a tokenizer stop at the limit of characters."""
+    templates = tokenizer.chat_template
+    templates = templates.values() if isinstance(templates, dict) else [templates]
+    for template in templates:
+        if isinstance(template, str):
+            compile_chat_template(template).environment.concat = join_bounded
+
+
+def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:
+    """The characters of a prompt of which all tokens are the longest ones."""
+    if context_length is None:
+        return MAX_CHARACTERS
+    longest = max(map(len, tokenizer.get_vocab()), default=1)
+    return min(MAX_CHARACTERS, context_length * longest)
+
+
+class BoundedTokenizer:
+    """The tokenizer of a model, for one request.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's.
+        context_length (Optional[int]): Tokens that the model can take.
+        limit (int): Characters that can be so many tokens.
+        field (str): What in the request the prompt is made of.
+        preparation (Preparation): Says when to give up.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        context_length: Optional[int],
+        limit: int,
+        field: str,
+        preparation: Preparation,
+    ):
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.limit = limit
+        self.field = field
+        self.preparation = preparation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def check_characters(self, n: int) -> None:
+        """Refuse more characters than can fit."""
+        if n > self.limit:
+            reason = f"more than {self.limit} characters never fit"
+            raise too_long(self.context_length, reason, self.field)
+
+    def apply_chat_template(
+        self, *args: Any, tokenize: bool = True, **kwargs: Any
+    ) -> Union[str, List[int]]:
+        """As that of the tokenizer."""
+        # Some write no text that could be tokenised later.
+        as_text = writes_text(self.tokenizer)
+
+        def render():
+            return self.tokenizer.apply_chat_template(
+                *args, tokenize=tokenize and not as_text, **kwargs
+            )
+
+        token = current.set(self)
+        try:
+            prompt = self.preparation.run(render)
+        finally:
+            current.reset(token)
+        if tokenize and as_text:
+            return self.encode(prompt, add_special_tokens=False)
+        return prompt
+
+    def encode(self, text: str, **kwargs: Any) -> List[int]:
+        """As that of the tokenizer."""
+        self.check_characters(len(text))
+        self.preparation.check()
+        tokens = self.tokenizer.encode(text, **kwargs)
+        self.preparation.check()
+        if self.context_length is not None and len(tokens) >= self.context_length:
+            reason = f"the prompt has {len(tokens)}"
+            raise too_long(self.context_length, reason, self.field)
+        return tokens
