@@ -26,6 +26,7 @@ from .argument_types import (
     number,
     size,
 )
+from .log import LogWriter
 from .plugins import KINDS, PluginError, Plugins
 
 
@@ -298,37 +299,37 @@ def main(argv: Optional[List[str]] = None) -> None:
     # Before plugins, which may import MLX.
     blas_line = blas.load()
     args, plugins = parse_arguments(argv)
-    logging.basicConfig(
-        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
-    )
+    log = LogWriter(args.log_level)
     if blas_line:
         logging.info(blas_line)
+    code, error = 0, None
     try:
-        serve(args, plugins)
+        serve(args, plugins, log)
     except PluginError as e:
-        print(f"mlx_lm.batch_server: error: {e}", file=sys.stderr)
-        leave(2)
+        code, error = 2, e
     except (OSError, RuntimeError) as e:
-        print(f"mlx_lm.batch_server: error: {e}", file=sys.stderr)
-        leave(1)
+        code, error = 1, e
     except KeyboardInterrupt:
-        leave(0)
-
-
-def leave(code: int) -> None:
-    """End the process without Python's finalization.
-
-    MLX frees what it keeps for a thread after the thread's Python part has ended. If
-    the interpreter is gone by then, the process aborts.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+        pass
+    # If nobody reads the lines, writing one more would wait for ever.
+    if log.drain(timeout=1.0):
+        if error is not None:
+            print(f"mlx_lm.batch_server: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Without Python's finalization: MLX frees what it keeps for a thread after the
+    # thread's Python part has ended. If the interpreter is gone by then, the process
+    # aborts.
     os._exit(code)
 
 
-def serve(args: argparse.Namespace, plugins: Plugins) -> None:
+def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     """Load the model and serve it.
+
+    Args:
+        args (argparse.Namespace): The command line.
+        plugins (Plugins): The plugins that it names.
+        log (LogWriter): Writes the log.
 
     Raises:
         OSError: If the address cannot be listened on.
@@ -350,6 +351,10 @@ def serve(args: argparse.Namespace, plugins: Plugins) -> None:
     from .policies import Policies
     from .radix_cache import RadixPromptCache
 
+    from .device import reserve_little
+
+    reserve_little()
+    log.take_over("transformers", "huggingface_hub")
     policies = Policies(plugins, args)
 
     if mx.distributed.init().size() > 1:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ._upstream import LeanBatchGenerator, make_logits_processors
+from .device import check_address_space
 from .interfaces import SchedulerView
 from .kv_memory import KVMemory
 from .model_provider import BatchModelProvider
@@ -116,6 +117,10 @@ class Batch:
             args = self.model_provider.cli_args
             model = self.model_provider.model
             self.kv_memory = KVMemory(model, args.max_kv_bytes)
+            if args.max_kv_bytes is None:
+                self.prompt_cache.max_bytes = min(
+                    args.radix_cache_size, self.kv_memory.limit
+                )
             self.can_cut = all(type(c) is KVCache for c in make_prompt_cache(model))
             self.generator = LeanBatchGenerator(
                 model,
@@ -238,6 +243,7 @@ class Batch:
         """Run one step and hand out its tokens; gives the requests that it ended."""
         if not self.active:
             return []
+        check_address_space()
         self.steps += 1
         ended = self.decode()
         if self.prefilling:

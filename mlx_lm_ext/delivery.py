@@ -8,6 +8,7 @@ Rules:
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -16,6 +17,12 @@ from mlx_lm.server import ToolCallFormatter
 
 from .request import Request, Token
 from .stop_words import StopWords
+
+# Bounds for what upstream's tool parsers get: some take the product of the characters
+# and of the marks in them, and no other thread runs meanwhile.
+MAX_TOOL_TEXT = 1 << 16
+MAX_TOOL_MARKS = 64
+TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
 # What OpenAI's API gives for tokens that are ruled out.
 LEAST_LOGPROB = -9999.0
@@ -150,6 +157,7 @@ class Delivery:
         if not text or (self.takes_one_call and self.made_tool_call):
             return
         try:
+            check_tool_text(text)
             calls = self.format_tool_calls([text])
         except Exception as e:
             # Upstream's parsers raise more than the ValueError that it expects.
@@ -165,6 +173,13 @@ class Delivery:
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)
+
+
+def check_tool_text(text: str) -> None:
+    """Raise a ``ValueError`` for a text that is too much for a tool parser."""
+    n_marks = len(TOOL_MARK.findall(text))
+    if len(text) > MAX_TOOL_TEXT or n_marks > MAX_TOOL_MARKS:
+        raise ValueError(f"it has {len(text)} characters and {n_marks} marks")
 
 
 def in_json(logprob: float) -> float:

@@ -20,6 +20,7 @@ from mlx_lm.server import CompletionRequest, ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ._upstream import ModelKey, ModelProviderBase, download, takes_images
+from .device import address_space_left, cgroup_limit, on_cpu
 from .errors import RequestError
 from .patterns import matches
 from .preparation import Preparation
@@ -106,6 +107,21 @@ def cached_snapshot(name: str) -> Optional[str]:
     except Exception:
         # A name that none can have, or a cache that is not whole.
         return None
+
+
+def check_room(path: Path) -> None:
+    """Refuse a model for whose weights this process has no room: it would be ended.
+
+    Raises:
+        MemoryError: If its files are larger than what limits the process.
+    """
+    limits = [n for n in (cgroup_limit(), address_space_left()) if n is not None]
+    n_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    if on_cpu() and limits and n_bytes > min(limits):
+        raise MemoryError(
+            f"its weights take {n_bytes / 1e9:.1f} GB, and a limit of this process "
+            f"(control group or ulimit -v) leaves {min(limits) / 1e9:.1f} GB"
+        )
 
 
 class BatchModelProvider(ModelProviderBase):
@@ -241,6 +257,7 @@ class BatchModelProvider(ModelProviderBase):
         path = self._locate(key)
         logging.info(f"Loading {key[0]}")
         try:
+            check_room(path)
             _, tokenizer = self.load(*key)
         except Exception as e:
             raise self.unusable("model", key[0], e)
