@@ -80,8 +80,11 @@ class ServedModel:
 def normalised(name: str) -> str:
     """One name for all spellings of the same folder. Of a repository it is the name."""
     if is_path(name) or os.path.isdir(name):
-        # First without "..", as the patterns are compared.
-        return os.path.realpath(os.path.abspath(name))
+        try:
+            # First without "..", as the patterns are compared.
+            return os.path.realpath(os.path.abspath(name))
+        except ValueError:
+            pass  # no path has such characters
     return name
 
 
@@ -164,15 +167,12 @@ class BatchModelProvider(ModelProviderBase):
         """The normalised name of what a request may have."""
         if name is None or (served is not None and normalised(name) == served):
             return name and served
-        if "\0" not in name:
-            if ANY in self.patterns or any(
-                matches(text, self.patterns) for text in spellings(name)
-            ):
-                return normalised(name)
-            is_repository = param != "adapters" and normalised(name) == name
-            if self.allows_cached and is_repository:
-                if path := cached_snapshot(name):
-                    return path
+        texts = spellings(name)
+        if ANY in self.patterns or any(matches(t, self.patterns) for t in texts):
+            return normalised(name)
+        is_repository = param != "adapters" and normalised(name) == name
+        if self.allows_cached and is_repository and (path := cached_snapshot(name)):
+            return path
         message = f"{param} {name!r} is not there, or not one of --allow-models"
         raise self.not_found(param, message)
 

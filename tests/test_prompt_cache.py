@@ -308,7 +308,7 @@ def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path, req
 def test_no_other_model_finds_a_prompt(model_folder, start_engine, tmp_path):
     other = str(make_model(tmp_path / "other", "llama", seed=7))
     adapter = str(make_adapter(tmp_path / "adapter", model_folder()))
-    engine = start_engine("llama", CACHE)
+    engine = start_engine("llama", CACHE, "--allow-models", "any")
     prompt = "the same tokens for all of them"
     answers = {}
     for kwargs in ({}, {"model": other}, {"adapters": adapter}):

@@ -1,0 +1,129 @@
+"""Which models a request may name, and what it is told of the others."""
+
+import os
+import shutil
+
+import pytest
+from helpers import call, complete, submit
+from tiny_models import make_adapter
+
+from mlx_lm_ext import model_provider
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.model_provider import MAX_DESCRIBED
+
+MODELS = "--allow-models"
+
+
+@pytest.fixture
+def folders(model_folder, tmp_path):
+    """Folders with models: two that may be named, and one that may not."""
+    for name in ("models/a", "models/b", "secret/c"):
+        shutil.copytree(model_folder(), tmp_path / name)
+    (tmp_path / "models" / "empty").mkdir()
+    (tmp_path / "secret" / "broken").mkdir()
+    return tmp_path
+
+
+def refusal(engine, **names):
+    with pytest.raises(RequestError) as error:
+        submit(engine, "x", max_tokens=1, **names)
+    assert error.value.status == 404
+    return str(error.value)
+
+
+def test_only_the_served_model_is_loaded_by_default(
+    folders, model_folder, start_engine, tmp_path
+):
+    adapter = str(make_adapter(tmp_path / "adapter", model_folder()))
+    engine = start_engine("llama", "--adapter-path", adapter)
+    served = str(model_folder())
+    for names in ({}, {"model": served}, {"adapters": adapter}):
+        assert submit(engine, "x", max_tokens=1, **names).model is not None
+    secret = str(folders / "secret")
+    for field in ("model", "adapters", "draft_model"):
+        told = {
+            refusal(engine, **{field: f"{secret}/{name}"}).replace(f"secret/{name}", "")
+            for name in ("c", "broken", "nothing")
+        }
+        # Whether something is there cannot be told apart.
+        assert len(told) == 1
+        assert "--allow-models" in told.pop()
+
+
+@pytest.mark.parametrize(
+    "name, allowed",
+    [
+        ("models/a", True),
+        ("models/b/.", True),
+        ("models/x/../a", True),
+        ("secret/c", False),
+        ("models/../secret/c", False),
+        ("models/a/../../secret/c", False),
+        ("models", False),
+        ("models/link/../c", False),
+        ("models/a\0", False),
+        ("models/\ud800/..", False),
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_pattern_allows_folders_whatever_the_spelling(
+    name, allowed, relative, folders, start_engine, monkeypatch
+):
+    monkeypatch.chdir(folders)
+    (folders / "models" / "link").symlink_to(folders / "secret" / "broken")
+    root = "" if relative else f"{folders}/"
+    engine = start_engine("llama", MODELS, f"{root}models/*")
+    if allowed:
+        assert submit(engine, "x", max_tokens=1, model=root + name)
+    else:
+        refusal(engine, model=root + name)
+
+
+def test_link_that_a_pattern_allows_is_followed(folders, start_engine):
+    (folders / "models" / "link").symlink_to(folders / "secret" / "c")
+    engine = start_engine("llama", MODELS, f"{folders}/models/*")
+    job = submit(engine, "x", max_tokens=1, model=f"{folders}/models/link")
+    assert job.model.key[0] == os.path.realpath(folders / "secret" / "c")
+
+
+def test_none_may_be_named_if_the_list_is_empty(start_engine, monkeypatch):
+    monkeypatch.setattr(model_provider, "snapshot_download", None)
+    refusal(start_engine("llama", MODELS), model="cached/model")
+
+
+def test_model_of_the_cache_is_loaded_from_there_alone(
+    model_folder, start_server, monkeypatch
+):
+    def snapshot_download(name, local_files_only):
+        assert local_files_only
+        if name != "cached/model":
+            raise FileNotFoundError
+        return str(model_folder("llama"))
+
+    monkeypatch.setattr(model_provider, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(model_provider, "download", None)
+    _, port = start_server("lfm2")
+    assert complete(port, "hello", max_tokens=2, model="cached/model")
+    body = {"prompt": "x", "model": "other/model"}
+    assert call(port, "POST", "/v1/completions", body)[0] == 404
+
+
+def test_spellings_of_a_path_are_one_model(folders, start_engine, monkeypatch):
+    monkeypatch.chdir(folders)
+    engine = start_engine("llama", MODELS, "any")
+    path = str(folders / "models" / "a")
+    (folders / "link").symlink_to(path)
+    spellings = [path, f"{path}/", f"{path}/.", path.replace("/", "//"), "link"]
+    models = {id(submit(engine, "x", max_tokens=1, model=s).model) for s in spellings}
+    assert len(models) == 1
+
+
+def test_models_that_are_kept_are_bounded(model_folder, start_engine, tmp_path):
+    engine = start_engine("llama", MODELS, "any")
+    provider = engine.model_provider
+    first = submit(engine, "x", max_tokens=1).model
+    for i in range(MAX_DESCRIBED + 3):
+        folder = shutil.copytree(model_folder(), tmp_path / str(i))
+        submit(engine, "x", max_tokens=1, model=str(folder))
+    assert len(provider._served) <= MAX_DESCRIBED + 1
+    assert submit(engine, "x", max_tokens=1).model is first

@@ -1,0 +1,235 @@
+"""What is done for a request before the engine has it, and what ends that."""
+
+import json
+import socket
+import threading
+
+import pytest
+from helpers import call, complete
+from test_api import CHAT, HELLO, post_whole
+
+from mlx_lm_ext import http_server
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.preparation import Interrupted, Preparation, Preparations
+from mlx_lm_ext.tokenizing import most_characters
+
+# Takes hours, and writes nothing.
+ENDLESS = (
+    "{% if messages[0].content == 'endless' %}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+)
+
+
+def loop():
+    while True:
+        pass
+
+
+@pytest.fixture
+def watch():
+    """Lets a thread look after preparations, as the server does."""
+    stop, threads = threading.Event(), []
+
+    def start(server):
+        def look():
+            while not stop.wait(0.01):
+                server.look()
+
+        threads.append(threading.Thread(target=look))
+        threads[-1].start()
+
+    yield start
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def limit_preparing(monkeypatch):
+    """Bounds what the servers of this test prepare; gives their preparations."""
+
+    def limit(n, seconds):
+        made = Preparations(n, seconds)
+        monkeypatch.setattr(http_server, "Preparations", lambda: made)
+        return made
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    "reason, error, text",
+    [
+        ("time", RequestError, "0.1 seconds"),
+        ("client", ConnectionError, "gone"),
+        ("stop", RequestError, "stopping"),
+    ],
+)
+def test_step_is_interrupted(reason, error, text, watch):
+    server = Preparations(seconds=0.1 if reason == "time" else 60)
+    running = threading.Event()
+
+    def is_gone():
+        if reason == "stop" and running.is_set():
+            server.stopping = True
+        return reason == "client" and running.is_set()
+
+    def step():
+        running.set()
+        loop()
+
+    preparation = server.begin(is_gone)
+    watch(server)
+    with pytest.raises(error, match=text), preparation.turn():
+        preparation.run(step)
+    assert not server.running
+    # The turn was given back.
+    server.stopping = False
+    running.clear()
+    with server.begin(lambda: False).turn():
+        pass
+
+
+def test_step_that_catches_everything_is_interrupted_again(watch):
+    server = Preparations(seconds=0.1)
+    caught = []
+
+    def step():
+        while len(caught) < 2:
+            try:
+                loop()
+            except BaseException as e:
+                caught.append(type(e))
+        loop()
+
+    watch(server)
+    preparation = server.begin(lambda: False)
+    with pytest.raises(RequestError), preparation.turn():
+        preparation.run(step)
+    assert caught == [Interrupted] * 2
+
+
+def test_interruption_never_comes_after_the_step():
+    """Whenever another thread looks, ``run`` gives the result or raises the reason."""
+    server = Preparations(seconds=60)
+    stop = threading.Event()
+    current = []
+
+    def look():
+        while not stop.is_set():
+            for preparation in current[-1:]:
+                preparation.is_gone = lambda: True
+                preparation.look()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    results = {"done": 0, "ended": 0}
+    try:
+        for i in range(3000):
+            preparation = server.begin(lambda: False)
+            current.append(preparation)
+            try:
+                preparation.run(lambda: sum(range(i % 300)))
+                results["done"] += 1
+            except ConnectionError:
+                results["ended"] += 1
+            current.clear()
+    finally:
+        stop.set()
+        thread.join()
+    assert sum(results.values()) == 3000
+
+
+def test_only_so_many_are_prepared_at_once():
+    server = Preparations(n=1, seconds=0.1)
+    with server.begin(lambda: False).turn():
+        with pytest.raises(RequestError) as error:
+            with server.begin(lambda: False).turn():
+                pass
+    assert error.value.status == 503
+    with server.begin(lambda: False).turn():
+        pass
+
+
+def test_template_that_takes_too_long_costs_its_request(start_server, limit_preparing):
+    limit_preparing(1, 0.3)
+    _, port = start_server("llama", "--chat-template", ENDLESS)
+    body = {"messages": [{"role": "user", "content": "endless"}], "max_tokens": 2}
+    status, answer = call(port, "POST", CHAT, body)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200
+
+
+def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
+    limit_preparing(1, 60)
+    _, port = start_server("llama", "--chat-template", ENDLESS)
+    body = {"messages": [{"role": "user", "content": "endless"}]}
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(json.dumps(body).encode()))
+    # It needs the one turn that there is.
+    assert complete(port, "hello", max_tokens=2)
+
+
+def test_template_ends_when_the_server_stops(start_server, limit_preparing):
+    made = limit_preparing(1, 60)
+    _, port = start_server("llama", "--chat-template", ENDLESS)
+    body = {"messages": [{"role": "user", "content": "endless"}]}
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(json.dumps(body).encode()))
+        while not made.running:
+            pass
+        made.stop()
+        assert s.recv(100).startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}",
+        "{% macro m() %}{% for i in range(99999) %}{{ messages[0].content }}"
+        "{% endfor %}{% endmacro %}{{ m() | length }}",
+        "{% set x %}{% for i in range(99999) %}{{ messages[0].content }}"
+        "{% endfor %}{% endset %}{{ x | length }}",
+    ],
+)
+def test_template_writes_no_more_than_can_fit(template, start_server):
+    _, port = start_server("llama", "--chat-template", template)
+    messages = [{"role": "user", "content": "x" * 10_000}]
+    status, answer = call(port, "POST", CHAT, {"messages": messages})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "characters" in answer["error"]["message"]
+
+
+def test_text_that_can_never_fit_is_not_tokenised(start_server, monkeypatch):
+    engine, port = start_server()
+    (model,) = engine.model_provider._served.values()
+    limit = most_characters(model.tokenizer, model.context_length)
+    assert limit == model.most_characters
+    monkeypatch.setattr(type(model.tokenizer), "encode", None, raising=False)
+    for path, body in (
+        ("/v1/completions", {"prompt": "x" * (limit + 1)}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * (limit + 1)}]}),
+    ):
+        status, answer = call(port, "POST", path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_bounded_prompt_is_that_of_the_tokenizer(start_engine):
+    engine = start_engine()
+    (model,) = engine.model_provider._served.values()
+    bounded = model.bounded_tokenizer("messages", Preparation())
+    for arguments in ({}, {"add_generation_prompt": True}, {"tokenize": False}):
+        expected = model.tokenizer.apply_chat_template(HELLO, **arguments)
+        assert bounded.apply_chat_template(HELLO, **arguments) == expected
+    assert bounded.encode("a text") == model.tokenizer.encode("a text")
+
+
+def test_other_requests_go_on_while_one_is_prepared(start_server, limit_preparing):
+    limit_preparing(2, 60)
+    _, port = start_server("llama", "--chat-template", ENDLESS)
+    body = {"messages": [{"role": "user", "content": "endless"}]}
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(json.dumps(body).encode()))
+        for _ in range(3):
+            assert complete(port, "hello", max_tokens=2)
