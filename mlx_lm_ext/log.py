@@ -42,7 +42,9 @@ class LogWriter(QueueListener):
         self.n_told = 0
         # The lines are formatted by who logs them.
         super().__init__(self.source.queue, logging.StreamHandler())
-        logging.basicConfig(level=level, format=FORMAT, handlers=[self.source])
+        self.source.setFormatter(logging.Formatter(FORMAT))
+        logging.getLogger().setLevel(level)
+        logging.getLogger().addHandler(self.source)
         logging.captureWarnings(True)
         self.start()
 

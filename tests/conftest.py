@@ -116,11 +116,12 @@ def start_server(start_engine):
 
 
 @contextmanager
-def server_process(*argv, python=sys.executable):
+def server_process(*argv, python=sys.executable, **kwargs):
     """A started ``mlx_lm.batch_server`` process; gives its port and its output."""
     command = [python, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
     lines = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    kwargs |= dict(stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **kwargs) as process:
         try:
             for line in process.stderr:
                 lines.append(line)

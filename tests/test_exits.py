@@ -1,0 +1,156 @@
+"""What is raised that is no ``Exception``, and what ends the generation thread."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import server_process
+from helpers import Reference, call, complete, plugin, read, submit, texts
+
+from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+
+ERRORS = [SystemExit, KeyboardInterrupt, GeneratorExit]
+REGISTER = "mlx_lm_register_{}"
+
+
+def raiser(error):
+    def method(*args, **kwargs):
+        raise error("not for the server")
+
+    return method
+
+
+def policy(interface, method, error):
+    names = {"name": "leaver", method: raiser(error)}
+    if interface is EvictionPolicy:
+        names.setdefault("priority", lambda self, entry: 0)
+    elif interface is BatchSampler:
+        names.setdefault("__call__", lambda self, logprobs: logprobs.argmax(axis=-1))
+    return type("Leaver", (interface,), names)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    "interface, method, kind",
+    [
+        (EvictionPolicy, "on_insert", "eviction-policy"),
+        (SchedulerPolicy, "order", "scheduler"),
+        (SchedulerPolicy, "on_finish", "scheduler"),
+        (BatchSampler, "__init__", "sampler"),
+        (BatchSampler, "__call__", "sampler"),
+        (BatchSampler, "filter", "sampler"),
+    ],
+)
+def test_policy_that_exits_is_replaced(
+    error, interface, method, kind, start_engine, model_folder, caplog
+):
+    cls = policy(interface, method, error)
+    hook = {"scheduler": "scheduler_policies", "sampler": "samplers"}
+    hook = REGISTER.format(hook.get(kind, "eviction_policies"))
+    argv = ["--use-prompt-cache", f"--{kind}", "leaver"]
+    engine = start_engine("llama", *argv, plugin=plugin(**{hook: lambda: [cls]}))
+    reference = Reference(model_folder())
+    prompts = texts(3)
+    jobs = [submit(engine, p, max_tokens=3 + i) for i, p in enumerate(prompts)]
+    for i, (prompt, job) in enumerate(zip(prompts, jobs)):
+        assert read(job) == reference.tokens(prompt, 3 + i)
+    assert "'leaver' of plugin 'test'" in caplog.text
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_hook_that_exits_costs_only_its_request(error, start_server):
+    def make(request):
+        return {"hook": raiser(error), "processor": lambda: [raiser(error)]}.get(
+            request.user, lambda: None
+        )()
+
+    def finished(request):
+        if request.user == "observer":
+            raise error
+
+    _, port = start_server(
+        plugin=plugin(
+            mlx_lm_make_logits_processors=make, mlx_lm_request_finished=finished
+        )
+    )
+    for user, status in (("hook", 500), ("processor", 500), ("observer", 200)):
+        body = {"prompt": "x", "user": user, "max_tokens": 2}
+        assert call(port, "POST", "/v1/completions", body)[0] == status
+    assert complete(port, "hello", max_tokens=2)
+
+
+@pytest.mark.parametrize("where", ["import", "hook", "policy"])
+def test_plugin_that_exits_at_the_start_is_named_in_one_line(
+    where, tmp_path, model_folder
+):
+    source = {
+        "import": "raise SystemExit(3)",
+        "hook": "def mlx_lm_register_samplers(): raise SystemExit(3)",
+        "policy": """
+            class P(SchedulerPolicy):
+                name = "leaver"
+                def __init__(self, args, clock): raise SystemExit(3)
+            @hookimpl
+            def mlx_lm_register_scheduler_policies(): return [P]
+        """,
+    }[where]
+    lines = [line.removeprefix("            ") for line in source.splitlines()]
+    head = "from mlx_lm_ext import hookimpl\n"
+    head += "from mlx_lm_ext.interfaces import SchedulerPolicy\n"
+    mark = "@hookimpl\n" if where == "hook" else ""
+    (tmp_path / "leaving.py").write_text(head + mark + "\n".join(lines))
+    argv = ["--scheduler", "leaver"] if where == "policy" else []
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "-p", "leaving"]
+    command += ["--model", str(model_folder()), "--port", "0", "--log-level", "ERROR"]
+    result = subprocess.run(
+        [*command, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert "plugin 'leaving'" in line and "SystemExit: 3" in line
+
+
+class DyingEngine(Engine):
+    """Its generation thread ends in the middle of a request."""
+
+    def report(self, idle):
+        if self.batch.steps > 3:
+            raise SystemExit
+
+
+def test_requests_are_told_that_the_generation_thread_has_ended(start_server, caplog):
+    engine, port = start_server(make_engine=DyingEngine)
+    body = {"prompt": "x", "max_tokens": 4000}
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert (status, answer["error"]["type"]) == (503, "server_error")
+    assert "failed" in answer["error"]["message"]
+    assert engine.ended.wait(60)
+    assert "The generation thread has failed" in caplog.text
+    assert call(port, "GET", "/health")[0] == 503
+    assert call(port, "POST", "/v1/completions", body)[0] == 503
+    with pytest.raises(RequestError):
+        submit(engine, "x")
+
+
+def test_process_exits_when_the_generation_thread_has_ended(tmp_path, model_folder):
+    (tmp_path / "killing.py").write_text("""
+from mlx_lm_ext import hookimpl
+
+@hookimpl
+def mlx_lm_make_logits_processors(request):
+    from mlx_lm_ext.engine import Engine
+
+    def report(self, idle):
+        raise SystemExit
+
+    Engine.report = report
+""")
+    argv = ["--model", str(model_folder()), "--no-warmup", "-p", "killing"]
+    with server_process(*argv, cwd=tmp_path) as (port, lines, process):
+        body = {"prompt": "x", "max_tokens": 4000}
+        assert call(port, "POST", "/v1/completions", body)[0] == 503
+        assert process.wait(60) == 1
+    assert "The generation thread has failed" in "".join(lines)
+    assert lines[-1].startswith("mlx_lm.batch_server: error: the generation thread")

@@ -1,0 +1,90 @@
+"""The log: lines never stop who writes them."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from helpers import call, complete
+
+from mlx_lm_ext.log import LogWriter
+
+
+@pytest.fixture
+def root():
+    """The root logger, which is as it was after the test."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_lines_that_find_the_queue_full_are_dropped_and_counted(root, capsys):
+    log = LogWriter("INFO", max_lines=3)
+    (handler,) = log.handlers
+    free, entered = threading.Event(), threading.Event()
+    emit = handler.emit
+
+    def wait(record):
+        entered.set()
+        assert free.wait(60)
+        emit(record)
+
+    handler.emit = wait
+    logging.info("first")
+    # It is with the writer, and not in the queue.
+    assert entered.wait(60)
+    for i in range(10):
+        logging.info(f"line {i}")
+    assert not log.drain(timeout=0.01)
+    free.set()
+    assert log.drain(timeout=60)
+    log.stop()
+    lines = [line.rpartition(" - ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "first"
+    assert lines[1].startswith("7 lines of the log were dropped")
+    assert lines[2:] == ["line 0", "line 1", "line 2"]
+
+
+def test_tracebacks_warnings_and_the_lines_of_libraries_are_written(root, capsys):
+    log = LogWriter("INFO")
+    library = logging.getLogger("a_library")
+    library.addHandler(logging.StreamHandler())
+    library.propagate = False
+    log.take_over("a_library")
+    try:
+        raise ArithmeticError("a fault")
+    except ArithmeticError:
+        logging.exception("It failed")
+    library.warning("of a library")
+    logging.debug("not this")
+    assert log.drain(timeout=60)
+    log.stop()
+    written = capsys.readouterr().err
+    assert "ArithmeticError: a fault" in written
+    assert written.count("of a library") == 1
+    assert "not this" not in written
+
+
+def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
+    command += ["--no-warmup", "--model", str(model_folder())]
+    with subprocess.Popen(command, stderr=write) as process:
+        os.close(write)
+        text = b""
+        while b"/v1\n" not in text:
+            text += os.read(read, 1000)
+        port = int(text.rpartition(b":")[2].partition(b"/")[0])
+        # More than a pipe holds.
+        for i in range(1200):
+            assert call(port, "GET", "/health")[0] == 200
+        assert complete(port, "hello", max_tokens=2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    os.close(read)
