@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import mlx.core as mx
 from mlx_lm import __version__
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
+from mlx_lm.processors import PROCESSORS
 from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
@@ -19,7 +20,6 @@ from mlx_lm.server import (
     ResponseGenerator,
     _make_logits_processors,
 )
-from mlx_lm.processors import PROCESSORS
 from mlx_lm.utils import _download
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -345,13 +345,12 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     from mlx_lm.server import get_system_fingerprint
 
     from .api import BatchAPIHandler
+    from .device import reserve_little
     from .engine import Engine
     from .http_server import BatchHTTPServer
     from .model_provider import BatchModelProvider
     from .policies import Policies
     from .radix_cache import RadixPromptCache
-
-    from .device import reserve_little
 
     reserve_little()
     log.take_over("transformers", "huggingface_hub")

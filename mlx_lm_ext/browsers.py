@@ -83,7 +83,10 @@ class BrowserGuard:
         Raises:
             RequestError: A 403 that says which argument would allow it.
         """
-        for kind, allows in (("Host", self.allows_host), ("Origin", self.allows_origin)):
+        for kind, allows in (
+            ("Host", self.allows_host),
+            ("Origin", self.allows_origin),
+        ):
             for value in headers.get_all(kind, []):
                 if not allows(value):
                     raise RequestError(

@@ -216,7 +216,9 @@ class Engine(ResponseGeneratorBase):
     def end(self) -> None:
         """Fail what is unfinished, and free all arrays on the thread that made them."""
         self.drain_inbox(block=False)
-        reason = "the engine has failed" if self.has_failed else "the server is stopping"
+        reason = (
+            "the engine has failed" if self.has_failed else "the server is stopping"
+        )
         for request in [*self.waiting, *self.batch.requests]:
             request.put(RequestError(503, reason))
         self.batch.close()

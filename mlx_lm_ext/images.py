@@ -74,7 +74,9 @@ def is_public(address: str) -> bool:
     return (
         ip.is_global
         and not ip.is_multicast
-        and not any(ip in network for network in TRANSLATED if network.version == ip.version)
+        and not any(
+            ip in network for network in TRANSLATED if network.version == ip.version
+        )
     )
 
 

@@ -7,19 +7,32 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import JSON, Reference, call, complete, plugin, stream, streamed_text, texts
+from helpers import (
+    JSON,
+    Reference,
+    call,
+    complete,
+    plugin,
+    stream,
+    streamed_text,
+    texts,
+)
 from mlx_lm.server import CompletionRequest
 from PIL import Image
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import hookimpl
+from mlx_lm_ext import hookimpl, http_server
 from mlx_lm_ext.api import BatchAPIHandler
 from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.http_server import BatchHTTPServer, Incoming
 from mlx_lm_ext.model_provider import ServedModel
+from mlx_lm_ext.validation import check_size
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -392,6 +405,45 @@ BAD_BODIES = [
     (chat(n=0), "n"),
     (chat(response_format={"type": "json_object"}), "response_format"),
     (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
+    *(
+        (chat(chat_template_kwargs={name: value}), f"chat_template_kwargs.{name}")
+        for name, value in {
+            "chat_template": "{{ 9 ** (9 ** 9) }}",
+            "padding": "max_length",
+            "max_length": 200_000_000,
+            "truncation": True,
+            "tokenize": False,
+            "tokenizer_kwargs": {"stride": 1},
+            "tools": [],
+            "documents": [],
+            "conversation": [],
+            "messages": [],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "add_special_tokens": True,
+            "bos_token": "x",
+            "self": 1,
+            "__class__": 1,
+        }.items()
+    ),
+    (chat(role_mapping={"user": ["x"]}), "role_mapping.user"),
+    (chat(role_mapping={"user": "x" * 1001}), "role_mapping.user"),
+    (chat(messages=[{"role": "user", "content": "x"}] * 10_001), "messages"),
+    (
+        message(role="user", content=[{"type": "text", "text": "x"}] * 20_001),
+        "messages",
+    ),
+    (chat(tools=[{"type": "function", "function": {}}] * 1025), "tools"),
+    (chat(stop=["x"] * 129), "stop"),
+    (chat(user="x" * 4097), "user"),
+    (chat(cache_salt="x" * 4097), "cache_salt"),
+    (chat(model="x" * 4097), "model"),
+    (chat(model="x\0"), "model"),
+    (chat(model="x\ud800"), "model"),
+    (chat(logit_bias={"1": 10**400}), "logit_bias"),
+    (chat(logit_bias={"1" * 5000: 1}), "logit_bias"),
+    (b'{"messages": [], "max_tokens": ' + b"1" * 5000 + b"}", None),
+    (b'{"messages": [' + b"[]," * 500_000 + b"[]]}", None),
     (
         chat(chat_template_kwargs={"return_tensors": "np"}),
         "chat_template_kwargs.return_tensors",
@@ -408,6 +460,7 @@ BAD_PROMPTS = [
     ({"prompt": [1, "b"]}, "prompt"),
     ({"prompt": [1, 100000]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [10**400]}, "prompt"),
     ({"prompt": "x" * 5000}, "prompt"),
     ({"prompt": "x", "echo": True}, "echo"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
@@ -449,9 +502,14 @@ def test_bad_input_names_its_field_and_the_next_request_is_served(start_server):
 )
 def test_unknown_route_is_an_error_object(method, path, status, start_server):
     _, port = start_server()
-    got, answer = call(port, method, path, chat() if method != "GET" else None)
-    assert got == status
-    assert_is_error(answer, None)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, chat() if method != "GET" else None, JSON)
+    response = connection.getresponse()
+    assert response.status == status
+    assert_is_error(json.loads(response.read()), None)
+    allowed = {405: "GET, OPTIONS" if path != CHAT else "POST, OPTIONS"}
+    assert response.getheader("Allow") == allowed.get(status)
+    connection.close()
 
 
 def post(headers, raw, version="1.1"):
@@ -494,6 +552,128 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
     assert head.startswith(f"HTTP/1.1 {status} ".encode())
     assert_is_error(json.loads(content), None)
     assert complete(port, "hello", max_tokens=2)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_that_is_too_large_is_answered_before_it_is_read(chunked, start_server):
+    _, port = start_server("llama", "--max-body-bytes", "1000")
+    raw = chat(messages=[{"role": "user", "content": "x" * 900}])
+    assert len(raw) < 1000
+    assert call(port, "POST", CHAT, raw)[0] == 200
+    # More than the buffers of a connection hold: the rest of it is read and dropped.
+    raw = chat(messages=[{"role": "user", "content": "x" * 10_000_000}])
+    headers = {"Transfer-Encoding": "chunked"} if chunked else {}
+    raw = b"%X\r\n%b\r\n0\r\n\r\n" % (len(raw), raw) if chunked else raw
+    status, answer = call(port, "POST", CHAT, raw, **headers)
+    assert status == 413
+    assert "1000" in answer["error"]["message"]
+
+
+def test_images_are_no_part_of_the_size_of_a_text():
+    image = b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,%b"}}'
+    raw = b'{"x": [' + image % (b"A" * 1000) + b", " + image % (b"A" * 1000) + b"]}"
+    check_size(raw, 200)
+    with pytest.raises(RequestError) as error:
+        check_size(raw + b" " * 200, 200)
+    assert error.value.status == 413
+    with pytest.raises(RequestError):
+        check_size(b'{"x": "data:' + b"A" * 1000, 200)
+
+
+class Socket:
+    """A connection on which one byte comes at a time."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def fileno(self):
+        return self.connection.fileno()
+
+    def recv_into(self, buffer):
+        return self.connection.recv_into(buffer, 1)
+
+
+@pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
+def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_SECONDS", seconds)
+    monkeypatch.setattr(http_server, "BYTES_A_SECOND", 1e12)
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"a line\n and more")
+        incoming = Incoming(Socket(here), 60)
+        assert incoming.read(1) == b"a"
+        if seconds:
+            assert incoming.readline() == b" line\n"
+        else:
+            with pytest.raises(TimeoutError):
+                incoming.readline()
+        assert incoming.n == n
+        # The next request has its own time.
+        incoming.begin()
+        assert len(incoming.read(1)) == 1
+
+
+def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_SECONDS", 0.2)
+    _, port = start_server()
+    answer = send_raw(port, post("Content-Length: 100", b"{"), shut=False)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert_is_error(json.loads(content), None)
+
+
+def test_connection_that_does_not_end_keeps_the_server_for_a_while_only(
+    start_server, monkeypatch, caplog
+):
+    monkeypatch.setattr(http_server, "CLOSE_TIMEOUT", 0.1)
+    entered, leave = threading.Event(), threading.Event()
+
+    def get(self):
+        entered.set()
+        assert leave.wait(60)
+
+    monkeypatch.setattr(BatchAPIHandler, "get", get)
+    httpd = BatchHTTPServer(("127.0.0.1", 0), partial(BatchAPIHandler, None))
+    threading.Thread(target=httpd.serve_forever).start()
+    with socket.create_connection(httpd.server_address, timeout=60) as s:
+        s.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert entered.wait(60)
+        httpd.shutdown()
+        httpd.server_close()
+        assert "1 connections did not end" in caplog.text
+        leave.set()
+
+
+@pytest.mark.parametrize("argv", [[], ["--cache-salt-required"]])
+def test_salt_of_a_proxy_wins_over_that_of_the_body(argv, start_server):
+    _, port = start_server("llama", "--use-prompt-cache", *argv)
+
+    def n_cached(salt=None, header=None):
+        body = {"prompt": "the same text for all", "max_tokens": 1}
+        body |= {} if salt is None else {"cache_salt": salt}
+        headers = {} if header is None else {"X-Cache-Salt": header}
+        status, answer = call(port, "POST", "/v1/completions", body, **headers)
+        if status != 200:
+            assert_is_error(answer, "cache_salt")
+            return None
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert n_cached(salt="mine") == 0
+    assert n_cached(salt="mine") > 0
+    assert n_cached(salt="mine", header="theirs") == 0
+    assert n_cached(header="theirs") > 0
+    assert n_cached(header="mine", salt="theirs") > 0
+    if argv:
+        assert n_cached() is n_cached(salt="", header="") is n_cached("x", "") is None
+
+
+def test_salt_that_is_sent_twice_is_refused(start_server):
+    _, port = start_server()
+    twice = "X-Cache-Salt: a\r\nX-Cache-Salt: b\r\nConnection: close"
+    answer = send_raw(
+        port, post(f"{twice}\r\nContent-Length: {len(BODY)}", BODY), False
+    )
+    assert answer.startswith(b"HTTP/1.1 400 ")
 
 
 CHUNKED = "Transfer-Encoding: chunked"

@@ -10,7 +10,14 @@ from test_api import CHAT, HELLO
 
 from mlx_lm_ext.browsers import BrowserGuard
 
-LOCAL = ["localhost", "LOCALHOST:80", "a.localhost", "127.0.0.1:8080", "127.9.9.9", "[::1]:1"]
+LOCAL = [
+    "localhost",
+    "LOCALHOST:80",
+    "a.localhost",
+    "127.0.0.1:8080",
+    "127.9.9.9",
+    "[::1]:1",
+]
 FOREIGN = [
     "evil.example",
     "localhost.evil.example",
@@ -47,7 +54,13 @@ def test_server_elsewhere_goes_by_all_names_unless_told_otherwise():
 
 def test_pages_of_loopback_may_call_and_others_when_they_are_named():
     local = ["http://localhost", "https://127.0.0.1:3000", "http://[::1]:8080"]
-    others = ["null", "http://evil.example", "file://", "http://localhost.evil", "http://["]
+    others = [
+        "null",
+        "http://evil.example",
+        "file://",
+        "http://localhost.evil",
+        "http://[",
+    ]
     assert all(map(guard().allows_origin, local))
     assert not any(map(guard().allows_origin, others))
     assert all(map(guard(["*"]).allows_origin, local + others))
@@ -85,9 +98,12 @@ def test_foreign_page_is_refused_before_its_body_is_read(
 
 
 @pytest.mark.parametrize(
-    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""],
 )
-def test_body_of_a_type_that_browsers_send_without_asking_is_refused(kind, start_server):
+def test_body_of_a_type_that_browsers_send_without_asking_is_refused(
+    kind, start_server
+):
     _, port = start_server()
     body = {"messages": HELLO, "max_tokens": 1}
     status, answer = call(port, "POST", CHAT, body, **{"Content-Type": kind})

@@ -185,6 +185,17 @@ def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
     assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
 
 
+@pytest.mark.parametrize("text", ["x" * 70_000, "call:a{" * 65, "<arg_key>" * 65])
+def test_text_that_would_keep_a_tool_parser_busy_stays_text(tokenizer, text):
+    def tool_parser(text, tools):
+        raise SystemExit("it was called")
+
+    tokenizer = ToolTokenizer(tokenizer)
+    tokenizer.tool_parser = tool_parser
+    answer = deliver(tokenizer, f"so<tool>{text}</tool>", pile=1000)
+    assert (answer.text, answer.calls) == ("so" + text, [])
+
+
 def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):
     text = "<think>stop</think>go on stop here"
     answer = deliver(ToolTokenizer(tokenizer), text, stop=["stop"])

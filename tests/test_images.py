@@ -119,7 +119,9 @@ def test_image_that_would_fill_the_memory_is_refused():
     chunk += struct.pack(">I", zlib.crc32(b"IHDR" + header))
     bomb = b"\x89PNG\r\n\x1a\n" + chunk
     with pytest.raises(RequestError, match="pixels"):
-        inline(data_url(bomb + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))))
+        inline(
+            data_url(bomb + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+        )
     with pytest.raises(RequestError, match="64"):
         inline(*[data_url(png())] * 65)
 
@@ -131,7 +133,9 @@ def test_server_of_a_text_model_connects_to_nothing(model, start_server):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         _, port = start_server("llama", "--allow-image-urls")
         messages = [{"role": "user", "content": [part(url)]}]
-        status, answer = call(port, "POST", CHAT, {"messages": messages, "model": model})
+        status, answer = call(
+            port, "POST", CHAT, {"messages": messages, "model": model}
+        )
         assert status == (404 if model == "no/such" else 400)
         with pytest.raises(BlockingIOError):
             listener.accept()
