@@ -8,12 +8,16 @@ Rules:
 """
 
 import logging
+import time
 from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
 
 FORMAT = "%(asctime)s - %(levelname)s - %(message)s"
 # Lines that wait to be written.
 MAX_LINES = 10_000
+# Seconds between two times that lines are written: a thread that is woken for each line
+# keeps those from running that serve.
+INTERVAL = 0.05
 
 
 class BoundedQueueHandler(QueueHandler):
@@ -54,6 +58,11 @@ class LogWriter(QueueListener):
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        if not self.queue.qsize():
+            time.sleep(INTERVAL)
+        return super().dequeue(block)
 
     def handle(self, record: logging.LogRecord) -> None:
         n = self.source.n_dropped - self.n_told
