@@ -334,9 +334,13 @@ class HTTPHandler(APIHandler):
         raise RequestError(400, "the trailers of the body are too many or too long")
 
     def client_is_gone(self) -> bool:
+        """Whether the client has closed its side (any thread)."""
         poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+        try:
+            poll.register(self.connection, select.POLLIN)
+            return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True  # it was reset, or has just been closed here
 
     def send_cors_headers(self) -> None:
         """Let the page that asks read the answer: the guard has let it in."""

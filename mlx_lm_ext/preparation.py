@@ -56,6 +56,8 @@ class Preparation:
         self.deadline = time.monotonic() + seconds
         self.seconds = seconds
         self.lock = Lock()
+        # Whether it waits for its turn.
+        self.waits = False
         # Why it ends.
         self.error: Optional[Exception] = None
         # The thread that ``run`` may be interrupted on.
@@ -65,11 +67,11 @@ class Preparation:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a turn, and let the server watch what is done in it."""
+        self.waits = True
         with self.watched():
             while not self.server.slots.acquire(timeout=0.5):
-                if time.monotonic() >= self.deadline:
-                    raise RequestError(503, "too many requests are being prepared")
                 self.check()
+            self.waits = False
             try:
                 yield
             finally:
@@ -102,6 +104,8 @@ class Preparation:
         if self.error is None:
             if self.server.stopping:
                 self.error = RequestError(503, "the server is stopping")
+            elif self.waits and time.monotonic() >= self.deadline:
+                self.error = RequestError(503, "too many requests are being prepared")
             elif time.monotonic() >= self.deadline:
                 self.error = RequestError(
                     400,

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 import threading
 
 import pytest
@@ -167,6 +168,22 @@ def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(post_whole(json.dumps(body).encode()))
     # It needs the one turn that there is.
+    assert complete(port, "hello", max_tokens=2)
+
+
+def test_client_that_resets_its_connection_ends_nothing_but_its_request(
+    start_server, limit_preparing
+):
+    made = limit_preparing(1, 60)
+    _, port = start_server("llama", "--chat-template", ENDLESS)
+    body = {"messages": [{"role": "user", "content": "endless"}]}
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+            s.sendall(post_whole(json.dumps(body).encode()))
+            while not any(preparation.thread for preparation in list(made.running)):
+                pass
+            linger = struct.pack("ii", 1, 0)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     assert complete(port, "hello", max_tokens=2)
 
 
