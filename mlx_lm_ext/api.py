@@ -22,7 +22,10 @@ from .images import image_parts, inline_images
 from .preparation import Preparation
 from .request import Request
 from .validation import (
+    FIELDS,
+    check_field,
     check_size,
+    count_characters,
     parse_arguments,
     parse_body,
     parse_messages,
@@ -101,13 +104,15 @@ class BatchAPIHandler(HTTPHandler):
 
     def set_cache_salt(self) -> None:
         """Take the salt that a proxy sets instead of the body's."""
-        name, required = "X-Cache-Salt", self.response_generator.cli_args
+        name = "X-Cache-Salt"
         salts = self.headers.get_all(name, [])
         if len(salts) > 1:
             raise RequestError(400, f"{name} must be sent once", "cache_salt")
         if salts:
+            check_field("cache_salt", salts[0], FIELDS["cache_salt"])
             self.body["cache_salt"] = salts[0]
-        if required.cache_salt_required and not self.body.get("cache_salt"):
+        is_required = self.response_generator.cli_args.cache_salt_required
+        if is_required and not self.body.get("cache_salt"):
             message = f"cache_salt is required, in the body or in the header {name}"
             raise RequestError(400, message, "cache_salt")
 
@@ -128,6 +133,9 @@ class BatchAPIHandler(HTTPHandler):
             return
         if not engine.model_provider.takes_images(model):
             raise RequestError(400, "the model takes no images", "messages")
+        # The generation thread makes tokens of it.
+        tokenizer = model.bounded_tokenizer("messages", preparation)
+        tokenizer.check_characters(count_characters(self.body["messages"]))
         inline_images(images, engine.cli_args.allow_image_urls, preparation)
 
     @property
@@ -264,13 +272,15 @@ class BatchAPIHandler(HTTPHandler):
         return self.response_generator.cli_args.model_id
 
     def handle_models_request(self) -> None:
-        """The served model first, then what the Hugging Face cache holds."""
+        """The served model first, then what requests may name of the Hugging Face cache."""
         try:
             repos = scan_cache_dir().repos
         except CacheNotFound:
             repos = []
         ids = [self.model_id]
-        ids += sorted(r.repo_id for r in repos if holds_mlx_model(r))
+        provider = self.response_generator.model_provider
+        repos = [r for r in repos if holds_mlx_model(r) and provider.lists(r.repo_id)]
+        ids += sorted(r.repo_id for r in repos)
         models = [
             {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
             for i in dict.fromkeys(ids)

@@ -28,8 +28,15 @@ def device_memory() -> int:
         if name in info:
             return int(info[name])
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [total, cgroup_limit(), address_space_limit()]
+    # Half of the address space is for threads, and for what a step makes and drops.
+    limits = [total, cgroup_limit(), address_space_limit(share=0.5)]
     return min(limit for limit in limits if limit is not None)
+
+
+def process_limit() -> Optional[int]:
+    """Bytes beyond which the place ends this process, if it does."""
+    limits = (cgroup_limit(), address_space_limit())
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def cgroup_limit(root: Path = Path("/")) -> Optional[int]:
@@ -80,13 +87,10 @@ def address_space_left() -> Optional[int]:
     return max(0, limit - n_pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def address_space_limit() -> Optional[int]:
-    """Bytes of the address space that MLX may use, if it is limited.
-
-    Half of what is left: threads take some, and what a step makes and drops.
-    """
+def address_space_limit(share: float = 1.0) -> Optional[int]:
+    """Bytes of the address space that MLX has, and a share of what is left."""
     left = address_space_left()
-    return None if left is None else mx.get_active_memory() + left // 2
+    return None if left is None else mx.get_active_memory() + int(left * share)
 
 
 def check_address_space() -> None:

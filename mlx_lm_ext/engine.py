@@ -371,7 +371,7 @@ class Engine(ResponseGeneratorBase):
         # Stop words are found in the text, on the handler's thread.
         args = replace(request.args, stop_words=[])
         stream = mx.default_stream(mx.default_device())
-        queue = SingleQueue(request, lambda: self.stopping, self.fail)
+        queue = SingleQueue(request, args, lambda: self.stopping, self.fail)
         prompt_cache = self.prompt_cache
         self.prompt_cache = SingleCache(request, prompt_cache)
         try:

@@ -218,6 +218,8 @@ class HTTPHandler(APIHandler):
         try:
             self.server.guard.check(self.headers)
         except RequestError as e:
+            # A browser does not tell the page's author.
+            logging.info(f"A request is refused: {e}")
             self.send_error(e.status, str(e))
             return False
         return True

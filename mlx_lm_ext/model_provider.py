@@ -20,7 +20,7 @@ from mlx_lm.server import CompletionRequest, ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ._upstream import ModelKey, ModelProviderBase, download, takes_images
-from .device import address_space_left, cgroup_limit, on_cpu
+from .device import on_cpu, process_limit
 from .errors import RequestError
 from .patterns import matches
 from .preparation import Preparation
@@ -118,12 +118,12 @@ def check_room(path: Path) -> None:
     Raises:
         MemoryError: If its files are larger than what limits the process.
     """
-    limits = [n for n in (cgroup_limit(), address_space_left()) if n is not None]
+    limit = process_limit()
     n_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    if on_cpu() and limits and n_bytes > min(limits):
+    if on_cpu() and limit is not None and n_bytes > limit:
         raise MemoryError(
             f"its weights take {n_bytes / 1e9:.1f} GB, and a limit of this process "
-            f"(control group or ulimit -v) leaves {min(limits) / 1e9:.1f} GB"
+            f"(control group or ulimit -v) leaves {limit / 1e9:.1f} GB"
         )
 
 
@@ -175,6 +175,12 @@ class BatchModelProvider(ModelProviderBase):
             return path
         message = f"{param} {name!r} is not there, or not one of --allow-models"
         raise self.not_found(param, message)
+
+    def lists(self, name: str) -> bool:
+        """Whether requests may name a repository that the Hugging Face cache holds."""
+        return (
+            self.allows_cached or ANY in self.patterns or matches(name, self.patterns)
+        )
 
     def describe(self, model: ModelDescription) -> ServedModel:
         """Find a request's model without loading its weights (any thread).

@@ -13,7 +13,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.server import CompletionRequest, GenerationContext, Response
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+)
 
 from .errors import RequestError, too_long
 from .interfaces import Clock, RequestInfo, RequestStats
@@ -221,10 +226,12 @@ class SingleQueue:
     def __init__(
         self,
         request: Request,
+        args: GenerationArguments,
         is_stopping: Callable[[], bool],
         fail: Callable[[Request, Exception], None],
     ):
         self.request = request
+        self.args = args
         self.is_stopping = is_stopping
         self.fail = fail
         self.context = None
@@ -241,6 +248,9 @@ class SingleQueue:
             request.prompt = item.prompt
             request.n_prompt = len(item.prompt)
             request.initial_state = item.initial_state
+            # Nobody could know before how many tokens there are with images.
+            request.fit_to_context()
+            self.args.max_tokens = request.args.max_tokens
         elif isinstance(item, Response):
             request.n_matched = max(0, self.context.prompt_cache_count)
             top = tuple((t["id"], t["logprob"]) for t in item.top_tokens)

@@ -8,6 +8,8 @@ Rules:
 from contextvars import ContextVar
 from typing import Any, Iterable, List, Optional, Union
 
+from jinja2 import TemplateError
+
 from ._upstream import compile_chat_template, writes_text
 from .errors import too_long
 from .preparation import Preparation
@@ -42,7 +44,10 @@ def bound_chat_templates(tokenizer: Any) -> None:
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template in templates:
         if isinstance(template, str):
-            compile_chat_template(template).environment.concat = join_bounded
+            try:
+                compile_chat_template(template).environment.concat = join_bounded
+            except TemplateError:
+                pass  # requests are told, when they need it
 
 
 def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:

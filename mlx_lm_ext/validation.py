@@ -250,6 +250,18 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
     return messages
 
 
+def count_characters(messages: List[Dict[str, Any]]) -> int:
+    """Characters of the contents of checked messages, images aside."""
+    n = 0
+    for message in messages:
+        content = message.get("content") or ""
+        if isinstance(content, str):
+            n += len(content)
+        else:
+            n += sum(len(p["text"]) for p in content if p["type"] == "text")
+    return n
+
+
 def check_content(name: str, message: Dict[str, Any]) -> None:
     """A content is text or a list of parts; only an assistant's may be missing."""
     content = message.get("content")

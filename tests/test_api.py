@@ -263,6 +263,13 @@ def test_images_are_served_by_upstream(start_server):
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
     assert engine.batch.steps == 0
+    # Before tokens are made of it, and after.
+    limit = next(iter(provider._served.values())).most_characters
+    for n in (limit + 1, 5000):
+        text = {"type": "text", "text": "x" * n}
+        long = {"messages": [{"role": "user", "content": [text, image]}]}
+        status, answer = call(port, "POST", CHAT, long)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     image["image_url"]["url"] = "data:image/png;base64,AAAA"
     status, answer = call(port, "POST", CHAT, body)
     assert (status, answer["error"]["param"]) == (400, "messages")

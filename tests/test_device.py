@@ -59,7 +59,7 @@ def test_memory_of_the_device_is_what_the_place_gives(monkeypatch):
     monkeypatch.setattr(device, "cgroup_limit", lambda: 5 * GB)
     monkeypatch.setattr(device.mx, "device_info", lambda: {})
     assert device_memory() == 5 * GB
-    monkeypatch.setattr(device, "address_space_limit", lambda: GB)
+    monkeypatch.setattr(device, "address_space_limit", lambda share: GB)
     assert device_memory() == GB
     # A GPU's own memory is no part of that.
     monkeypatch.setattr(device.mx, "device_info", lambda: {"memory_size": 9 * GB})
@@ -83,7 +83,7 @@ def test_model_for_which_there_is_no_room_is_not_loaded(
     model_folder, start_engine, monkeypatch
 ):
     engine = start_engine("llama", "--allow-models", "any")
-    monkeypatch.setattr(model_provider, "cgroup_limit", lambda: 1000)
+    monkeypatch.setattr(model_provider, "process_limit", lambda: 1000)
     with pytest.raises(RequestError, match="weights take .* GB, .* leaves 0.0 GB"):
         read(submit(engine, "x", model=str(model_folder("lfm2"))))
     # It was not given up for that.

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import call, complete, submit
 from tiny_models import make_adapter
 
-from mlx_lm_ext import model_provider
+from mlx_lm_ext import api, model_provider
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.model_provider import MAX_DESCRIBED
 
@@ -106,6 +107,37 @@ def test_model_of_the_cache_is_loaded_from_there_alone(
     assert complete(port, "hello", max_tokens=2, model="cached/model")
     body = {"prompt": "x", "model": "other/model"}
     assert call(port, "POST", "/v1/completions", body)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "argv, listed",
+    [
+        ([], ["a/model", "b/model"]),
+        ([MODELS], []),
+        ([MODELS, "b/*"], ["b/model"]),
+        ([MODELS, "any"], ["a/model", "b/model"]),
+    ],
+)
+def test_models_that_may_be_named_are_listed(argv, listed, start_server, monkeypatch):
+    repos = [SimpleNamespace(repo_id=f"{x}/model") for x in "ba"]
+    monkeypatch.setattr(api, "scan_cache_dir", lambda: SimpleNamespace(repos=repos))
+    monkeypatch.setattr(api, "holds_mlx_model", lambda repo: True)
+    engine, port = start_server("llama", *argv)
+    _, answer = call(port, "GET", "/v1/models")
+    names = [model["id"] for model in answer["data"]]
+    assert names == [engine.cli_args.model_id, *listed]
+
+
+def test_model_with_a_broken_chat_template_takes_texts(
+    folders, model_folder, start_server
+):
+    (folders / "models/a/chat_template.jinja").write_text("{{ messages")
+    _, port = start_server("llama", MODELS, f"{folders}/models/*")
+    model = f"{folders}/models/a"
+    assert complete(port, "hello", max_tokens=2, model=model)
+    body = {"messages": [{"role": "user", "content": "x"}], "model": model}
+    status, answer = call(port, "POST", "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "messages")
 
 
 def test_spellings_of_a_path_are_one_model(folders, start_engine, monkeypatch):
