@@ -8,7 +8,7 @@ Rules:
 
 import json
 import logging
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote
 
 from huggingface_hub import scan_cache_dir
@@ -17,8 +17,9 @@ from mlx_lm.server import CompletionRequest
 
 from .delivery import Delivery, Delta, chat_logprobs, text_logprobs
 from .errors import RequestError, internal_error
-from .http_server import MAX_IMAGES_BODY, HTTPHandler
-from .images import image_parts, inline_images
+from .http_server import HTTPHandler
+from .images import MAX_ALL_BYTES, image_parts, inline_images
+from .model_provider import ServedModel
 from .preparation import Preparation
 from .request import Request
 from .validation import (
@@ -63,9 +64,13 @@ class BatchAPIHandler(HTTPHandler):
         preparation = self.server.preparations.begin(self.client_is_gone)
         with preparation.turn():
             self.parse(raw)
-        # Not in a turn: a model may be looked for, and images fetched.
-        with preparation.watched():
-            self.check_images(preparation)
+        del raw
+        # Not in a turn: it may have to be downloaded.
+        model = engine.model_provider.describe(self.args.model)
+        images = image_parts(self.body["messages"]) if self.is_chat else []
+        if images:
+            with preparation.turn(self.server.preparations.fetches):
+                self.check_images(model, images, preparation)
         if self.is_chat:
             request = self.handle_chat_completions()
         else:
@@ -124,13 +129,11 @@ class BatchAPIHandler(HTTPHandler):
             return RequestError(405, message, headers={"Allow": f"{right}, OPTIONS"})
         return RequestError(404, f"there is no {path[:200]} here")
 
-    def check_images(self, preparation: Preparation) -> None:
+    def check_images(
+        self, model: ServedModel, images: List[Dict], preparation: Preparation
+    ) -> None:
         """Look at the images of a chat, and fetch them, before upstream does."""
         engine = self.response_generator
-        model = engine.model_provider.describe(self.args.model)
-        images = image_parts(self.body["messages"]) if self.is_chat else []
-        if not images:
-            return
         if not engine.model_provider.takes_images(model):
             raise RequestError(400, "the model takes no images", "messages")
         # The generation thread makes tokens of it.
@@ -140,11 +143,11 @@ class BatchAPIHandler(HTTPHandler):
 
     @property
     def max_body(self) -> int:
-        """Bytes of a body."""
+        """Bytes of a body; images come inside it."""
         engine = self.response_generator
         limit = engine.cli_args.max_body_bytes
         takes_images = engine.model_provider.processor is not None
-        return max(limit, MAX_IMAGES_BODY) if takes_images else limit
+        return limit + MAX_ALL_BYTES if takes_images else limit
 
     # Answers
 

@@ -11,6 +11,7 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from functools import partial
@@ -323,6 +324,16 @@ def main(argv: Optional[List[str]] = None) -> None:
     os._exit(code)
 
 
+def check_open_files() -> None:
+    """Raise a ``RuntimeError`` under a limit with which mlx-lm cannot be imported: it
+    sets that of open files to 4096."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < 4096:
+        raise RuntimeError(
+            f"mlx-lm needs 4096 open files, and this process may have {limit} (ulimit -Hn)"
+        )
+
+
 def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     """Load the model and serve it.
 
@@ -337,6 +348,7 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
         RuntimeError: If the model cannot be loaded.
         KeyboardInterrupt: On SIGINT or SIGTERM, after the server has stopped.
     """
+    check_open_files()
     import mlx.core as mx
 
     from ._upstream import check_version
@@ -396,7 +408,9 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         port = httpd.server_address[1]
         logging.info(f"Serving {args.model_id} at http://{host}:{port}/v1")
-        engine.ended.wait()
+        while not engine.ended.wait(1.0):
+            if not accepting.is_alive():
+                raise RuntimeError("no connections are accepted; the log says why")
         raise RuntimeError("the generation thread has failed; the log says why")
     finally:
         # A second signal ends the process at once.

@@ -21,6 +21,7 @@ from .patterns import matches
 # Stands for this machine among allowed origins and hosts.
 LOOPBACK = "loopback"
 # A name or an address, and perhaps a port.
+ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\\\s]*", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/@\[\]\s]+)(?::\d*)?", re.IGNORECASE)
 
 
@@ -64,8 +65,10 @@ class BrowserGuard:
         self.hosts = [host.lower() for host in hosts]
 
     def allows_origin(self, origin: str) -> bool:
-        return matches(origin.lower(), self.origins) or (
-            LOOPBACK in self.origins and is_loopback_origin(origin)
+        # What no browser sends may be read in two ways.
+        return ORIGIN.fullmatch(origin) is not None and (
+            matches(origin.lower(), self.origins)
+            or (LOOPBACK in self.origins and is_loopback_origin(origin))
         )
 
     def allows_host(self, host: str) -> bool:

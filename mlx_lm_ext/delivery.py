@@ -18,8 +18,8 @@ from mlx_lm.server import ToolCallFormatter
 from .request import Request, Token
 from .stop_words import StopWords
 
-# Bounds for what upstream's tool parsers get: some take the product of the characters
-# and of the marks in them, and no other thread runs meanwhile.
+# Bounds for what upstream's tool parsers get: some take a time that grows with the
+# characters times the marks in them, and cannot be interrupted.
 MAX_TOOL_TEXT = 1 << 16
 MAX_TOOL_MARKS = 64
 TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
@@ -178,6 +178,8 @@ class Delivery:
 def check_tool_text(text: str) -> None:
     """Raise a ``ValueError`` for a text that is too much for a tool parser."""
     n_marks = len(TOOL_MARK.findall(text))
+    if "<atem:" in text:
+        n_marks += text.count('name="')
     if len(text) > MAX_TOOL_TEXT or n_marks > MAX_TOOL_MARKS:
         raise ValueError(f"it has {len(text)} characters and {n_marks} marks")
 

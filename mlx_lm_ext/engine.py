@@ -123,7 +123,7 @@ class Engine(ResponseGeneratorBase):
             mailbox=Mailbox(self.turnstile),
         )
         check_choice("sampler", job.sampler, self.policies.samplers)
-        if not any(image_parts(request.messages)):
+        if not image_parts(request.messages):
             try:
                 tokenizer = model.bounded_tokenizer(
                     job.prompt_field, preparation or Preparation()
@@ -341,7 +341,7 @@ class Engine(ResponseGeneratorBase):
         scheduler = self.policies.scheduler
         if scheduler.has("order"):
             arrived = sorted(self.waiting, key=lambda r: r.arrival)
-            if len(arrived) <= scheduler.policy.most_matched:
+            if len(arrived) <= scheduler.run(lambda policy: int(policy.most_matched)):
                 for request in arrived:
                     request.n_matched = self.batch.n_known(request)
             view = self.batch.view

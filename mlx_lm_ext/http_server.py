@@ -27,15 +27,16 @@ from .browsers import LOOPBACK, BrowserGuard
 from .errors import RequestError, internal_error
 from .preparation import Preparations
 
-# Bytes of a request body with images.
-MAX_IMAGES_BODY = 64 << 20
+# Connections, and bytes of the bodies of all of them, that a server has at a time.
+MAX_CONNECTIONS = 1000
+MAX_BODIES = 512 << 20
 # Seconds for a request to arrive, and how many bytes of it are worth another one.
-MAX_SECONDS, BYTES_A_SECOND = 60.0, 50_000
+ARRIVAL_SECONDS, BYTES_A_SECOND = 60.0, 50_000
 # Seconds in which the rest of a body is read that was refused, and in which the
 # connections are to end when the server stops.
 LINGER, CLOSE_TIMEOUT = 3.0, 5.0
 # Of what goes with the chunks of a body.
-MAX_LINE, MAX_TRAILERS = 1 << 16, 100
+MAX_LINE, MAX_TRAILERS = 1 << 12, 100
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
@@ -62,7 +63,7 @@ class Incoming(io.RawIOBase):
     def readinto(self, buffer):
         wait = self.idle_timeout
         if self.start is not None:
-            end = self.start + MAX_SECONDS + self.n / BYTES_A_SECOND
+            end = self.start + ARRIVAL_SECONDS + self.n / BYTES_A_SECOND
             wait = min(wait, end - time.monotonic())
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
@@ -102,6 +103,8 @@ class BatchHTTPServer(ThreadingHTTPServer):
         )
         self.address_family, _, _, _, address = infos[0]
         self.connections = set()
+        # Of bodies.
+        self.n_bytes = 0
         self.changed = threading.Condition()
         self.preparations = Preparations()
         super().__init__(address, handler)
@@ -114,10 +117,29 @@ class BatchHTTPServer(ThreadingHTTPServer):
         TCPServer.server_bind(self)
 
     def service_actions(self):
-        self.preparations.look()
+        try:
+            self.preparations.look()
+        except Exception:
+            # Without this thread nobody is served any more.
+            logging.exception("Looking after the requests failed")
+
+    def reserve(self, n: int) -> None:
+        """Make room for bytes of a body; they are given back with ``-n``.
+
+        Raises:
+            RequestError: A 503 if there is none.
+        """
+        with self.changed:
+            if n > 0 and self.n_bytes + n > MAX_BODIES:
+                raise RequestError(503, "too many large requests at a time")
+            self.n_bytes += n
 
     def process_request(self, request, client_address):
         with self.changed:
+            if len(self.connections) >= MAX_CONNECTIONS:
+                # It is not even read: there may be no thread for that.
+                self.shutdown_request(request)
+                return
             self.connections.add(request)
         try:
             super().process_request(request, client_address)
@@ -165,7 +187,11 @@ class HTTPHandler(APIHandler):
     timeout = 60
 
     # Bytes of a request body.
-    max_body = MAX_IMAGES_BODY
+    max_body = 8 << 20
+    # Those that the server holds for this connection.
+    n_reserved = 0
+    # Whether the client waits to be told that it may send the body.
+    expects_continue = False
     # Whether a part of the body is left in the connection.
     is_unread = False
 
@@ -235,7 +261,23 @@ class HTTPHandler(APIHandler):
         self.end_headers()
 
     def do_POST(self):
-        self.respond(self.post)
+        try:
+            self.respond(self.post)
+        finally:
+            self.server.reserve(-self.n_reserved)
+            self.n_reserved = 0
+
+    def handle_expect_100(self):
+        # Only when it is certain that the body will be read.
+        self.expects_continue = True
+        return True
+
+    def send_continue(self) -> None:
+        """Let a client send the body that waits to be told so."""
+        if self.expects_continue:
+            self.expects_continue = False
+            self.send_response_only(100)
+            self.end_headers()
 
     def respond(self, method: Callable[[], None]) -> None:
         """Answer one request; what is raised becomes an error response."""
@@ -295,6 +337,9 @@ class HTTPHandler(APIHandler):
         return int(length)
 
     def read_exactly(self, n: int) -> bytes:
+        self.server.reserve(n)
+        self.n_reserved += n
+        self.send_continue()
         raw = self.rfile.read(n)
         if len(raw) < n:
             message = f"the body was cut short after {len(raw)} of {n} bytes"
@@ -312,13 +357,17 @@ class HTTPHandler(APIHandler):
         if "Content-Length" in self.headers:
             message = "a body in chunks must not have a Content-Length"
             raise RequestError(400, message)
-        raw = bytearray()
+        raw, n_lines = bytearray(), 0
+        self.send_continue()
         while True:
-            size = CHUNK_SIZE.fullmatch(self.rfile.readline(MAX_LINE))
+            line = self.rfile.readline(MAX_LINE)
+            size = CHUNK_SIZE.fullmatch(line)
             if size is None:
                 raise RequestError(400, "a chunk of the body must begin with its size")
             n = int(size[1], 16)
-            if len(raw) + n > self.max_body:
+            # What goes with the sizes counts, but for sizes themselves.
+            n_lines += max(0, len(line) - 20)
+            if n_lines + len(raw) + n > self.max_body:
                 raise self.too_large()
             if not n:
                 break
@@ -370,7 +419,8 @@ class HTTPHandler(APIHandler):
             self.send_header(name, value)
         self.send_cors_headers()
         self.end_headers()
-        self.wfile.write(raw)
+        if self.command != "HEAD":
+            self.wfile.write(raw)
 
     def start_events(self) -> None:
         """Send the headers of a stream of server-sent events."""

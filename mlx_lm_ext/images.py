@@ -16,7 +16,6 @@ import io
 import logging
 import socket
 import ssl
-import warnings
 from ipaddress import ip_address, ip_network
 from typing import Any, Dict, List
 from urllib.parse import urljoin, urlsplit
@@ -24,17 +23,32 @@ from urllib.parse import urljoin, urlsplit
 from .errors import RequestError
 from .preparation import Preparation
 
+# Images of a request; bytes of one that is fetched, and of all; pixels of all.
 MAX_IMAGES = 64
-# Of an image as it comes, and when it is decoded.
 MAX_BYTES = 20 << 20
+MAX_ALL_BYTES = 64 << 20
 MAX_PIXELS = 40_000_000
+MAX_ADDRESSES = 4
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 3
 # Seconds for a connection to be made, and between two parts of an answer.
 TIMEOUT = 5.0
 # Pillow knows others, of which some run programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# Addresses that stand for others, which may be private.
-TRANSLATED = [ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
+# Addresses that stand for others, which may be private, or that are no longer or not yet
+# public: not all versions of Python know.
+NOT_PUBLIC = [
+    ip_network(network)
+    for network in (
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2002::/16",
+        "::/96",
+        "fec0::/10",
+        "3fff::/20",
+        "5f00::/16",
+        "192.88.99.0/24",
+    )
+]
 
 
 def image_parts(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -49,23 +63,20 @@ def image_url(part: Dict[str, Any]) -> Any:
     return url.get("url") if isinstance(url, dict) else url
 
 
-def check_image(raw: bytes, param: str) -> None:
-    """Refuse what is no image, or too large to be decoded."""
+def n_pixels(raw: bytes, param: str) -> int:
+    """How many pixels an image has; refuses what is none."""
     # Without Pillow, mlx-lm says what to install.
     try:
         from PIL import Image
     except ImportError:
-        return
+        return 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            width, height = Image.open(io.BytesIO(raw), formats=FORMATS).size
+        width, height = Image.open(io.BytesIO(raw), formats=FORMATS).size
     except Exception:
         # Pillow raises whatever a broken file leads to.
         formats = ", ".join(FORMATS)
         raise RequestError(400, f"an image is none of {formats}, or broken", param)
-    if width * height > MAX_PIXELS:
-        raise RequestError(400, f"an image has more than {MAX_PIXELS} pixels", param)
+    return width * height
 
 
 def is_public(address: str) -> bool:
@@ -74,13 +85,11 @@ def is_public(address: str) -> bool:
     return (
         ip.is_global
         and not ip.is_multicast
-        and not any(
-            ip in network for network in TRANSLATED if network.version == ip.version
-        )
+        and not any(ip in network for network in NOT_PUBLIC)
     )
 
 
-def connect(host: str, port: int) -> socket.socket:
+def connect(host: str, port: int, preparation: Preparation) -> socket.socket:
     """Connect to a public address of a host.
 
     Raises:
@@ -90,12 +99,13 @@ def connect(host: str, port: int) -> socket.socket:
     addresses = [info[4][:2] for info in infos]
     if not all(is_public(address) for address, _ in addresses):
         raise OSError("it is not on the public internet")
-    for address in addresses[:-1]:
+    for address in addresses[:MAX_ADDRESSES]:
+        preparation.check()
         try:
             return socket.create_connection(address, timeout=TIMEOUT)
         except OSError:
             pass  # the next one may answer
-    return socket.create_connection(addresses[-1], timeout=TIMEOUT)
+    raise OSError("none of its addresses answers")
 
 
 def fetch(url: str, preparation: Preparation) -> bytes:
@@ -114,8 +124,8 @@ def fetch(url: str, preparation: Preparation) -> bytes:
             raise ValueError("it is no URL of HTTP")
         connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
         secure = parts.scheme == "https"
-        preparation.check()
-        sock = connect(parts.hostname, parts.port or (443 if secure else 80))
+        port = parts.port or (443 if secure else 80)
+        sock = connect(parts.hostname, port, preparation)
         if secure:
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=parts.hostname)
@@ -158,6 +168,7 @@ def inline_images(
     param = "messages"
     if len(parts) > MAX_IMAGES:
         raise RequestError(400, f"there may be {MAX_IMAGES} images at most", param)
+    n_bytes = total_pixels = 0
     for part in parts:
         url = image_url(part)
         if not isinstance(url, str):
@@ -182,6 +193,10 @@ def inline_images(
                 logging.info(f"An image cannot be fetched: {ascii(str(e))[:300]}")
                 raise RequestError(400, "an image cannot be fetched", param)
             url = "data:image;base64," + base64.b64encode(raw).decode()
-        check_image(raw, param)
+        n_bytes += len(raw)
+        total_pixels += n_pixels(raw, param)
+        if n_bytes > MAX_ALL_BYTES or total_pixels > MAX_PIXELS:
+            message = f"images may have {MAX_PIXELS} pixels and {MAX_ALL_BYTES} bytes"
+            raise RequestError(400, f"{message} in all", param)
         part.clear()
         part.update(type="image_url", image_url={"url": url})

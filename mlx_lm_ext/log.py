@@ -9,6 +9,7 @@ Rules:
 
 import logging
 import time
+import warnings
 from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
 
@@ -50,6 +51,8 @@ class LogWriter(QueueListener):
         logging.getLogger().setLevel(level)
         logging.getLogger().addHandler(self.source)
         logging.captureWarnings(True)
+        # Upstream's tool parsers compile what models write.
+        warnings.simplefilter("ignore", SyntaxWarning)
         self.start()
 
     def take_over(self, *names: str) -> None:

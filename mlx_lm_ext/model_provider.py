@@ -28,6 +28,8 @@ from .tokenizing import BoundedTokenizer, bound_chat_templates, most_characters
 
 # Models of which tokenizer and configuration are kept.
 MAX_DESCRIBED = 8
+# The fields of a request that name the parts of a key.
+PARAMS = ("model", "adapters", "draft_model")
 # Allows requests to name any model.
 ANY = "any"
 
@@ -112,6 +114,24 @@ def cached_snapshot(name: str) -> Optional[str]:
         return None
 
 
+def find_context_length(config: Dict[str, Any]) -> Optional[int]:
+    """Tokens that a model takes by its configuration, its positions stretched as its RoPE
+    stretches them; None if it does not say."""
+    length = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = scaling.get("factor")
+    if length is None or not isinstance(factor, (int, float)):
+        return length
+    original = scaling.get("original_max_position_embeddings")
+    kind = scaling.get("type") or scaling.get("rope_type")
+    if original is not None:
+        # Some have the stretched length already.
+        return max(length, int(original * factor))
+    if kind == "yarn" or kind == "dynamic":
+        return int(length * factor)
+    return length
+
+
 def check_room(path: Path) -> None:
     """Refuse a model for whose weights this process has no room: it would be ended.
 
@@ -132,7 +152,7 @@ class BatchModelProvider(ModelProviderBase):
 
     def __init__(self, cli_args):
         super().__init__(cli_args)
-        self._lock = Lock()
+        self._lock, self._describing = Lock(), Lock()
         # The last one is the one that was asked for last.
         self._served: Dict[ModelKey, ServedModel] = {}
         patterns = cli_args.allow_models
@@ -158,8 +178,7 @@ class BatchModelProvider(ModelProviderBase):
         names = self.resolve(model)
         if names == self.resolve(default):
             return self.default_key
-        params = ("model", "adapters", "draft_model")
-        return tuple(map(self._allowed, params, names, self.default_key))
+        return tuple(map(self._allowed, PARAMS, names, self.default_key))
 
     def _allowed(
         self, param: str, name: Optional[str], served: Optional[str]
@@ -190,10 +209,13 @@ class BatchModelProvider(ModelProviderBase):
               may not be loaded.
         """
         key = self.key(model)
-        with self._lock:
-            served = self._served.get(key)
+        served = self._served.get(key)
         if served is None:
-            served = self._describe(key, self._locate(key))
+            # One at a time: many may ask for it at once.
+            with self._describing:
+                served = self._served.get(key)
+                if served is None:
+                    served = self._describe(key, self._locate(key, self.resolve(model)))
         self._keep(served)
         return served
 
@@ -225,7 +247,7 @@ class BatchModelProvider(ModelProviderBase):
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
-        context_length = text_config.get("max_position_embeddings")
+        context_length = find_context_length(text_config)
         bound_chat_templates(tokenizer)
         return ServedModel(
             key=key,
@@ -237,10 +259,15 @@ class BatchModelProvider(ModelProviderBase):
             end_of_text=make_stop_sequences(tokenizer),
         )
 
-    def _locate(self, key: ModelKey) -> Path:
-        """Find the files of a model, its adapter and its draft model."""
+    def _locate(self, key: ModelKey, names: Optional[ModelKey] = None) -> Path:
+        """Find the files of a model, its adapter and its draft model.
+
+        Args:
+            key (ModelKey): Where they are.
+            names (Optional[ModelKey]): What a request calls them.
+        """
         paths = {}
-        for param, name in zip(("model", "adapters", "draft_model"), key):
+        for param, name, called in zip(PARAMS, key, names or key):
             if name is None:
                 continue
             is_adapter = param == "adapters"
@@ -253,8 +280,24 @@ class BatchModelProvider(ModelProviderBase):
                 if not (path / config).is_file():
                     raise FileNotFoundError(f"it has no {config}")
             except Exception as e:
-                raise self.unusable(param, name, e)
+                raise self.unusable(param, called, e)
+        if "draft_model" in paths:
+            self._check_draft(paths["model"], paths["draft_model"])
         return paths["model"]
+
+    def _check_draft(self, model: Path, draft: Path) -> None:
+        """Refuse a draft model that knows more tokens: the model would read beyond its
+        embedding."""
+        sizes = []
+        for param, path in (("model", model), ("draft_model", draft)):
+            try:
+                config = load_config(path)
+            except Exception as e:
+                raise self.unusable(param, path.name, e)
+            sizes.append((config.get("text_config") or config).get("vocab_size"))
+        if None not in sizes and sizes[1] > sizes[0]:
+            message = f"the draft model has {sizes[1]} tokens, and the model {sizes[0]}"
+            raise RequestError(400, message, "draft_model")
 
     def switch_to(self, key: ModelKey) -> None:
         """Load the weights of ``key`` unless they are (generation thread)."""

@@ -113,12 +113,13 @@ class Plugins:
     Args:
         options (List[str]): The values of ``-p``: names of modules or entry points to
           load, and ``no:NAME`` to block the plugin NAME.
+        autoload (bool): Whether to load those that are installed.
 
     Raises:
         PluginError: If one cannot be loaded, or is not as ``hookspecs.py`` says.
     """
 
-    def __init__(self, options: List[str] = ()):
+    def __init__(self, options: List[str] = (), autoload: bool = True):
         self.manager = Manager(GROUP)
         self.manager.add_hookspecs(hookspecs)
         self.sources: Dict[str, Tuple[str, str]] = {}
@@ -132,7 +133,8 @@ class Plugins:
                 raise PluginError(f"-p no:{name}: there is no such plugin, but {known}")
             self.manager.set_blocked(name)
         self.add("builtin", BuiltIn, "mlx-lm-ext", __version__)
-        if os.environ.get("MLX_LM_EXT_DISABLE_AUTOLOAD", "0") in ("", "0"):
+        disabled = os.environ.get("MLX_LM_EXT_DISABLE_AUTOLOAD", "0")
+        if autoload and disabled in ("", "0"):
             # Not by name: two distributions may have the same.
             for entry in entries:
                 self.add_entry_point(entry)

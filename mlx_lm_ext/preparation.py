@@ -11,9 +11,11 @@ Rules:
 """
 
 import ctypes
+import os
 import socket
 import time
 from contextlib import contextmanager
+from math import inf
 from threading import Lock, Semaphore, get_ident
 from typing import Callable, Iterator, Optional, Set, TypeVar
 
@@ -21,8 +23,10 @@ from .errors import RequestError
 
 T = TypeVar("T")
 
-# How many requests are prepared at once, and for how many seconds at most.
-MAX_PREPARING = 8
+# How many requests are prepared at once, of how many at once an image is fetched, and for
+# how many seconds at most. Python runs one thread at a time: more prepare nothing sooner.
+MAX_PREPARING = max(2, min(4, os.cpu_count() or 1))
+MAX_FETCHES = 8
 MAX_SECONDS = 30.0
 # Seconds between two looks at those that are prepared, at least.
 INTERVAL = 0.1
@@ -42,18 +46,18 @@ class Preparation:
     Args:
         server (Optional[Preparations]): Where it takes turns with others.
         is_gone (Callable[[], bool]): Whether its client has left (any thread).
-        seconds (float): How long it may take, waiting included.
+        seconds (float): How long each of its turns may take, waiting included.
     """
 
     def __init__(
         self,
         server: Optional["Preparations"] = None,
         is_gone: Callable[[], bool] = lambda: False,
-        seconds: float = float("inf"),
+        seconds: float = inf,
     ):
         self.server = server
         self.is_gone = is_gone
-        self.deadline = time.monotonic() + seconds
+        self.deadline = inf
         self.seconds = seconds
         self.lock = Lock()
         # Whether it waits for its turn.
@@ -65,25 +69,25 @@ class Preparation:
         self.connection: Optional[socket.socket] = None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a turn, and let the server watch what is done in it."""
-        self.waits = True
-        with self.watched():
-            while not self.server.slots.acquire(timeout=0.5):
+    def turn(self, slots: Optional[Semaphore] = None) -> Iterator[None]:
+        """Wait for a turn, and let the server watch what is done in it.
+
+        Args:
+            slots (Optional[Semaphore]): Of what; of preparing, without any.
+        """
+        slots = slots or self.server.slots
+        self.deadline = time.monotonic() + self.seconds
+        self.server.running.add(self)
+        try:
+            self.waits = True
+            self.check()
+            while not slots.acquire(timeout=0.5):
                 self.check()
             self.waits = False
             try:
                 yield
             finally:
-                self.server.slots.release()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Let the server see whether it is to end."""
-        self.server.running.add(self)
-        try:
-            self.check()
-            yield
+                slots.release()
         finally:
             self.server.running.discard(self)
 
@@ -123,7 +127,8 @@ class Preparation:
                 )
             if self.connection is not None:
                 try:
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                    # Not that of a TLS connection, which takes it from its reader.
+                    socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
                 except OSError:
                     pass  # it has just ended
 
@@ -166,11 +171,12 @@ class Preparations:
 
     Args:
         n (int): How many at once.
-        seconds (float): How long each may take.
+        seconds (float): How long each turn may take.
     """
 
     def __init__(self, n: int = MAX_PREPARING, seconds: float = MAX_SECONDS):
         self.slots = Semaphore(n)
+        self.fetches = Semaphore(MAX_FETCHES)
         self.seconds = seconds
         self.running: Set[Preparation] = set()
         self.stopping = False

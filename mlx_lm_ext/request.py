@@ -72,6 +72,8 @@ class Request(RequestInfo):
         shares (bool): False once it has waited in vain.
         mailbox (Mailbox): Takes its events to the handler.
         reads_each (bool): Whether the handler wants each token when it is made.
+        error (Optional[RequestError]): What ended it, and is yet to be raised in the
+          handler.
     """
 
     model: Optional[ServedModel] = None
@@ -99,6 +101,7 @@ class Request(RequestInfo):
     forgotten: bool = False
     mailbox: Mailbox = field(default_factory=lambda: Mailbox(Turnstile()))
     reads_each: bool = True
+    error: Optional[RequestError] = None
 
     @property
     def cache_key(self) -> Tuple:
@@ -212,12 +215,17 @@ class Request(RequestInfo):
         """All tokens that have piled up, at least one unless the time runs out.
 
         Raises:
-            RequestError: What ended the request on the generation thread.
+            RequestError: What ended the request on the generation thread, once all tokens
+              that came before it are taken.
         """
-        events = self.mailbox.take(timeout)
-        if events and isinstance(events[-1], Exception):
-            raise events[-1]
-        return events
+        if self.error is None:
+            events = self.mailbox.take(timeout)
+            if not events or not isinstance(events[-1], Exception):
+                return events
+            *events, self.error = events
+            if events:
+                return events
+        raise self.error
 
 
 class SingleQueue:

@@ -16,6 +16,9 @@ from .preparation import Preparation
 
 # Characters of a prompt to a model whose context has no limit.
 MAX_CHARACTERS = 1 << 26
+# Texts of more characters for each token of the context are tokenised in slices of so many
+# characters first. Each slice may have so many tokens more than the same text in a whole.
+USUAL_CHARACTERS, SLICE, CUT = 4, 1 << 16, 16
 
 # That for which a chat template is run on this thread.
 current: ContextVar[Optional["BoundedTokenizer"]] = ContextVar("current", default=None)
@@ -92,6 +95,24 @@ class BoundedTokenizer:
             reason = f"more than {self.limit} characters never fit"
             raise too_long(self.context_length, reason, self.field)
 
+    def check_slices(self, text: str) -> None:
+        """Refuse a text of which a part has more tokens than fit: the tokenizer takes
+        memory for all of it, and cannot be interrupted."""
+        length = self.context_length
+        if length is None or len(text) <= max(SLICE, USUAL_CHARACTERS * length):
+            return
+        n_tokens = 0
+        for start in range(0, len(text), SLICE):
+            self.preparation.check()
+            tokens = self.tokenizer.encode(
+                text[start : start + SLICE], add_special_tokens=False
+            )
+            # A cut makes some tokens more of a few characters.
+            n_tokens += max(0, len(tokens) - CUT)
+            if n_tokens >= length:
+                reason = f"the prompt has more than {n_tokens}"
+                raise too_long(length, reason, self.field)
+
     def apply_chat_template(
         self, *args: Any, tokenize: bool = True, **kwargs: Any
     ) -> Union[str, List[int]]:
@@ -116,6 +137,7 @@ class BoundedTokenizer:
     def encode(self, text: str, **kwargs: Any) -> List[int]:
         """As that of the tokenizer."""
         self.check_characters(len(text))
+        self.check_slices(text)
         self.preparation.check()
         tokens = self.tokenizer.encode(text, **kwargs)
         self.preparation.check()

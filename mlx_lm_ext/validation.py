@@ -8,6 +8,7 @@ Rules:
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Collection, Dict, List, Optional, Tuple
@@ -91,6 +92,7 @@ MAX_MESSAGES = 10_000
 # Of all messages.
 MAX_PARTS = 20_000
 MAX_TOOLS = 1024
+MAX_BIASES = 10_000
 # Characters of each text of a role mapping, which every message gets.
 MAX_ROLE_TEXT = 1000
 # Objects and arrays of a body: to make them takes time in which no other thread runs.
@@ -108,6 +110,8 @@ TOKENIZER_ARGUMENTS = {
     for name in signature(function).parameters
 }
 TOKENIZER_ARGUMENTS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
+
+TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 
 # What a content may be made of.
 PARTS = ("text", "image_url", "input_image", "image")
@@ -361,8 +365,13 @@ def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
     """The logit bias by token id."""
     if "logit_bias" not in body:
         return None
+    biases = body["logit_bias"]
+    check_count("logit_bias", len(biases), MAX_BIASES)
     try:
-        bias = {int(token): float(b) for token, b in body["logit_bias"].items()}
+        # Among longer numbers are many of the same hash.
+        if not all(map(TOKEN_ID.fullmatch, biases)):
+            raise ValueError
+        bias = {int(token): float(b) for token, b in biases.items()}
         if all(abs(b) <= 1e9 for b in bias.values()):
             return bias
     except (TypeError, ValueError, OverflowError):

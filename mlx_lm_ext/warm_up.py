@@ -77,7 +77,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
     logging.info("Warming up")
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
-    batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
+    batch = Batch(provider, Policies(Plugins(autoload=False), args), None, Turnstile())
 
     def add(n_prompt: int, **body: Any) -> bool:
         i = len(batch)

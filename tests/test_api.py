@@ -449,6 +449,9 @@ BAD_BODIES = [
     (chat(model="x\ud800"), "model"),
     (chat(logit_bias={"1": 10**400}), "logit_bias"),
     (chat(logit_bias={"1" * 5000: 1}), "logit_bias"),
+    (chat(logit_bias={str(2**61 - 1): 1}), "logit_bias"),
+    (chat(logit_bias={"1_0": 1}), "logit_bias"),
+    (chat(logit_bias={str(i): 1 for i in range(10_001)}), "logit_bias"),
     (b'{"messages": [], "max_tokens": ' + b"1" * 5000 + b"}", None),
     (b'{"messages": [' + b"[]," * 500_000 + b"[]]}", None),
     (
@@ -561,6 +564,9 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
     assert complete(port, "hello", max_tokens=2)
 
 
+CHUNKED = "Transfer-Encoding: chunked"
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_that_is_too_large_is_answered_before_it_is_read(chunked, start_server):
     _, port = start_server("llama", "--max-body-bytes", "1000")
@@ -587,6 +593,64 @@ def test_images_are_no_part_of_the_size_of_a_text():
         check_size(b'{"x": "data:' + b"A" * 1000, 200)
 
 
+def test_what_goes_with_chunks_counts_as_body(start_server):
+    _, port = start_server("llama", "--max-body-bytes", "10000")
+    chunks = b"1;" + b"x" * 4000 + b"\r\n{\r\n"
+    answer = send_raw(port, post(CHUNKED, chunks * 4), shut=False)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "headers, first",
+    [
+        (f"Content-Length: {len(chat())}", b"HTTP/1.1 100 "),
+        (f"Content-Length: {10**10}", b"HTTP/1.1 413 "),
+        ("Content-Length: 5\r\nOrigin: http://evil.example", b"HTTP/1.1 403 "),
+    ],
+)
+def test_client_that_asks_is_told_to_send_only_what_will_be_read(
+    headers, first, start_server
+):
+    _, port = start_server()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post(f"Expect: 100-continue\r\n{headers}", b""))
+        answer = s.recv(1000)
+        assert answer.startswith(first)
+        if first.endswith(b"100 "):
+            s.sendall(chat())
+            assert s.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_answer_to_head_has_no_body(start_server):
+    _, port = start_server()
+    answer = send_raw(port, b"HEAD /health HTTP/1.1\r\n\r\n", shut=False)
+    assert answer.startswith(b"HTTP/1.1 405 ") and answer.endswith(b"\r\n\r\n")
+
+
+def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_BODIES", 3000)
+    _, port = start_server()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post("Expect: 100-continue\r\nContent-Length: 2900", b""))
+        # Now there is room for it.
+        assert s.recv(1000).startswith(b"HTTP/1.1 100 ")
+        body = {"prompt": "x" * 100, "max_tokens": 1}
+        assert call(port, "POST", "/v1/completions", body)[0] == 503
+        s.sendall(b" " * 2900)
+        assert s.recv(1000).startswith(b"HTTP/1.1 400 ")
+    for _ in range(30):
+        assert call(port, "POST", "/v1/completions", body)[0] == 200
+
+
+def test_connections_are_bounded(start_server, monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
+    _, port = start_server()
+    address = ("127.0.0.1", port)
+    with socket.create_connection(address), socket.create_connection(address):
+        with socket.create_connection(address, timeout=60) as third:
+            assert third.recv(1) == b""
+
+
 class Socket:
     """A connection on which one byte comes at a time."""
 
@@ -602,7 +666,7 @@ class Socket:
 
 @pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
 def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
-    monkeypatch.setattr(http_server, "MAX_SECONDS", seconds)
+    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", seconds)
     monkeypatch.setattr(http_server, "BYTES_A_SECOND", 1e12)
     here, there = socket.socketpair()
     with here, there:
@@ -621,7 +685,7 @@ def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
 
 
 def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
-    monkeypatch.setattr(http_server, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", 0.2)
     _, port = start_server()
     answer = send_raw(port, post("Content-Length: 100", b"{"), shut=False)
     head, _, content = answer.partition(b"\r\n\r\n")
@@ -683,7 +747,6 @@ def test_salt_that_is_sent_twice_is_refused(start_server):
     assert answer.startswith(b"HTTP/1.1 400 ")
 
 
-CHUNKED = "Transfer-Encoding: chunked"
 BODY = chat()
 CHUNK = b"%X\r\n%b\r\n" % (len(BODY), BODY)
 

@@ -60,10 +60,14 @@ def test_pages_of_loopback_may_call_and_others_when_they_are_named():
         "file://",
         "http://localhost.evil",
         "http://[",
+        "http://localhost\r\n\t/X: 1",
+        "http://evil.example\\@localhost",
+        "http://evil.example?localhost",
     ]
     assert all(map(guard().allows_origin, local))
     assert not any(map(guard().allows_origin, others))
-    assert all(map(guard(["*"]).allows_origin, local + others))
+    assert all(map(guard(["*"]).allows_origin, [*local, "null", "http://evil.example"]))
+    assert not guard(["https://*.example"]).allows_origin("https://evil.com?.example")
     named = guard(["https://*.chat.example", "chrome-extension://*"])
     assert named.allows_origin("https://a.chat.example")
     assert named.allows_origin("chrome-extension://abcdef")

@@ -185,7 +185,9 @@ def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
     assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
 
 
-@pytest.mark.parametrize("text", ["x" * 70_000, "call:a{" * 65, "<arg_key>" * 65])
+@pytest.mark.parametrize(
+    "text", ["x" * 70_000, "call:a{" * 65, "<arg_key>" * 65, "<atem:" + 'name="' * 65]
+)
 def test_text_that_would_keep_a_tool_parser_busy_stays_text(tokenizer, text):
     def tool_parser(text, tools):
         raise SystemExit("it was called")

@@ -122,6 +122,8 @@ def test_image_that_would_fill_the_memory_is_refused():
         inline(
             data_url(bomb + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
         )
+    with pytest.raises(RequestError, match="in all"):
+        inline(*[data_url(png(2000, 2000))] * 11)
     with pytest.raises(RequestError, match="64"):
         inline(*[data_url(png())] * 65)
 
@@ -164,6 +166,10 @@ def test_server_of_a_text_model_connects_to_nothing(model, start_server):
         ("fc00::1", False),
         ("fe80::1%eth0", False),
         ("ff02::1", False),
+        ("fec0::1", False),
+        ("::127.0.0.1", False),
+        ("3fff::1", False),
+        ("192.88.99.1", False),
     ],
 )
 def test_public_addresses(address, expected):
@@ -232,7 +238,7 @@ def test_fetch_ends_when(reason, site):
     watcher.start()
     expected = ConnectionError if leaves else RequestError
     try:
-        with pytest.raises(expected), preparation.watched():
+        with pytest.raises(expected), preparation.turn(server.fetches):
             inline(f"{site}/silent", allow_urls=True, preparation=preparation)
     finally:
         stop.set()

@@ -1,11 +1,15 @@
 """Which models a request may name, and what it is told of the others."""
 
+import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from helpers import call, complete, submit
+from mlx_lm.server import ModelDescription
 from tiny_models import make_adapter
 
 from mlx_lm_ext import api, model_provider
@@ -138,6 +142,50 @@ def test_model_with_a_broken_chat_template_takes_texts(
     body = {"messages": [{"role": "user", "content": "x"}], "model": model}
     status, answer = call(port, "POST", "/v1/chat/completions", body)
     assert (status, answer["error"]["param"]) == (400, "messages")
+
+
+def test_draft_model_that_knows_more_tokens_is_refused(folders, start_engine):
+    config = folders / "models/b/config.json"
+    larger = json.loads(config.read_text())
+    larger["vocab_size"] += 1
+    config.write_text(json.dumps(larger))
+    engine = start_engine("llama", MODELS, f"{folders}/models/*")
+    draft = f"{folders}/models/"
+    assert submit(engine, "x", max_tokens=1, draft_model=draft + "a").model
+    with pytest.raises(RequestError) as error:
+        submit(engine, "x", max_tokens=1, draft_model=draft + "b")
+    assert (error.value.status, error.value.param) == (400, "draft_model")
+
+
+def test_model_is_described_once_for_all_who_ask_at_a_time(
+    folders, start_engine, monkeypatch
+):
+    engine = start_engine("llama", MODELS, "any")
+    loaded, together = [], threading.Barrier(8)
+
+    def load_tokenizer(path, *args):
+        loaded.append(path)
+        return load(path, *args)
+
+    load = model_provider.load_tokenizer
+    monkeypatch.setattr(model_provider, "load_tokenizer", load_tokenizer)
+    path = str(folders / "models" / "a")
+    model = ModelDescription(path, "default_model", None)
+
+    def ask(_):
+        together.wait()
+        return engine.model_provider.describe(model)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(map(id, pool.map(ask, range(8))))) == 1
+    assert len(loaded) == 1
+
+
+def test_error_has_the_spelling_of_the_request(folders, start_engine, monkeypatch):
+    monkeypatch.chdir(folders)
+    engine = start_engine("llama", MODELS, "models/*")
+    message = refusal(engine, model="models/empty")
+    assert "'models/empty'" in message and str(folders) not in message
 
 
 def test_spellings_of_a_path_are_one_model(folders, start_engine, monkeypatch):

@@ -4,15 +4,16 @@ import json
 import socket
 import struct
 import threading
+from dataclasses import replace
 
 import pytest
 from helpers import call, complete
 from test_api import CHAT, HELLO, post_whole
 
-from mlx_lm_ext import http_server
+from mlx_lm_ext import http_server, tokenizing
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.preparation import Interrupted, Preparation, Preparations
-from mlx_lm_ext.tokenizing import most_characters
+from mlx_lm_ext.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
 
 # Takes hours, and writes nothing.
 ENDLESS = (
@@ -230,6 +231,38 @@ def test_text_that_can_never_fit_is_not_tokenised(start_server, monkeypatch):
     ):
         status, answer = call(port, "POST", path, body)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_text_of_which_a_part_does_not_fit_is_not_tokenised_as_a_whole(
+    start_server, monkeypatch
+):
+    engine, port = start_server()
+    (model,) = engine.model_provider._served.values()
+    lengths = []
+    tokenizer = model.tokenizer
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode(self, text, **kwargs):
+            lengths.append(len(text))
+            return tokenizer.encode(text, **kwargs)
+
+    watched = replace(model, tokenizer=Watched(), most_characters=10**7)
+    engine.model_provider._served[model.key] = watched
+    body = {"prompt": "ab " * 100_000}
+    status, answer = call(port, "POST", "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert lengths == [SLICE]
+    # A text that is long and has few tokens is served.
+    monkeypatch.setattr(tokenizing, "SLICE", 1000)
+    watched = replace(watched, context_length=2000)
+    engine.model_provider._served[model.key] = watched
+    few = max(tokenizer.get_vocab(), key=len) * 800
+    assert len(few) > USUAL_CHARACTERS * 2000
+    assert len(tokenizer.encode(few)) < 1900
+    assert call(port, "POST", "/v1/completions", {"prompt": few})[0] == 200
 
 
 def test_bounded_prompt_is_that_of_the_tokenizer(start_engine):
