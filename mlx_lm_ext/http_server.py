@@ -389,9 +389,11 @@ class HTTPHandler(APIHandler):
         poll = select.poll()
         try:
             poll.register(self.connection, select.POLLIN)
-            return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+            gone = bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
+        # Or ``server_close`` has closed it, and the last events are to be sent.
+        return gone and not self.server.preparations.stopping
 
     def send_cors_headers(self) -> None:
         """Let the page that asks read the answer: the guard has let it in."""
