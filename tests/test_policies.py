@@ -200,7 +200,15 @@ class Wordy(SchedulerPolicy):
         return "many"
 
 
-@pytest.mark.parametrize("cls", [Twice, Invented, Failing, Wordy])
+class Unmatched(SchedulerPolicy):
+    name = "unmatched"
+    most_matched = None
+
+    def order(self, waiting, view):
+        return waiting
+
+
+@pytest.mark.parametrize("cls", [Twice, Invented, Failing, Wordy, Unmatched])
 def test_scheduler_policy_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     engine = start_with(cls)
     reference = Reference(model_folder())

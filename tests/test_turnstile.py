@@ -3,6 +3,10 @@
 import random
 import threading
 
+import pytest
+
+from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.request import Request, Token
 from mlx_lm_ext.turnstile import Mailbox, Turnstile
 
 
@@ -26,6 +30,17 @@ def test_all_that_has_come_is_taken_at_once():
         turnstile.put([(box, event, True)])
     assert box.take(timeout=0) == ["a", "b", "c"]
     assert box.take(timeout=0) == []
+
+
+def test_tokens_that_came_before_an_error_are_taken_before_it_is_raised():
+    request = Request("", None)
+    tokens = [Token(1), Token(2)]
+    for event in (*tokens, RequestError(503, "over")):
+        request.put(event)
+    assert request.receive(timeout=60) == tokens
+    for _ in range(2):
+        with pytest.raises(RequestError, match="over"):
+            request.receive(timeout=60)
 
 
 def test_handler_is_not_woken_for_what_is_not_worth_it():

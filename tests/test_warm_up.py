@@ -1,10 +1,12 @@
 """What runs before the first request."""
 
+from types import SimpleNamespace
+
 import pytest
 from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import _upstream, batching, gpu_sampling, sampling, warm_up
+from mlx_lm_ext import _upstream, batching, gpu_sampling, plugins, sampling, warm_up
 from mlx_lm_ext.batching import Batch
 from mlx_lm_ext.engine import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
@@ -130,6 +132,20 @@ def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
     assert not Nosy.heard
     read(submit(engine, "hello", max_tokens=3))
     assert Nosy.heard
+
+
+def test_installed_plugins_are_not_loaded_again_for_the_warm_up(
+    start_engine, monkeypatch
+):
+    loads = []
+    entry = SimpleNamespace(
+        name="installed",
+        load=lambda: loads.append("loaded") or plugin(),
+        dist=SimpleNamespace(name="a-dist", version="1"),
+    )
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    start_engine("llama", "--warmup", "--batch-size", "1")
+    assert loads == ["loaded"]
 
 
 def test_server_serves_although_the_warm_up_fails(start_engine, monkeypatch, caplog):
