@@ -176,6 +176,12 @@ def test_public_addresses(address, expected):
     assert is_public(address) == expected
 
 
+def test_image_is_not_fetched_unless_that_is_allowed(site):
+    with pytest.raises(RequestError, match="--allow-image-urls"):
+        inline(f"{site}/image")
+    assert not Site.seen
+
+
 def test_image_is_fetched_from_where_that_is_allowed(site):
     assert fetch(f"{site}/image", Preparation()) == png()
     (url,) = inline(f"{site}/to?{site}/image", allow_urls=True)
