@@ -36,10 +36,6 @@ class Interrupted(BaseException):
     """Raised in a thread by another. Not an ``Exception``, which a template may catch."""
 
 
-def settled() -> None:
-    """Calling a function is where Python raises what is pending in a thread."""
-
-
 class Preparation:
     """How one request is prepared. By itself, without any bounds.
 
@@ -146,10 +142,10 @@ class Preparation:
                     self.thread = get_ident()
                 return step()
             finally:
+                # To leave the lock is a call, and after a call CPython raises what is
+                # pending: what was sent just before comes here, and not to the caller.
                 with self.lock:
                     self.thread = None
-                # What was sent just before comes here, and not to the caller.
-                settled()
         except Interrupted:
             raise self.error from None
 
