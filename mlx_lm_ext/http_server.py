@@ -30,6 +30,8 @@ from .preparation import Preparations
 # Connections, and bytes of the bodies of all of them, that a server has at a time.
 MAX_CONNECTIONS = 1000
 MAX_BODIES = 512 << 20
+# Bytes that are read at a time, and up to which a body is always taken.
+SLICE, SMALL_BODY = 1 << 16, 1 << 18
 # Seconds for a request to arrive, and how many bytes of it are worth another one.
 ARRIVAL_SECONDS, BYTES_A_SECOND = 60.0, 50_000
 # Seconds in which the rest of a body is read that was refused, and in which the
@@ -38,6 +40,11 @@ LINGER, CLOSE_TIMEOUT = 3.0, 5.0
 # Of what goes with the chunks of a body.
 MAX_LINE, MAX_TRAILERS = 1 << 12, 100
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+
+
+# That the other side has closed, although it sent something that is not read. Not on macOS,
+# which says so with POLLHUP.
+POLLRDHUP = getattr(select, "POLLRDHUP", 0)
 
 
 class Incoming(io.RawIOBase):
@@ -123,14 +130,18 @@ class BatchHTTPServer(ThreadingHTTPServer):
             # Without this thread nobody is served any more.
             logging.exception("Looking after the requests failed")
 
-    def reserve(self, n: int) -> None:
+    def reserve(self, n: int, is_large: bool = False) -> None:
         """Make room for bytes of a body; they are given back with ``-n``.
 
+        Args:
+            n (int): How many.
+            is_large (bool): Whether the body is one that has to wait for others.
+
         Raises:
-            RequestError: A 503 if there is none.
+            RequestError: A 503 if there is no room for a large one.
         """
         with self.changed:
-            if n > 0 and self.n_bytes + n > MAX_BODIES:
+            if is_large and self.n_bytes + n > MAX_BODIES:
                 raise RequestError(503, "too many large requests at a time")
             self.n_bytes += n
 
@@ -203,6 +214,7 @@ class HTTPHandler(APIHandler):
 
     def handle_one_request(self):
         self.incoming.begin()
+        self.expects_continue = False
         super().handle_one_request()
 
     def finish(self):
@@ -337,14 +349,18 @@ class HTTPHandler(APIHandler):
         return int(length)
 
     def read_exactly(self, n: int) -> bytes:
-        self.server.reserve(n)
-        self.n_reserved += n
         self.send_continue()
-        raw = self.rfile.read(n)
-        if len(raw) < n:
-            message = f"the body was cut short after {len(raw)} of {n} bytes"
-            raise RequestError(400, message)
-        return raw
+        raw = bytearray()
+        while len(raw) < n:
+            part = self.rfile.read(min(n - len(raw), SLICE))
+            if not part:
+                message = f"the body was cut short after {len(raw)} of {n} bytes"
+                raise RequestError(400, message)
+            # What has come, and not what is announced: that costs nothing.
+            self.server.reserve(len(part), self.n_reserved >= SMALL_BODY)
+            self.n_reserved += len(part)
+            raw += part
+        return bytes(raw)
 
     def read_chunks(self) -> bytes:
         """Read a body in chunks, as RFC 9112, section 7.1 has them."""
@@ -388,8 +404,11 @@ class HTTPHandler(APIHandler):
         """Whether the client has closed its side (any thread)."""
         poll = select.poll()
         try:
-            poll.register(self.connection, select.POLLIN)
-            gone = bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+            poll.register(self.connection, select.POLLIN | POLLRDHUP)
+            events = sum(event for _, event in poll.poll(0))
+            gone = bool(events & (POLLRDHUP | select.POLLHUP | select.POLLERR))
+            if events and not gone:
+                gone = not self.connection.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
         # Or ``server_close`` has closed it, and the last events are to be sent.

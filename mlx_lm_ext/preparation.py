@@ -116,7 +116,10 @@ class Preparation:
                 self.error = ConnectionResetError("the client is gone")
             else:
                 return
-        with self.lock:
+        # Not for ever: an interruption may come just when the other side has taken it.
+        if not self.lock.acquire(timeout=1.0):
+            return
+        try:
             if self.thread is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self.thread), ctypes.py_object(Interrupted)
@@ -127,6 +130,8 @@ class Preparation:
                     socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
                 except OSError:
                     pass  # it has just ended
+        finally:
+            self.lock.release()
 
     def run(self, step: Callable[[], T]) -> T:
         """The result of ``step()``, which is interrupted when it is to end.

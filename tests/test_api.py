@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -521,6 +522,13 @@ def test_unknown_route_is_an_error_object(method, path, status, start_server):
     connection.close()
 
 
+def wait_until(condition):
+    """Ask until it is so."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+
+
 def post(headers, raw, version="1.1"):
     """The bytes of a request."""
     head = f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\n"
@@ -634,18 +642,24 @@ def test_answer_to_head_has_no_body(start_server):
 
 
 def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
-    monkeypatch.setattr(http_server, "MAX_BODIES", 3000)
+    monkeypatch.setattr(http_server, "MAX_BODIES", 100_000)
+    monkeypatch.setattr(http_server, "SMALL_BODY", 1000)
     _, port = start_server()
+    small = {"prompt": "x" * 100, "max_tokens": 1}
+    large = json.dumps(small).encode() + b" " * 80_000
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        s.sendall(post("Expect: 100-continue\r\nContent-Length: 2900", b""))
-        # Now there is room for it.
+        # Room is for what has come, not for what is announced.
+        s.sendall(post("Expect: 100-continue\r\nContent-Length: 90000", b""))
         assert s.recv(1000).startswith(b"HTTP/1.1 100 ")
-        body = {"prompt": "x" * 100, "max_tokens": 1}
-        assert call(port, "POST", "/v1/completions", body)[0] == 503
-        s.sendall(b" " * 2900)
+        assert call(port, "POST", "/v1/completions", large)[0] == 200
+        s.sendall(b" " * 89_000)
+        wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 503)
+        assert call(port, "POST", "/v1/completions", small)[0] == 200
+        s.sendall(b" " * 1000)
         assert s.recv(1000).startswith(b"HTTP/1.1 400 ")
-    for _ in range(30):
-        assert call(port, "POST", "/v1/completions", body)[0] == 200
+    # What a request has is given back after its answer.
+    for _ in range(10):
+        wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 200)
 
 
 def test_connections_are_bounded(start_server, monkeypatch):
@@ -655,6 +669,24 @@ def test_connections_are_bounded(start_server, monkeypatch):
     with socket.create_connection(address), socket.create_connection(address):
         with socket.create_connection(address, timeout=60) as third:
             assert third.recv(1) == b""
+
+
+def test_client_that_sends_more_and_leaves_is_gone(start_server):
+    engine, port = start_server(make_engine=WatchedEngine)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(chat(max_tokens=4000)))
+        assert engine.came.wait(60)
+        s.sendall(b"G")
+    assert engine.left.wait(60)
+
+
+def test_request_that_has_no_body_is_not_told_to_send_it_with_the_next(start_server):
+    _, port = start_server()
+    get = b"GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"
+    last = post(f"Connection: close\r\nContent-Length: {len(BODY)}", BODY)
+    answer = send_raw(port, get + last, shut=False)
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert b"HTTP/1.1 100 " not in answer
 
 
 class Socket:
