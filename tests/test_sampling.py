@@ -362,7 +362,7 @@ def test_a_seed_is_the_same_streamed(start_server):
 
 PENALTIES = [
     dict(),
-    dict(logit_bias={3: 5.0, 250: -100.0}),
+    dict(logit_bias={"3": 5.0, "250": -100.0}),
     dict(repetition_penalty=1.3),
     dict(presence_penalty=0.7, presence_context_size=1),
     dict(frequency_penalty=0.4, frequency_context_size=MAX_CONTEXT),
@@ -371,7 +371,7 @@ PENALTIES = [
         repetition_context_size=7,
         presence_penalty=-0.5,
         frequency_penalty=0.3,
-        logit_bias={5: 1.0},
+        logit_bias={"5": 1.0},
     ),
 ]
 
