@@ -20,8 +20,9 @@ from .patterns import matches
 
 # Stands for this machine among allowed origins and hosts.
 LOOPBACK = "loopback"
-# A name or an address, and perhaps a port.
+# What browsers send: a scheme, a name and perhaps a port, or "null".
 ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\\\s]*", re.IGNORECASE)
+# A name or an address, and perhaps a port.
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/@\[\]\s]+)(?::\d*)?", re.IGNORECASE)
 
 
@@ -65,7 +66,7 @@ class BrowserGuard:
         self.hosts = [host.lower() for host in hosts]
 
     def allows_origin(self, origin: str) -> bool:
-        # What no browser sends may be read in two ways.
+        # Other texts are refused, because ``urlsplit`` may find another host in them.
         return ORIGIN.fullmatch(origin) is not None and (
             matches(origin.lower(), self.origins)
             or (LOOPBACK in self.origins and is_loopback_origin(origin))

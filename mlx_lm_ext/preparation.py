@@ -37,10 +37,11 @@ class Interrupted(BaseException):
 
 
 class Preparation:
-    """How one request is prepared. By itself, without any bounds.
+    """What ends the preparation of one request.
 
     Args:
-        server (Optional[Preparations]): Where it takes turns with others.
+        server (Optional[Preparations]): Where it takes turns with others. Without it,
+          nothing ends the preparation, and ``turn`` cannot be used.
         is_gone (Callable[[], bool]): Whether its client has left (any thread).
         seconds (float): How long each of its turns may take, waiting included.
     """
@@ -116,7 +117,8 @@ class Preparation:
                 self.error = ConnectionResetError("the client is gone")
             else:
                 return
-        # Not for ever: an interruption may come just when the other side has taken it.
+        # With a timeout, because an interrupted thread might have kept the lock, and the
+        # thread that accepts connections must not wait for it.
         if not self.lock.acquire(timeout=1.0):
             return
         try:

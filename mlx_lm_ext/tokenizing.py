@@ -16,9 +16,11 @@ from .preparation import Preparation
 
 # Characters of a prompt to a model whose context has no limit.
 MAX_CHARACTERS = 1 << 26
-# Texts of more characters for each token of the context are tokenised in slices of so many
-# characters first. Each slice may have so many tokens more than the same text in a whole.
-USUAL_CHARACTERS, SLICE, CUT = 4, 1 << 16, 16
+# A text with more characters than this for each token of the context is first tokenised
+# in slices.
+USUAL_CHARACTERS = 4
+# Characters of a slice, and how many tokens the cuts at its ends may add.
+SLICE, CUT = 1 << 16, 16
 
 # That for which a chat template is run on this thread.
 current: ContextVar[Optional["BoundedTokenizer"]] = ContextVar("current", default=None)
@@ -42,7 +44,11 @@ def join_bounded(pieces: Iterable[str]) -> str:
 
 
 def bound_chat_templates(tokenizer: Any) -> None:
-    """Let the chat templates of a tokenizer stop at the limit of characters."""
+    """Join what the chat templates of a tokenizer write with ``join_bounded``.
+
+    Transformers compiles each text of a template once, so this holds for all tokenizers
+    that have the same one.
+    """
     templates = tokenizer.chat_template
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template in templates:

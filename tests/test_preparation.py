@@ -22,6 +22,10 @@ ENDLESS = (
     "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
 )
 
+ENDLESS_CHAT = post_whole(
+    json.dumps({"messages": [{"role": "user", "content": "endless"}]}).encode()
+)
+
 
 def loop():
     while True:
@@ -165,9 +169,8 @@ def test_template_that_takes_too_long_costs_its_request(start_server, limit_prep
 def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
     limit_preparing(1, 60)
     _, port = start_server("llama", "--chat-template", ENDLESS)
-    body = {"messages": [{"role": "user", "content": "endless"}]}
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        s.sendall(post_whole(json.dumps(body).encode()))
+        s.sendall(ENDLESS_CHAT)
     # It needs the one turn that there is.
     assert complete(port, "hello", max_tokens=2)
 
@@ -177,10 +180,9 @@ def test_client_that_resets_its_connection_ends_nothing_but_its_request(
 ):
     made = limit_preparing(1, 60)
     _, port = start_server("llama", "--chat-template", ENDLESS)
-    body = {"messages": [{"role": "user", "content": "endless"}]}
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-            s.sendall(post_whole(json.dumps(body).encode()))
+            s.sendall(ENDLESS_CHAT)
             while not any(preparation.thread for preparation in list(made.running)):
                 pass
             linger = struct.pack("ii", 1, 0)
@@ -191,9 +193,8 @@ def test_client_that_resets_its_connection_ends_nothing_but_its_request(
 def test_template_ends_when_the_server_stops(start_server, limit_preparing):
     made = limit_preparing(1, 60)
     _, port = start_server("llama", "--chat-template", ENDLESS)
-    body = {"messages": [{"role": "user", "content": "endless"}]}
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        s.sendall(post_whole(json.dumps(body).encode()))
+        s.sendall(ENDLESS_CHAT)
         while not made.running:
             pass
         made.stop()
@@ -278,8 +279,7 @@ def test_bounded_prompt_is_that_of_the_tokenizer(start_engine):
 def test_other_requests_go_on_while_one_is_prepared(start_server, limit_preparing):
     limit_preparing(2, 60)
     _, port = start_server("llama", "--chat-template", ENDLESS)
-    body = {"messages": [{"role": "user", "content": "endless"}]}
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        s.sendall(post_whole(json.dumps(body).encode()))
+        s.sendall(ENDLESS_CHAT)
         for _ in range(3):
             assert complete(port, "hello", max_tokens=2)
