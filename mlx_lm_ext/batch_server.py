@@ -19,7 +19,7 @@ from threading import Thread
 from typing import List, Optional, Tuple
 
 from . import __version__, blas, demo_model
-from .argument_types import (
+from .arguments import (
     ArgumentParser,
     chat_template,
     json_object,
@@ -28,7 +28,7 @@ from .argument_types import (
     size,
 )
 from .log import LogWriter
-from .plugins import KINDS, PluginError, Plugins
+from .policies.loading import KINDS, PluginError, Plugins
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -351,18 +351,18 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     check_open_files()
     import mlx.core as mx
 
-    from ._upstream import check_version
+    from .engine.upstream import check_version
 
     check_version()
     from mlx_lm.server import get_system_fingerprint
 
-    from .api import BatchAPIHandler
+    from .cache.prompt_cache import RadixPromptCache
     from .device import reserve_little
-    from .engine import Engine
-    from .http_server import BatchHTTPServer
-    from .model_provider import BatchModelProvider
-    from .policies import Policies
-    from .radix_cache import RadixPromptCache
+    from .engine.loop import Engine
+    from .engine.models import BatchModelProvider
+    from .policies.guard import Policies
+    from .server.api import BatchAPIHandler
+    from .server.connection import BatchHTTPServer
 
     reserve_little()
     log.take_over("transformers", "huggingface_hub")

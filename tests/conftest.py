@@ -19,14 +19,14 @@ from functools import partial
 import pytest
 import tiny_models
 
-from mlx_lm_ext.api import BatchAPIHandler
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.engine import Engine
-from mlx_lm_ext.http_server import BatchHTTPServer
-from mlx_lm_ext.model_provider import BatchModelProvider
-from mlx_lm_ext.plugins import Plugins
-from mlx_lm_ext.policies import Policies
-from mlx_lm_ext.radix_cache import RadixPromptCache
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.engine.models import BatchModelProvider
+from mlx_lm_ext.policies.guard import Policies
+from mlx_lm_ext.policies.loading import Plugins
+from mlx_lm_ext.server.api import BatchAPIHandler
+from mlx_lm_ext.server.connection import BatchHTTPServer
 
 
 @pytest.fixture(scope="session")

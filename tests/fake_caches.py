@@ -13,11 +13,11 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlx_lm_ext.eviction import LRU
-from mlx_lm_ext.plugins import EVICTION
-from mlx_lm_ext.policies import Guard, Slot
-from mlx_lm_ext.radix_cache import RadixPromptCache
-from mlx_lm_ext.segments import Layout, leaves
+from mlx_lm_ext.cache.kinds import Layout, leaves
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.policies.eviction import LRU
+from mlx_lm_ext.policies.guard import Guard, Slot
+from mlx_lm_ext.policies.loading import EVICTION
 
 WINDOW = 6
 

@@ -12,7 +12,7 @@ from mlx_lm.server import CompletionRequest
 
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.interfaces import BatchSampler
-from mlx_lm_ext.validation import parse_arguments, parse_body
+from mlx_lm_ext.request.fields import parse_arguments, parse_body
 
 # A server with these has upstream serve each request alone.
 ALONE = ["--kv-bits", "8", "--quantized-kv-start", "100000"]

@@ -6,8 +6,8 @@ Rules:
 
 from typing import Any
 
-from .radix_tree import Node
-from .segments import nbytes_of_layers
+from mlx_lm_ext.cache.kinds import nbytes_of_layers
+from mlx_lm_ext.cache.tree import Node
 
 
 def check(cache: Any) -> None:

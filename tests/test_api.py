@@ -27,13 +27,14 @@ from mlx_lm.server import CompletionRequest
 from PIL import Image
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import hookimpl, http_server
-from mlx_lm_ext.api import BatchAPIHandler
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext import hookimpl
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.http_server import BatchHTTPServer, Incoming
-from mlx_lm_ext.model_provider import ServedModel
-from mlx_lm_ext.validation import check_size, parse_logit_bias
+from mlx_lm_ext.request.fields import check_size, parse_logit_bias
+from mlx_lm_ext.request.served_model import ServedModel
+from mlx_lm_ext.server import connection as http_server
+from mlx_lm_ext.server.api import BatchAPIHandler
+from mlx_lm_ext.server.connection import BatchHTTPServer, Incoming
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 from test_timings import FAILED, FIRST, RUN, SECOND
 
-from mlx_lm_ext.examples import (
-    benchmark_client,
-    compare,
-    plots,
-    servers,
-    test_prompt_cache,
-)
-from mlx_lm_ext.examples import timings as figures
+from mlx_lm_ext.bench import compare, plots, servers
+from mlx_lm_ext.bench import timings as figures
+from mlx_lm_ext.examples import benchmark_client, test_prompt_cache
 
-EXAMPLES = Path(benchmark_client.__file__).parent
+TOOLS = {
+    tool.__name__.rpartition(".")[-1]: Path(tool.__file__)
+    for tool in (benchmark_client, test_prompt_cache, compare)
+}
 DEFAULTS = {
     "base_url": "http://localhost:8080/v1",
     "api_key": "EMPTY",
@@ -170,9 +168,9 @@ def test_speed_up_is_that_of_the_median_first_token():
     assert test_prompt_cache.speed_ups([slow, fast]) == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["benchmark_client", "test_prompt_cache", "compare"])
+@pytest.mark.parametrize("name", TOOLS)
 def test_each_tool_is_a_script(name):
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
+    command = [sys.executable, str(TOOLS[name]), "--help"]
     help = subprocess.run(command, capture_output=True, text=True)
     assert help.returncode == 0, help.stderr
     assert "--model" in help.stdout

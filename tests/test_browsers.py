@@ -8,7 +8,7 @@ import pytest
 from helpers import JSON, call
 from test_api import CHAT, HELLO
 
-from mlx_lm_ext.browsers import BrowserGuard
+from mlx_lm_ext.server.browsers import BrowserGuard
 
 LOCAL = [
     "localhost",

@@ -17,8 +17,8 @@ from helpers import JSON, complete
 from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.examples.random_model import SPECIAL
-from mlx_lm_ext.validation import FIELDS
+from mlx_lm_ext.bench.random_model import SPECIAL
+from mlx_lm_ext.request.fields import FIELDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -12,11 +12,11 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 from test_timings import FAILED, FIRST, SECOND, stream
 
-from mlx_lm_ext.examples import compare, servers
-from mlx_lm_ext.examples.chat_client import Client
-from mlx_lm_ext.examples.prefixes import Prefixes
-from mlx_lm_ext.examples.servers import Server
-from mlx_lm_ext.examples.workloads import (
+from mlx_lm_ext.bench import compare, servers
+from mlx_lm_ext.bench.chat_client import Client
+from mlx_lm_ext.bench.prefixes import Prefixes
+from mlx_lm_ext.bench.servers import Server
+from mlx_lm_ext.bench.workloads import (
     SWEEPS,
     WORKLOADS,
     Figure,

@@ -7,8 +7,8 @@ import pytest
 from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
 
-from mlx_lm_ext.delivery import Delivery, in_json
-from mlx_lm_ext.request import Token
+from mlx_lm_ext.request.request import Token
+from mlx_lm_ext.server.answer import Delivery, in_json
 
 
 @pytest.fixture(scope="session")

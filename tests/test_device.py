@@ -6,9 +6,10 @@ import sys
 import pytest
 from helpers import call, complete, read, submit
 
-from mlx_lm_ext import device, model_provider
+from mlx_lm_ext import device
 from mlx_lm_ext.device import cgroup_limit, device_memory
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.engine import models as model_provider
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 
 GB = 1 << 30
@@ -91,7 +92,7 @@ def test_model_for_which_there_is_no_room_is_not_loaded(
 
 
 def test_prompt_cache_holds_no_more_than_the_place_gives(start_engine, monkeypatch):
-    monkeypatch.setattr("mlx_lm_ext.kv_memory.device_memory", lambda: 3_000_000)
+    monkeypatch.setattr("mlx_lm_ext.batch.kv_memory.device_memory", lambda: 3_000_000)
     engine = start_engine("llama", "--use-prompt-cache")
     read(submit(engine, "hello", max_tokens=2))
     assert engine.prompt_cache.max_bytes == engine.batch.kv_memory.limit < 3_000_000

@@ -8,13 +8,15 @@ from helpers import ALONE, Reference, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import _upstream, hookimpl, logprobs
-from mlx_lm_ext.batching import Batch
+from mlx_lm_ext import hookimpl
+from mlx_lm_ext.batch import generator as _upstream
+from mlx_lm_ext.batch import logprobs
+from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.device import on_cpu
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.request import ResumedStopSequences
-from mlx_lm_ext.sampling import DefaultSampler
+from mlx_lm_ext.request.request import ResumedStopSequences
+from mlx_lm_ext.sampling.default import DefaultSampler
 
 
 @pytest.mark.parametrize("is_eager", [True, False])

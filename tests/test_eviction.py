@@ -1,11 +1,12 @@
 """What leaves the prompt cache: what policies are told, and the built-in ones."""
 
+import integrity
 import pytest
 from fake_caches import Ticks, make, make_cache
 from mlx_lm.models.cache import QuantizedKVCache
 
-from mlx_lm_ext.eviction import FIFO, GDSF, LFU, LRU, POLICIES, SLRU, TTL
 from mlx_lm_ext.interfaces import EvictionPolicy
+from mlx_lm_ext.policies.eviction import FIFO, GDSF, LFU, LRU, POLICIES, SLRU, TTL
 
 # Of "KVCache": two layers with keys and values of 32 floats.
 TOKEN = 2 * 2 * 32 * 4
@@ -14,7 +15,7 @@ TOKEN = 2 * 2 * 32 * 4
 def insert(cache, tokens, model="m", cache_type="assistant", kind="KVCache"):
     tokens = list(tokens)
     cache.insert_cache(model, tokens, make(kind, tokens), cache_type=cache_type)
-    cache.check_integrity()
+    integrity.check(cache)
 
 
 def n_found(cache, tokens, model="m"):
@@ -151,10 +152,10 @@ def test_what_cannot_be_resumed_leaves_with_what_needed_it():
     assert len(cache) == 3
     cache.trim_to(n_sequences=2)
     assert sorted(e.depth for e in cache.nodes) == [5, 8]
-    cache.check_integrity()
+    integrity.check(cache)
     cache.trim_to(n_sequences=1)
     assert len(cache) == cache.nbytes == 0
-    cache.check_integrity()
+    integrity.check(cache)
 
 
 def test_known_sequence_that_is_stored_again_is_used_and_takes_the_new_type():
@@ -294,7 +295,7 @@ def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
     for turn in turns:
         insert(cache, turn, kind="hybrid")
     cache.trim_to(n_bytes=cache.nbytes - 1)
-    cache.check_integrity()
+    integrity.check(cache)
     assert n_found(cache, other) == len(other)
     # The first of the seven states has left; the system prompt's stays.
     assert n_found(cache, turns[0]) == 6
@@ -327,7 +328,7 @@ def test_expired_entries_leave_with_what_follows_them():
     insert(cache, b"system one")
     insert(cache, b"other one")
     cache.expire()
-    cache.check_integrity()
+    integrity.check(cache)
     assert [e.depth for e in cache.nodes] == [9]
     assert cache.stats().evictions["expired"] == 2
 

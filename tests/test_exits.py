@@ -7,7 +7,7 @@ import pytest
 from conftest import server_process
 from helpers import Reference, call, complete, plugin, read, submit, texts
 
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
@@ -140,7 +140,7 @@ from mlx_lm_ext import hookimpl
 
 @hookimpl
 def mlx_lm_make_logits_processors(request):
-    from mlx_lm_ext.engine import Engine
+    from mlx_lm_ext.engine.loop import Engine
 
     def report(self, idle):
         raise SystemExit

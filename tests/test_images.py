@@ -13,10 +13,10 @@ from helpers import call
 from PIL import Image
 from test_api import CHAT
 
-from mlx_lm_ext import images
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.images import fetch, inline_images, is_public
-from mlx_lm_ext.preparation import Preparation, Preparations
+from mlx_lm_ext.request import images
+from mlx_lm_ext.request.images import fetch, inline_images, is_public
+from mlx_lm_ext.request.preparation import Preparation, Preparations
 
 
 def png(width=3, height=2):

@@ -9,12 +9,12 @@ from helpers import LETTERS, Reference, peak_memory, read, submit, texts
 from mlx_lm.models.cache import ConcatenateKVCache
 from tiny_models import CONFIGS
 
-from mlx_lm_ext.batching import Batch
+from mlx_lm_ext.batch.batch import Batch
+from mlx_lm_ext.batch.kv_memory import KVMemory
+from mlx_lm_ext.cache.kinds import make_segmented_cache, tidy
 from mlx_lm_ext.device import device_memory, give_back_freed
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.kv_memory import KVMemory
-from mlx_lm_ext.segments import make_segmented_cache, tidy
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4

@@ -12,9 +12,10 @@ from helpers import call, complete, submit
 from mlx_lm.server import ModelDescription
 from tiny_models import make_adapter
 
-from mlx_lm_ext import api, model_provider
+from mlx_lm_ext.engine import models as model_provider
+from mlx_lm_ext.engine.models import MAX_DESCRIBED
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.model_provider import MAX_DESCRIBED
+from mlx_lm_ext.server import api
 
 MODELS = "--allow-models"
 

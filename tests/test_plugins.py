@@ -13,12 +13,13 @@ import mlx.core as mx
 import pytest
 from helpers import ALONE, JSON, Always, call, complete, plugin, read, stream, submit
 
-from mlx_lm_ext import hookimpl, hookspecs, plugins
+from mlx_lm_ext import hookimpl, hookspecs
 from mlx_lm_ext.batch_server import make_parser, parse_arguments
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
-from mlx_lm_ext.plugins import EVICTION, PluginError, Plugins
-from mlx_lm_ext.policies import Policies
+from mlx_lm_ext.policies import loading as plugins
+from mlx_lm_ext.policies.guard import Policies
+from mlx_lm_ext.policies.loading import EVICTION, PluginError, Plugins
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HOOKS = {

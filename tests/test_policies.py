@@ -22,13 +22,13 @@ from helpers import (
 )
 
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
-from mlx_lm_ext.plugins import SAMPLER
-from mlx_lm_ext.policies import Slot
-from mlx_lm_ext.row_samplers import RowSampler, RowSamplers
-from mlx_lm_ext.validation import parse_arguments
+from mlx_lm_ext.policies.guard import Slot
+from mlx_lm_ext.policies.loading import SAMPLER
+from mlx_lm_ext.request.fields import parse_arguments
+from mlx_lm_ext.sampling.groups import RowSampler, RowSamplers
 
 # Room for 600 tokens, of which a running request takes 256.
 CACHE = ["--use-prompt-cache", "--radix-cache-size", str(600 * 512)]
@@ -496,7 +496,7 @@ def test_time_of_each_policy_is_logged(start_with, caplog):
 
 
 def test_overhead_is_measured():
-    command = [sys.executable, "-m", "mlx_lm_ext.examples.policy_overhead"]
+    command = [sys.executable, "-m", "mlx_lm_ext.bench.policy_overhead"]
     command += ["--rounds", "2", "--steps", "3", "--rows", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"2 rows: \d+ us .*ratio \d\.\d+", result.stdout)

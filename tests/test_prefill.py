@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_lm_ext import prefill
+from mlx_lm_ext.batch import prefill
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 from helpers import call, complete
 from test_api import CHAT, HELLO, post_whole
 
-from mlx_lm_ext import http_server, tokenizing
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.preparation import Interrupted, Preparation, Preparations
-from mlx_lm_ext.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
+from mlx_lm_ext.request import tokenizing
+from mlx_lm_ext.request.preparation import Interrupted, Preparation, Preparations
+from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
+from mlx_lm_ext.server import connection as http_server
 
 # Takes hours, and writes nothing.
 ENDLESS = (

@@ -6,6 +6,7 @@ import threading
 from functools import partial
 from types import SimpleNamespace
 
+import integrity
 import mlx.core as mx
 import pytest
 from helpers import (
@@ -22,14 +23,15 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
 
-from mlx_lm_ext import demo_model, radix_cache
+from mlx_lm_ext import demo_model
+from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.engine import Engine
-from mlx_lm_ext.examples.random_model import SPECIAL, write_model
-from mlx_lm_ext.radix_cache import RadixPromptCache
-from mlx_lm_ext.request import SingleCache
-from mlx_lm_ext.validation import parse_arguments
+from mlx_lm_ext.bench.random_model import SPECIAL, write_model
+from mlx_lm_ext.cache import prompt_cache as radix_cache
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.request.fields import parse_arguments
+from mlx_lm_ext.request.request import SingleCache
 
 CACHE = "--use-prompt-cache"
 
@@ -75,7 +77,7 @@ def test_tokens_equal_those_from_cold(architecture, folder_of, start_engine):
         job = submit(engine, tokens, max_tokens=n)
         assert read(job) == reference.tokens(tokens, n), name
         found[name] = job.n_matched
-        engine.prompt_cache.check_integrity()
+        integrity.check(engine.prompt_cache)
     assert found["cold"] == found["one other token"] == found["one token"] == 0
     # On the CPU the last token is not run: it is handed out first.
     assert found["next turn"] in (90 + n - 1, 90 + n)
@@ -252,7 +254,7 @@ def test_turns_of_a_chat_equal_those_from_cold(architecture, folder_of, start_en
         assert read(job) == reference.tokens(job.prompt, 12)
         assert job.n_matched >= job.n_prompt - len(question) - 60
         messages.append({"role": "assistant", "content": "x" * 10})
-    engine.prompt_cache.check_integrity()
+    integrity.check(engine.prompt_cache)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -273,7 +275,7 @@ def test_requests_that_come_together_equal_those_from_cold(
         for prompt, job in zip(prompts, jobs):
             assert read(job) == reference.tokens(prompt, 20)
     cache = engine.prompt_cache
-    cache.check_integrity()
+    integrity.check(cache)
     stats = cache.stats()
     assert stats.evictions["evicted"] > 10
     assert 0 < stats.bytes <= bound
@@ -299,7 +301,7 @@ def test_memory_is_what_the_cache_says(architecture, start_engine, tmp_path, req
             read(job)
     cache = engine.prompt_cache
     wait_until_idle(engine)
-    cache.check_integrity()
+    integrity.check(cache)
     assert cache.stats().evictions["evicted"] > 10
     held = active_memory() - before
     assert held == pytest.approx(cache.nbytes, rel=0.01)
@@ -434,7 +436,7 @@ def test_a_branch_is_resumed_from_the_third_time_on(architecture, start_engine):
         read(job)
         wait_until_idle(engine)
         n_matched.append(job.n_matched)
-    engine.prompt_cache.check_integrity()
+    integrity.check(engine.prompt_cache)
     # A segment can be cut at once; a state has to be left there by the second.
     second = len(start) if architecture in ("llama", "deepseek_v2") else 0
     assert n_matched == [0, second, len(start), len(start)]
@@ -458,7 +460,7 @@ def test_bound_counts_the_running_batch(start_engine):
             finished = super().step()
             if self.generator:
                 held.append(self.generator.prompt_cache_nbytes + cache.nbytes)
-                cache.check_integrity()
+                integrity.check(cache)
             return finished
 
     class WatchedEngine(Engine):
@@ -538,7 +540,7 @@ def test_upstreams_engine_takes_it_for_its_own_cache(architecture, model_folder)
             assert found == n_cached or architecture != "llama"
     finally:
         generator.stop_and_join()
-    cache.check_integrity()
+    integrity.check(cache)
     assert len(cache) > 0
     cache.trim_to(n_sequences=1)
     assert len(cache) == 1

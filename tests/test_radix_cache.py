@@ -3,14 +3,15 @@
 import re
 import sys
 
+import integrity
 import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, make, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_lm_ext.eviction import POLICIES
-from mlx_lm_ext.examples import cache_lookup
+from mlx_lm_ext.bench import cache_lookup
+from mlx_lm_ext.policies.eviction import POLICIES
 
 
 def common(a, b):
@@ -100,7 +101,7 @@ def test_it_finds_what_a_dictionary_finds(name, steps):
             ideal = known.longest(*step[1:])
             # A window that has not wrapped can be cut too.
             assert n == ideal if known.is_cut else n >= ideal
-        cache.check_integrity()
+        integrity.check(cache)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
@@ -128,7 +129,7 @@ def test_evictions_leave_it_whole_and_within_its_bound(name, policy, steps, max_
             cache.reserve(step[1])
         else:
             cache.expire()
-        cache.check_integrity()
+        integrity.check(cache)
         assert type(cache.eviction.policy) is policy, "it was replaced"
         by_type = cache.stats_by_type().values()
         assert sum(t["n_bytes"] for t in by_type) == cache.nbytes
@@ -148,7 +149,7 @@ def test_copy_that_fails_leaves_nothing_behind(monkeypatch, caplog):
     (record,) = caplog.records
     assert record.getMessage() == "KV cannot be copied: the prompt cache is emptied"
     assert len(cache) == cache.nbytes == 0
-    cache.check_integrity()
+    integrity.check(cache)
     cache.insert_cache("m", [4, 5], make("KVCache", [4, 5]))
     assert len(cache) == 1
 

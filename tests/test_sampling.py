@@ -11,14 +11,16 @@ from helpers import Reference, call, read, stream, submit, texts
 from mlx_lm import sample_utils
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import cpu_sampling, gpu_sampling, sampling
+from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.engine import Engine
-from mlx_lm_ext.penalties import MAX_CONTEXT, Penalties, Row
-from mlx_lm_ext.sampling import DefaultSampler
-from mlx_lm_ext.sampling_row import make_key
-from mlx_lm_ext.validation import parse_arguments
+from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.request.fields import parse_arguments
+from mlx_lm_ext.sampling import cpu as cpu_sampling
+from mlx_lm_ext.sampling import default as sampling
+from mlx_lm_ext.sampling import gpu as gpu_sampling
+from mlx_lm_ext.sampling.default import DefaultSampler
+from mlx_lm_ext.sampling.parameters import make_key
+from mlx_lm_ext.sampling.penalties import MAX_CONTEXT, Penalties, Row
 
 # A few that are about as likely as each other, and a long tail.
 SPECIAL = [3, 17]

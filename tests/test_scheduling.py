@@ -5,9 +5,9 @@ from argparse import Namespace
 
 import pytest
 
+from mlx_lm_ext.batch.prefill import default_budget
 from mlx_lm_ext.interfaces import RequestInfo, SchedulerView
-from mlx_lm_ext.prefill import default_budget
-from mlx_lm_ext.scheduling import FCFS, LPM, POLICIES, SJF, Fair, Priority
+from mlx_lm_ext.policies.scheduling import FCFS, LPM, POLICIES, SJF, Fair, Priority
 
 ARGS = Namespace(prefill_budget=256, max_wait=30.0)
 

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 
+import integrity
 import mlx.core as mx
 import pytest
 from fake_caches import MODELS, contents, feed, kv, make
@@ -19,11 +20,11 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_lm_ext.examples import join_and_leave
-from mlx_lm_ext.radix_cache import RadixPromptCache
-from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache, SegmentedKVCache, moves
-from mlx_lm_ext.segments import Layout, leaves, make_segmented_cache, tidy
-from mlx_lm_ext.sliding_cache import BatchSlidingKVCache
+from mlx_lm_ext.bench import join_and_leave
+from mlx_lm_ext.cache.kinds import Layout, leaves, make_segmented_cache, tidy
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache, SegmentedKVCache, moves
+from mlx_lm_ext.cache.sliding import BatchSlidingKVCache
 
 TOKENS = list(range(10))
 
@@ -225,7 +226,7 @@ def test_caches_that_disagree_are_not_kept():
     caches[1].trim(2)
     cache.insert_cache("m", TOKENS, caches)
     assert cache.stats().tokens == 8
-    cache.check_integrity()
+    integrity.check(cache)
 
 
 def test_layout_of_an_unknown_type_names_it():

@@ -3,12 +3,13 @@
 import random
 import threading
 
+import integrity
 import pytest
 from helpers import Reference, read, submit, texts, wait_until_idle
 from tiny_models import CONFIGS
 
-from mlx_lm_ext.batching import MIN_SHARED, Batch
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.batch.batch import MIN_SHARED, Batch
+from mlx_lm_ext.engine.loop import Engine
 
 PREFIX = texts(1, seed=21)[0] * 2
 STEPS = ["--prefill-step-size", "16"]
@@ -56,7 +57,7 @@ def test_prompts_that_come_at_once_run_their_prefix_once(
         assert read(job) == reference.tokens(prompt, 10)
     assert n_run(jobs) == len(PREFIX) + sum(len(p) - len(PREFIX) for p in prompts)
     wait_until_idle(engine)
-    engine.batch.prompt_cache.check_integrity()
+    integrity.check(engine.batch.prompt_cache)
     if not cache:
         assert engine.batch.prompt_cache.nbytes == 0
 
@@ -239,4 +240,4 @@ def test_tokens_equal_those_of_generate_whoever_comes_and_goes(
                 job.receive(timeout=0.1)
             assert job.generated == reference.tokens(prompt, job.max_tokens)
     wait_until_idle(engine)
-    engine.batch.prompt_cache.check_integrity()
+    integrity.check(engine.batch.prompt_cache)

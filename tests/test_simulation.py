@@ -14,10 +14,10 @@ from helpers import read, submit
 from mlx import nn
 from mlx_lm.models.cache import KVCache
 
-from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.batch.batch import Batch
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.scheduling import POLICIES
+from mlx_lm_ext.policies.scheduling import POLICIES
 
 # None of them ends an answer.
 FIRST, N_TOKENS = 10, 90

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_lm_ext.sliding_cache import BatchSlidingKVCache, SlidingKVCache, in_order
+from mlx_lm_ext.cache.sliding import BatchSlidingKVCache, SlidingKVCache, in_order
 
 WINDOW = 8
 

@@ -7,7 +7,7 @@ import string
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_lm_ext.stop_words import StopWords
+from mlx_lm_ext.server.stop_words import StopWords
 
 WORDS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=5)
 PIECES = st.lists(st.text("abc", max_size=6), max_size=6)

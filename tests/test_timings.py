@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_lm_ext.examples import timings
-from mlx_lm_ext.examples.timings import Timing
+from mlx_lm_ext.bench import timings
+from mlx_lm_ext.bench.timings import Timing
 
 
 def stream(start, *arrivals, tokens=None, **kwargs):

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.request import Request, Token
-from mlx_lm_ext.turnstile import Mailbox, Turnstile
+from mlx_lm_ext.request.mailbox import Mailbox, Turnstile
+from mlx_lm_ext.request.request import Request, Token
 
 
 class Waiting(Mailbox):

@@ -6,11 +6,16 @@ import pytest
 from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
-from mlx_lm_ext import _upstream, batching, gpu_sampling, plugins, sampling, warm_up
-from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.engine import Engine
+from mlx_lm_ext.batch import batch as batching
+from mlx_lm_ext.batch import generator as _upstream
+from mlx_lm_ext.batch.batch import Batch
+from mlx_lm_ext.engine import warm_up
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
-from mlx_lm_ext.penalties import Penalties
+from mlx_lm_ext.policies import loading as plugins
+from mlx_lm_ext.sampling import default as sampling
+from mlx_lm_ext.sampling import gpu as gpu_sampling
+from mlx_lm_ext.sampling.penalties import Penalties
 
 
 @pytest.fixture
@@ -170,6 +175,6 @@ def test_server_is_not_healthy_until_it_is_warm(start_engine, monkeypatch):
     def warm_up(provider, is_stopping):
         healthy.append(engines[0].is_healthy)
 
-    monkeypatch.setattr("mlx_lm_ext.engine.warm_up", warm_up)
+    monkeypatch.setattr("mlx_lm_ext.engine.loop.warm_up", warm_up)
     engine = start_engine("llama", "--warmup", make_engine=WatchedEngine)
     assert healthy == [False] and engine.is_healthy

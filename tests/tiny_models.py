@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lm_ext.examples.random_model import COMMON, LLAMA, write_model
+from mlx_lm_ext.bench.random_model import COMMON, LLAMA, write_model
 
 CONFIGS = {
     # KVCache

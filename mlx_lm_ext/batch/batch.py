@@ -13,19 +13,19 @@ from typing import Any, Collection, Dict, Iterable, List, Optional, Set, Tuple
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from ._upstream import LeanBatchGenerator, make_logits_processors
-from .device import check_address_space
-from .interfaces import SchedulerView
+from ..cache.kinds import make_segmented_cache
+from ..cache.prompt_cache import RadixPromptCache
+from ..cache.tree import Node, n_common
+from ..device import check_address_space
+from ..engine.models import BatchModelProvider
+from ..interfaces import SchedulerView
+from ..policies.guard import Policies
+from ..request.mailbox import Turnstile
+from ..request.request import Request, ResumedStopSequences, Token
+from ..sampling.groups import RowSampler
+from .generator import LeanBatchGenerator, make_logits_processors
 from .kv_memory import KVMemory
-from .model_provider import BatchModelProvider
-from .policies import Policies
 from .prefill import chunk_width, step_size
-from .radix_cache import RadixPromptCache
-from .radix_tree import Node, n_common
-from .request import Request, ResumedStopSequences, Token
-from .row_samplers import RowSampler
-from .segments import make_segmented_cache
-from .turnstile import Turnstile
 
 # Tokens of a common prefix that are worth waiting for.
 MIN_SHARED = 16

@@ -1,55 +1,26 @@
-"""The only door to mlx-lm's private names.
+"""Upstream's ``BatchGenerator`` with steps that wait for nothing they need not wait for.
 
-Each adapter below gives a private step of mlx-lm 0.32 a public name. What upstream
-makes public (see ``patches/``) is deleted here.
+Rules:
+1. A door: with the files named ``upstream.py``, the only one that uses private names of
+   mlx-lm. What upstream makes public (see ``patches/``) is deleted here.
 """
 
 from copy import copy, deepcopy
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm import __version__
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
-from mlx_lm.processors import PROCESSORS
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    ModelDescription,
-    ModelProvider,
-    ResponseGenerator,
-    _make_logits_processors,
-)
-from mlx_lm.utils import _download
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from mlx_lm.server import _make_logits_processors
 
-from .device import give_back_freed, on_cpu
+from ..cache.kinds import leaves, tidy
+from ..cache.segmented import BatchSegmentedKVCache
+from ..device import give_back_freed, on_cpu
+from ..sampling.groups import RowSampler, RowSamplers
+from ..sampling.penalties import Penalties
 from .logprobs import Logprobs
-from .penalties import Penalties
-from .row_samplers import RowSampler, RowSamplers
-from .segmented_cache import BatchSegmentedKVCache
-from .segments import leaves, tidy
 
-ModelKey = Tuple[str, Optional[str], Optional[str]]
-
-download = _download
-compile_chat_template = _compile_jinja_template
 make_logits_processors = _make_logits_processors
-
-
-def check_version() -> None:
-    """Refuse an mlx-lm whose private names this file does not know.
-
-    Raises:
-        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
-    """
-    version = tuple(int(part) for part in __version__.split(".")[:3])
-    if not (0, 32, 2) <= version < (0, 33):
-        raise RuntimeError(
-            f"mlx-lm {__version__} is installed, and mlx-lm-ext needs "
-            "mlx-lm>=0.32.2,<0.33"
-        )
 
 
 def segmented(caches: List[Any]) -> List[BatchSegmentedKVCache]:
@@ -337,71 +308,3 @@ class LeanBatchGenerator(BatchGenerator):
     @property
     def generation_batch(self) -> LeanGenerationBatch:
         return self._generation_batch
-
-
-def takes_images(config: Dict[str, Any]) -> bool:
-    """Whether a model of this configuration has a processor of images."""
-    kind = config.get("processor_type", config.get("model_type"))
-    return bool(config.get("vision_config")) and kind in PROCESSORS
-
-
-def writes_text(tokenizer: Any) -> bool:
-    """Whether what the chat template of a ``TokenizerWrapper`` writes is all that its
-    tokens are made of. Tokenizers with code of their own may do more."""
-    cls = type(tokenizer._tokenizer)
-    return (
-        tokenizer._chat_template is not None
-        or cls.apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    )
-
-
-class ModelProviderBase(ModelProvider):
-    """``ModelProvider`` with its name maps and load arguments as public members."""
-
-    def resolve(self, model: ModelDescription) -> ModelKey:
-        """The names of a request's model, adapter and draft model, the defaults filled
-        in."""
-        return (
-            self._model_map.get(model.model, model.model),
-            # Upstream ignores an adapter asked for on the default model.
-            model.adapter or self._adapter_map.get(model.model),
-            self._draft_model_map.get(model.draft, model.draft),
-        )
-
-    @property
-    def tokenizer_config(self) -> Dict[str, Any]:
-        return self._tokenizer_config
-
-
-class ResponseGeneratorBase(ResponseGenerator):
-    """``ResponseGenerator`` with the steps that a subclass calls or replaces."""
-
-    def run(self) -> None:
-        """The body of the generation thread."""
-        raise NotImplementedError
-
-    def _generate(self):
-        self.run()
-
-    def tokenize(
-        self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments
-    ) -> Tuple[List[int], List[List[int]], List[str], str]:
-        """The prompt, its segments, their types, and the initial text state."""
-        prompt, segments, types, state, _ = self._tokenize(tokenizer, request, args)
-        if request.messages and len(segments) == 1 and tokenizer.has_thinking:
-            # Upstream cuts before the reasoning only after a message of the user's.
-            start = tokenizer.rfind_think_start(prompt, start=max(0, len(prompt) - 11))
-            if start > 0:
-                segments = [prompt[:start], prompt[start:]]
-                types = ["user", "assistant"]
-        return prompt, segments, types, state
-
-    def _tokenize(self, tokenizer, request, args):
-        # Upstream takes no prompt that is token ids already.
-        if isinstance(request.prompt, list):
-            return request.prompt, [request.prompt], ["assistant"], "normal", None
-        return super()._tokenize(tokenizer, request, args)
-
-    def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
-        """Serve ``(queue, request, args)`` alone, on the calling thread."""
-        self._serve_single(request, stream)

@@ -11,11 +11,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from .device import device_memory
-from .errors import RequestError
-from .interfaces import RequestInfo
-from .segmented_cache import MIN_PADDING
-from .segments import Layout, leaves, nbytes
+from ..cache.kinds import Layout, leaves, nbytes
+from ..cache.segmented import MIN_PADDING
+from ..device import device_memory
+from ..errors import RequestError
+from ..interfaces import RequestInfo
 
 
 class KVMemory:

@@ -5,7 +5,7 @@ from typing import List
 
 import mlx.core as mx
 
-from .device import on_cpu
+from ..device import on_cpu
 
 # Tokens of padding in a step that cost less than another step.
 FREE_PADDING = 64

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from mlx_lm_ext.argument_types import number
+from mlx_lm_ext.arguments import number
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

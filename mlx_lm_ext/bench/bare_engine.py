@@ -22,7 +22,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_lm_ext.examples.workloads import SAMPLED, short_chats
+from mlx_lm_ext.bench.workloads import SAMPLED, short_chats
 
 SAMPLERS = {
     "greedy": None,

@@ -1,6 +1,6 @@
 """How long lookups and insertions take, beside those of mlx-lm's LRUPromptCache.
 
-    python -m mlx_lm_ext.examples.cache_lookup
+    python -m mlx_lm_ext.bench.cache_lookup
 
 The one layer's KV is tiny: what is timed is finding it.
 """
@@ -13,9 +13,9 @@ from typing import Callable, List
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, LRUPromptCache
 
-from mlx_lm_ext.argument_types import ArgumentParser, number
-from mlx_lm_ext.examples import timings
-from mlx_lm_ext.radix_cache import RadixPromptCache
+from mlx_lm_ext.arguments import ArgumentParser, number
+from mlx_lm_ext.bench import timings
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Dict, List, Optional
 
-from mlx_lm_ext.examples.timings import Timing
+from mlx_lm_ext.bench.timings import Timing
 
 try:
     import aiohttp

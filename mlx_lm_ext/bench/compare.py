@@ -24,12 +24,12 @@ from random import Random
 from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional
 
 from mlx_lm_ext import demo_model
-from mlx_lm_ext.argument_types import ArgumentParser, number
-from mlx_lm_ext.examples import servers, timings
-from mlx_lm_ext.examples.arguments import counts, names, output_file, plot_file
-from mlx_lm_ext.examples.chat_client import Client
-from mlx_lm_ext.examples.servers import Server
-from mlx_lm_ext.examples.workloads import (
+from mlx_lm_ext.arguments import ArgumentParser, number
+from mlx_lm_ext.bench import servers, timings
+from mlx_lm_ext.bench.arguments import counts, names, output_file, plot_file
+from mlx_lm_ext.bench.chat_client import Client
+from mlx_lm_ext.bench.servers import Server
+from mlx_lm_ext.bench.workloads import (
     SWEEP_FIGURES,
     SWEEPS,
     WORKLOADS,
@@ -183,7 +183,7 @@ def objection(names: List[str], outcomes: List[Outcome]) -> Optional[str]:
 
 def run_bare(model: str, clients: List[int], max_tokens: int, seed: str) -> Dict:
     """Run ``bare_engine.py`` in a process of its own."""
-    command = [sys.executable, "-m", "mlx_lm_ext.examples.bare_engine"]
+    command = [sys.executable, "-m", "mlx_lm_ext.bench.bare_engine"]
     command += ["--model", model, "--max-tokens", str(max_tokens), "--seed", seed]
     command += ["--clients", *map(str, clients)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -383,7 +383,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
-        from mlx_lm_ext.examples import plots
+        from mlx_lm_ext.bench import plots
 
         plots.save_comparison(report, args.plot)
     parts = report["workloads"] + [p for s in report["sweeps"] for p in s["points"]]

@@ -1,6 +1,6 @@
 """What it costs that a row joins a batch, or leaves it, beside mlx-lm's BatchKVCache.
 
-python -m mlx_lm_ext.examples.join_and_leave
+python -m mlx_lm_ext.bench.join_and_leave
 """
 
 import argparse
@@ -10,9 +10,9 @@ from typing import Any, List, Type
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache
 
-from mlx_lm_ext.argument_types import ArgumentParser, number
-from mlx_lm_ext.examples import timings
-from mlx_lm_ext.segmented_cache import BatchSegmentedKVCache
+from mlx_lm_ext.arguments import ArgumentParser, number
+from mlx_lm_ext.bench import timings
+from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache
 
 HEADS, HEAD_DIM = 4, 64
 

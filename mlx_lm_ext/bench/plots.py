@@ -4,8 +4,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, Dict, List
 
-from mlx_lm_ext.examples import timings
-from mlx_lm_ext.examples.timings import Timing
+from mlx_lm_ext.bench import timings
+from mlx_lm_ext.bench.timings import Timing
 
 try:
     import matplotlib

@@ -15,15 +15,15 @@ blas.load()
 
 import mlx.core as mx
 
+from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch_server import make_parser
-from mlx_lm_ext.batching import Batch
-from mlx_lm_ext.examples import timings
-from mlx_lm_ext.examples.random_model import LLAMA, write_model
-from mlx_lm_ext.model_provider import BatchModelProvider
-from mlx_lm_ext.plugins import Plugins
-from mlx_lm_ext.policies import Policies
-from mlx_lm_ext.turnstile import Turnstile
-from mlx_lm_ext.warm_up import make_request
+from mlx_lm_ext.bench import timings
+from mlx_lm_ext.bench.random_model import LLAMA, write_model
+from mlx_lm_ext.engine.models import BatchModelProvider
+from mlx_lm_ext.engine.warm_up import make_request
+from mlx_lm_ext.policies.guard import Policies
+from mlx_lm_ext.policies.loading import Plugins
+from mlx_lm_ext.request.mailbox import Turnstile
 
 
 class Greedy:

@@ -2,7 +2,7 @@
 
 Run as a script, it writes one with the tokenizer of a real model. Of two layers::
 
-    python -m mlx_lm_ext.examples.random_model two_layers --config num_hidden_layers=2
+    python -m mlx_lm_ext.bench.random_model two_layers --config num_hidden_layers=2
 """
 
 import argparse

@@ -11,10 +11,10 @@ from functools import partial
 from random import Random
 from typing import Any, Awaitable, Callable, Dict, Iterable, List, Optional
 
-from mlx_lm_ext.examples import timings, words
-from mlx_lm_ext.examples.chat_client import GREEDY, Client, Messages
-from mlx_lm_ext.examples.prefixes import Prefixes
-from mlx_lm_ext.examples.timings import Timing
+from mlx_lm_ext.bench import timings, words
+from mlx_lm_ext.bench.chat_client import GREEDY, Client, Messages
+from mlx_lm_ext.bench.prefixes import Prefixes
+from mlx_lm_ext.bench.timings import Timing
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 SAMPLING = {"greedy": GREEDY, "sampled": SAMPLED}

@@ -21,15 +21,15 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from .rows import Rows
-from .segmented_cache import (
+from .row_starts import Rows
+from .segmented import (
     Arrays,
     BatchSegmentedKVCache,
     SegmentedKVCache,
     join,
     slices,
 )
-from .sliding_cache import BatchSlidingKVCache, SlidingKVCache, in_order, spare
+from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order, spare
 
 
 def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:

@@ -17,13 +17,12 @@ from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
-from . import integrity
-from .eviction import LRU
-from .interfaces import Clock, Entry, EvictionPolicy
-from .plugins import EVICTION
-from .policies import Guard, Slot
-from .radix_tree import CacheStats, Match, Node
-from .segments import Layout, nbytes_of_layers
+from ..interfaces import Clock, Entry, EvictionPolicy
+from ..policies.eviction import LRU
+from ..policies.guard import Guard, Slot
+from ..policies.loading import EVICTION
+from .kinds import Layout, nbytes_of_layers
+from .tree import CacheStats, Match, Node
 
 UNBOUNDED = 1 << 63
 
@@ -394,7 +393,3 @@ class RadixPromptCache(LRUPromptCache):
             hit_tokens=self.counts["hit_tokens"],
             evictions={r: self.counts[r] for r in ("evicted", "expired", "superseded")},
         )
-
-    def check_integrity(self) -> None:
-        """Prove that the trees are what their rules say, or raise an ``AssertionError``."""
-        integrity.check(self)

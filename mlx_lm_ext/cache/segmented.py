@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
     dynamic_roll,
 )
 
-from .rows import Rows
+from .row_starts import Rows
 
 # Places before the first token of all rows that are worth a copy of the others, if they
 # are a quarter of all.

@@ -11,8 +11,8 @@ from typing import Any, List, Optional
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
-from .rows import Rows
-from .segmented_cache import Arrays, BatchSegmentedKVCache, SegmentedKVCache
+from .row_starts import Rows
+from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache
 
 
 def in_order(cache: RotatingKVCache) -> Arrays:

@@ -14,9 +14,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
-from .interfaces import Entry
-from .segmented_cache import Arrays, SegmentedKVCache
-from .segments import Layout, copy, nbytes_of_layers
+from ..interfaces import Entry
+from .kinds import Layout, copy, nbytes_of_layers
+from .segmented import Arrays, SegmentedKVCache
 
 
 def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:

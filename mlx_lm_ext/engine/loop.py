@@ -21,17 +21,17 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
-from ._upstream import ResponseGeneratorBase
-from .batching import Batch
-from .errors import RequestError, internal_error
-from .images import image_parts
-from .model_provider import BatchModelProvider
-from .policies import Policies
-from .preparation import Preparation
-from .radix_cache import RadixPromptCache
-from .request import Request, SingleCache, SingleQueue
-from .turnstile import Mailbox, Turnstile
-from .validation import check_choice
+from ..batch.batch import Batch
+from ..cache.prompt_cache import RadixPromptCache
+from ..errors import RequestError, internal_error
+from ..policies.guard import Policies
+from ..request.fields import check_choice
+from ..request.images import image_parts
+from ..request.mailbox import Mailbox, Turnstile
+from ..request.preparation import Preparation
+from ..request.request import Request, SingleCache, SingleQueue
+from .models import BatchModelProvider
+from .upstream import ResponseGeneratorBase
 from .warm_up import warm_up
 
 # Seconds between two lines of statistics, and between two looks for what has expired.

@@ -9,22 +9,22 @@ Rules:
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, Optional, Set
 
 from huggingface_hub import snapshot_download
-from mlx_lm.generate import StopSequences, make_stop_sequences
-from mlx_lm.server import CompletionRequest, ModelDescription
+from mlx_lm.generate import make_stop_sequences
+from mlx_lm.processors import PROCESSORS
+from mlx_lm.server import ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
-from ._upstream import ModelKey, ModelProviderBase, download, takes_images
-from .device import on_cpu, process_limit
-from .errors import RequestError
-from .patterns import matches
-from .preparation import Preparation
-from .tokenizing import BoundedTokenizer, bound_chat_templates, most_characters
+from ..device import on_cpu, process_limit
+from ..errors import RequestError
+from ..patterns import matches
+from ..request.served_model import ModelKey, ServedModel
+from ..request.tokenizing import bound_chat_templates, most_characters
+from .upstream import ModelProviderBase, download
 
 # Models of which tokenizer and configuration are kept.
 MAX_DESCRIBED = 8
@@ -34,49 +34,10 @@ PARAMS = ("model", "adapters", "draft_model")
 ANY = "any"
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """What a handler thread needs of a model; no arrays.
-
-    Args:
-        key (ModelKey): The paths of model, adapter and draft model.
-        tokenizer (TokenizerWrapper): Shared by all threads, never changed.
-        vocabulary_size (int): Rows of the embedding; token ids are below it.
-        context_length (Optional[int]): Tokens of prompt and answer together.
-        most_characters (int): Characters that a prompt may have to fit into these.
-        takes_images (bool): Whether it is of a kind that takes images.
-        end_of_text (StopSequences): The end-of-text tokens.
-    """
-
-    key: ModelKey
-    tokenizer: Any
-    vocabulary_size: int
-    context_length: Optional[int]
-    most_characters: int
-    takes_images: bool
-    end_of_text: StopSequences
-
-    def bounded_tokenizer(
-        self, field: str, preparation: Preparation
-    ) -> BoundedTokenizer:
-        """Its tokenizer for one request; see there."""
-        return BoundedTokenizer(
-            self.tokenizer,
-            self.context_length,
-            self.most_characters,
-            field,
-            preparation,
-        )
-
-    def name_roles(self, request: CompletionRequest) -> None:
-        """Let developers be of the role system, in place, if the chat template does not
-        know them: it might leave out what they say."""
-        template = self.tokenizer.chat_template or request.role_mapping
-        if "developer" in str(template):
-            return
-        for message in request.messages:
-            if message["role"] == "developer":
-                message["role"] = "system"
+def takes_images(config: Dict[str, Any]) -> bool:
+    """Whether a model of this configuration has a processor of images."""
+    kind = config.get("processor_type", config.get("model_type"))
+    return bool(config.get("vision_config")) and kind in PROCESSORS
 
 
 def normalised(name: str) -> str:

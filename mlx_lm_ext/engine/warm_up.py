@@ -12,16 +12,16 @@ from typing import Any, Callable, List
 
 from mlx_lm.generate import StopSequences
 
-from .batching import Batch
-from .device import on_cpu
-from .model_provider import BatchModelProvider
-from .penalties import MAX_CONTEXT
-from .plugins import Plugins
-from .policies import Policies
-from .prefill import default_budget
-from .request import Request
-from .turnstile import Turnstile
-from .validation import parse_arguments
+from ..batch.batch import Batch
+from ..batch.prefill import default_budget
+from ..device import on_cpu
+from ..policies.guard import Policies
+from ..policies.loading import Plugins
+from ..request.fields import parse_arguments
+from ..request.mailbox import Turnstile
+from ..request.request import Request
+from ..sampling.penalties import MAX_CONTEXT
+from .models import BatchModelProvider
 
 # One of each kind of row.
 BODIES = [{}, {"temperature": 0.7, "top_p": 0.95}, {"logprobs": 1}]

@@ -1,1 +1,1 @@
-"""Tools that measure a server; they need the ``bench`` extra."""
+"""Two tools that are started by path, and a sample plugin."""

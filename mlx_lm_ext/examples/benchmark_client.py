@@ -16,10 +16,10 @@ import sys
 from contextlib import asynccontextmanager
 from typing import Any, AsyncIterator, Dict, List, NamedTuple, Optional
 
-from mlx_lm_ext.argument_types import ArgumentParser, number
-from mlx_lm_ext.examples import timings, words
-from mlx_lm_ext.examples.arguments import add_server_arguments, output_file, plot_file
-from mlx_lm_ext.examples.timings import Timing
+from mlx_lm_ext.arguments import ArgumentParser, number
+from mlx_lm_ext.bench import timings, words
+from mlx_lm_ext.bench.arguments import add_server_arguments, output_file, plot_file
+from mlx_lm_ext.bench.timings import Timing
 
 try:
     import openai
@@ -225,7 +225,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         }
         args.json.write_text(json.dumps(content, indent=2, default=str))
     if args.plot:
-        from mlx_lm_ext.examples import plots
+        from mlx_lm_ext.bench import plots
 
         plots.save_run(done, args.plot)
     if summary["failures"]:

@@ -12,11 +12,11 @@ import asyncio
 import random
 from typing import List, Optional, Tuple
 
-from mlx_lm_ext.argument_types import ArgumentParser
-from mlx_lm_ext.examples import timings, words
-from mlx_lm_ext.examples.arguments import add_server_arguments
+from mlx_lm_ext.arguments import ArgumentParser
+from mlx_lm_ext.bench import timings, words
+from mlx_lm_ext.bench.arguments import add_server_arguments
+from mlx_lm_ext.bench.timings import Timing
 from mlx_lm_ext.examples.benchmark_client import ask, connect
-from mlx_lm_ext.examples.timings import Timing
 
 N_WORDS = 1270  # some 1,500 tokens, as tokenizers go
 MAX_TOKENS = 16

@@ -2,7 +2,7 @@
 
 from typing import Dict
 
-from .interfaces import Entry, EvictionPolicy
+from ..interfaces import Entry, EvictionPolicy
 
 
 class LRU(EvictionPolicy):

@@ -13,9 +13,9 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Type, TypeVar
 
-from .errors import RequestError
-from .interfaces import Clock, RequestInfo, RequestStats
-from .plugins import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins, one_line
+from ..errors import RequestError
+from ..interfaces import Clock, RequestInfo, RequestStats
+from .loading import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins, one_line
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Type
 
 from pluggy import PluginManager, PluginValidationError
 
-from . import __version__, hookimpl, hookspecs
-from .interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from .. import __version__, hookimpl, hookspecs
+from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
 GROUP = "mlx_lm_ext"
 
@@ -88,7 +88,7 @@ class BuiltIn:
 
     @hookimpl
     def mlx_lm_register_samplers(self):
-        from .sampling import DefaultSampler
+        from ..sampling.default import DefaultSampler
 
         return [DefaultSampler]
 

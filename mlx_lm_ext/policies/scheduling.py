@@ -7,8 +7,8 @@ came later. So nobody waits longer than that and the time to serve those before 
 import heapq
 from typing import Any, Dict, List, Optional, Set
 
-from .interfaces import RequestInfo, SchedulerPolicy
-from .prefill import default_budget
+from ..batch.prefill import default_budget
+from ..interfaces import RequestInfo, SchedulerPolicy
 
 
 class FCFS(SchedulerPolicy):

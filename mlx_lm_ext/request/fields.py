@@ -21,7 +21,7 @@ from mlx_lm.server import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from .errors import RequestError
+from ..errors import RequestError
 from .images import MAX_IMAGES
 
 TYPE_NAMES = {

@@ -20,7 +20,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any, Dict, List
 from urllib.parse import urljoin, urlsplit
 
-from .errors import RequestError
+from ..errors import RequestError
 from .preparation import Preparation
 
 # Images of a request; bytes of one that is fetched, and of all; pixels of all.

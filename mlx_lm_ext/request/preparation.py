@@ -19,7 +19,7 @@ from math import inf
 from threading import Lock, Semaphore, get_ident
 from typing import Callable, Iterator, Optional, Set, TypeVar
 
-from .errors import RequestError
+from ..errors import RequestError
 
 T = TypeVar("T")
 

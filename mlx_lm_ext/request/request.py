@@ -20,11 +20,11 @@ from mlx_lm.server import (
     Response,
 )
 
-from .errors import RequestError, too_long
-from .interfaces import Clock, RequestInfo, RequestStats
-from .model_provider import ServedModel
-from .penalties import Row
-from .turnstile import Mailbox, Turnstile
+from ..errors import RequestError, too_long
+from ..interfaces import Clock, RequestInfo, RequestStats
+from ..sampling.penalties import Row
+from .mailbox import Mailbox, Turnstile
+from .served_model import ServedModel
 
 # After how many tokens a handler is woken that sends its answer in one piece.
 TOKENS_OF_WHOLE = 32

@@ -10,9 +10,9 @@ from typing import Any, Iterable, List, Optional, Union
 
 from jinja2 import TemplateError
 
-from ._upstream import compile_chat_template, writes_text
-from .errors import too_long
+from ..errors import too_long
 from .preparation import Preparation
+from .upstream import compile_chat_template, writes_text
 
 # Characters of a prompt to a model whose context has no limit.
 MAX_CHARACTERS = 1 << 26

@@ -8,7 +8,7 @@ from typing import List
 import mlx.core as mx
 import numpy as np
 
-from .sampling_row import Row
+from .parameters import Row
 
 # Of how many of a row's most likely tokens a nucleus is looked for first.
 NUCLEUS_GUESS = 64

@@ -12,10 +12,10 @@ from typing import List
 import mlx.core as mx
 import numpy as np
 
-from . import cpu_sampling, gpu_sampling
-from .device import on_cpu
-from .interfaces import BatchSampler
-from .sampling_row import Row, make_key
+from ..device import on_cpu
+from ..interfaces import BatchSampler
+from . import cpu, gpu
+from .parameters import Row, make_key
 
 
 class DefaultSampler(BatchSampler):
@@ -50,7 +50,7 @@ class DefaultSampler(BatchSampler):
         self.is_current = True
         self.sampled = [i for i, row in enumerate(self.rows) if row.temperature]
         rows = [self.rows[i] for i in self.sampled]
-        self.backend = cpu_sampling if on_cpu() else gpu_sampling
+        self.backend = cpu if on_cpu() else gpu
         self.parameters = self.backend.collect(rows)
         keys = [(row.key[0], row.key[1] % 2**32) for row in rows]
         self.keys = mx.array(np.array(keys, np.uint32).reshape(-1, 2))

@@ -10,7 +10,7 @@ from typing import Dict, List
 import mlx.core as mx
 import numpy as np
 
-from .sampling_row import Row
+from .parameters import Row
 
 
 @mx.compile

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
 
-from .request import Request, Token
+from ..request.request import Request, Token
 from .stop_words import StopWords
 
 # Bounds for what upstream's tool parsers get: some take a time that grows with the

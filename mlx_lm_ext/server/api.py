@@ -13,16 +13,9 @@ from urllib.parse import unquote
 
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
-from mlx_lm.server import CompletionRequest
 
-from .delivery import Delivery, Delta, chat_logprobs, text_logprobs
-from .errors import RequestError, internal_error
-from .http_server import HTTPHandler
-from .images import MAX_ALL_BYTES, image_parts, inline_images
-from .model_provider import ServedModel
-from .preparation import Preparation
-from .request import Request
-from .validation import (
+from ..errors import RequestError, internal_error
+from ..request.fields import (
     FIELDS,
     check_field,
     check_size,
@@ -33,6 +26,12 @@ from .validation import (
     parse_prompt,
     parse_tools,
 )
+from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
+from ..request.preparation import Preparation
+from ..request.request import Request
+from ..request.served_model import ServedModel
+from .answer import Delivery, Delta, chat_logprobs, text_logprobs
+from .connection import HTTPHandler
 
 # Seconds between two looks at a client whose answer has nothing new.
 HEARTBEAT = 1.0

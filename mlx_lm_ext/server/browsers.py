@@ -15,8 +15,8 @@ from ipaddress import ip_address
 from typing import List, Optional
 from urllib.parse import urlsplit
 
-from .errors import RequestError
-from .patterns import matches
+from ..errors import RequestError
+from ..patterns import matches
 
 # Stands for this machine among allowed origins and hosts.
 LOOPBACK = "loopback"

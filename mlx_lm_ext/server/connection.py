@@ -23,9 +23,9 @@ from typing import Any, Callable, Dict, List, Optional
 
 from mlx_lm.server import APIHandler
 
+from ..errors import RequestError, internal_error
+from ..request.preparation import Preparations
 from .browsers import LOOPBACK, BrowserGuard
-from .errors import RequestError, internal_error
-from .preparation import Preparations
 
 # Connections, and bytes of the bodies of all of them, that a server has at a time.
 MAX_CONNECTIONS = 1000

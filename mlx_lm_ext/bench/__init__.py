@@ -1,0 +1,1 @@
+"""What measures this server and others; needs the ``bench`` extra."""

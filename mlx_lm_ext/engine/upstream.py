@@ -1,0 +1,87 @@
+"""The private names of mlx-lm that the engine uses, under public names.
+
+What upstream makes public (see ``patches/``) is deleted here.
+"""
+
+from typing import Any, Dict, List, Tuple
+
+import mlx.core as mx
+from mlx_lm import __version__
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    ModelDescription,
+    ModelProvider,
+    ResponseGenerator,
+)
+from mlx_lm.utils import _download
+
+from ..request.served_model import ModelKey
+
+download = _download
+
+
+def check_version() -> None:
+    """Refuse an mlx-lm whose private names this file does not know.
+
+    Raises:
+        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
+    """
+    version = tuple(int(part) for part in __version__.split(".")[:3])
+    if not (0, 32, 2) <= version < (0, 33):
+        raise RuntimeError(
+            f"mlx-lm {__version__} is installed, and mlx-lm-ext needs "
+            "mlx-lm>=0.32.2,<0.33"
+        )
+
+
+class ModelProviderBase(ModelProvider):
+    """``ModelProvider`` with its name maps and load arguments as public members."""
+
+    def resolve(self, model: ModelDescription) -> ModelKey:
+        """The names of a request's model, adapter and draft model, the defaults filled
+        in."""
+        return (
+            self._model_map.get(model.model, model.model),
+            # Upstream ignores an adapter asked for on the default model.
+            model.adapter or self._adapter_map.get(model.model),
+            self._draft_model_map.get(model.draft, model.draft),
+        )
+
+    @property
+    def tokenizer_config(self) -> Dict[str, Any]:
+        return self._tokenizer_config
+
+
+class ResponseGeneratorBase(ResponseGenerator):
+    """``ResponseGenerator`` with the steps that a subclass calls or replaces."""
+
+    def run(self) -> None:
+        """The body of the generation thread."""
+        raise NotImplementedError
+
+    def _generate(self):
+        self.run()
+
+    def tokenize(
+        self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments
+    ) -> Tuple[List[int], List[List[int]], List[str], str]:
+        """The prompt, its segments, their types, and the initial text state."""
+        prompt, segments, types, state, _ = self._tokenize(tokenizer, request, args)
+        if request.messages and len(segments) == 1 and tokenizer.has_thinking:
+            # Upstream cuts before the reasoning only after a message of the user's.
+            start = tokenizer.rfind_think_start(prompt, start=max(0, len(prompt) - 11))
+            if start > 0:
+                segments = [prompt[:start], prompt[start:]]
+                types = ["user", "assistant"]
+        return prompt, segments, types, state
+
+    def _tokenize(self, tokenizer, request, args):
+        # Upstream takes no prompt that is token ids already.
+        if isinstance(request.prompt, list):
+            return request.prompt, [request.prompt], ["assistant"], "normal", None
+        return super()._tokenize(tokenizer, request, args)
+
+    def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
+        """Serve ``(queue, request, args)`` alone, on the calling thread."""
+        self._serve_single(request, stream)

@@ -1,0 +1,58 @@
+"""What a connection's thread knows of a model: no arrays."""
+
+from dataclasses import dataclass
+from typing import Any, Optional, Tuple
+
+from mlx_lm.generate import StopSequences
+from mlx_lm.server import CompletionRequest
+
+from .preparation import Preparation
+from .tokenizing import BoundedTokenizer
+
+# The paths of a model, an adapter and a draft model.
+ModelKey = Tuple[str, Optional[str], Optional[str]]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a handler thread needs of a model; no arrays.
+
+    Args:
+        key (ModelKey): The paths of model, adapter and draft model.
+        tokenizer (TokenizerWrapper): Shared by all threads, never changed.
+        vocabulary_size (int): Rows of the embedding; token ids are below it.
+        context_length (Optional[int]): Tokens of prompt and answer together.
+        most_characters (int): Characters that a prompt may have to fit into these.
+        takes_images (bool): Whether it is of a kind that takes images.
+        end_of_text (StopSequences): The end-of-text tokens.
+    """
+
+    key: ModelKey
+    tokenizer: Any
+    vocabulary_size: int
+    context_length: Optional[int]
+    most_characters: int
+    takes_images: bool
+    end_of_text: StopSequences
+
+    def bounded_tokenizer(
+        self, field: str, preparation: Preparation
+    ) -> BoundedTokenizer:
+        """Its tokenizer for one request; see there."""
+        return BoundedTokenizer(
+            self.tokenizer,
+            self.context_length,
+            self.most_characters,
+            field,
+            preparation,
+        )
+
+    def name_roles(self, request: CompletionRequest) -> None:
+        """Let developers be of the role system, in place, if the chat template does not
+        know them: it might leave out what they say."""
+        template = self.tokenizer.chat_template or request.role_mapping
+        if "developer" in str(template):
+            return
+        for message in request.messages:
+            if message["role"] == "developer":
+                message["role"] = "system"

@@ -1,0 +1,19 @@
+"""The private names of mlx-lm and transformers that the making of prompts uses, under
+public names."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+compile_chat_template = _compile_jinja_template
+
+
+def writes_text(tokenizer: Any) -> bool:
+    """Whether what the chat template of a ``TokenizerWrapper`` writes is all that its
+    tokens are made of. Tokenizers with code of their own may do more."""
+    cls = type(tokenizer._tokenizer)
+    return (
+        tokenizer._chat_template is not None
+        or cls.apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    )

@@ -1,0 +1,1 @@
+"""HTTP: connections, which web pages may call, routes, and the text of answers."""
