@@ -1,12 +1,15 @@
-"""What policies see, and what they must provide.
+"""The classes that plugins derive from, and what their methods are given.
+
+``hookspecs.py`` says how a plugin registers them. This file says what each method is for,
+when the server calls it, and what it may return.
 
 Rules:
-1. A policy proposes, the core decides: it returns an order, a number or tokens, and
-   changes nothing that it is given but ``Entry.data``.
-2. All methods run on the generation thread, between the steps of everyone: they must
+1. A policy proposes and the server decides: a method returns an order, a number or
+   tokens. It changes nothing that it is given, but for ``Entry.data``.
+2. All methods run on the generation thread, where every request waits for them: they must
    return in microseconds.
-3. A policy that raises, or returns what it may not, is named in the log and replaced
-   by the built-in one for the rest of the process; the requests go on.
+3. A policy that raises, or returns what it may not, is named in the log once. The built-in
+   one replaces it until the server ends, and the requests go on.
 """
 
 import argparse
@@ -18,28 +21,39 @@ if TYPE_CHECKING:
     import mlx.core as mx
     from mlx_lm.server import GenerationArguments
 
+# Gives seconds that never go back.
 Clock = Callable[[], float]
 
 
 @dataclass(eq=False)
 class Entry:
-    """KV that the prompt cache holds: of a run of tokens, and not of those before it.
+    """A part of the prompt cache: the KV of a run of tokens.
+
+    The prompt cache is a radix tree. The run of an entry follows the run of its parent,
+    and a prompt is the runs on the way from the root to its last entry. An entry holds the
+    KV of its own run only, and never that of the tokens before it. Where two prompts
+    differ, an entry is cut in two.
 
     Args:
         n_tokens (int): Tokens of the run.
-        nbytes (int): Bytes that its removal frees; 0 if it only leads to others. It
-          changes when the state of a recurrent layer is stored, or leaves.
-        depth (int): Tokens from the start of the prompt to its end.
-        cache_type (str): "system", "user" or "assistant": what it ends, or was cut from.
-          KV that can be cut anywhere is "system", or "assistant" for all that follows.
-        model_key (Any): The model, the adapter and the draft model that made it, and
-          the request's ``cache_salt`` if it had one.
+        nbytes (int): Bytes that its removal frees. 0 if the entry only leads to others. It
+          changes when the state of a recurrent layer is stored or dropped.
+        depth (int): Tokens from the start of the prompt to the end of the run.
+        cache_type (str): Which part of a prompt ends here: "system", "user" or
+          "assistant". For models whose KV can be cut after any token, it is "system" for
+          a system prompt and "assistant" for all that follows.
+        model_key (Any): The model, the adapter and the draft model that made the KV, and
+          the ``cache_salt`` of the request if it had one. Entries with different keys are
+          in different trees.
         created (float): When it was stored, in seconds of the clock.
-        last_hit (float): When a request last took it, or left something after it; at
-          first, ``created``.
+        last_hit (float): When a request last used it, or stored something after it. At
+          first it equals ``created``.
         hits (int): How many requests have used it.
-        recompute_cost (float): Tokens to prefill to make it again.
-        data (Any): The policy's own; the core never reads it.
+        recompute_cost (float): Tokens that have to be prefilled to make the entry again,
+          its parents being there: those of its own run. For ordinary KV it is proportional
+          to ``nbytes``, so that the cost of a byte is the same for all entries. It differs
+          where an entry also holds the state of recurrent or sliding-window layers.
+        data (Any): For the policy's own use, None at first. The server never reads it.
     """
 
     n_tokens: int
@@ -53,19 +67,17 @@ class Entry:
     hits: int = 0
     data: Any = None
 
-    def become(self, cache_type: str) -> None:
-        """Take another type, except that a system prompt stays one (the core's)."""
-        if self.cache_type != "system":
-            self.cache_type = cache_type
-
 
 class EvictionPolicy(ABC):
-    """Decides which entry leaves the prompt cache when it is full.
+    """Decides what leaves the prompt cache when it is full.
+
+    Used only with ``--use-prompt-cache``. Entries can be keys of a dictionary. To know all
+    entries, keep those of ``on_insert`` and the parents of ``on_split`` until their
+    ``on_remove``, which is called for each entry that leaves.
 
     Args:
-        args (argparse.Namespace): The command line, with the plugins' own flags.
-        clock (Clock): Seconds that never go back. Use it, and not ``time``, so that
-          tests need not wait.
+        args (argparse.Namespace): The command line, with the flags that plugins added.
+        clock (Clock): Seconds that never go back.
     """
 
     name: str
@@ -77,29 +89,47 @@ class EvictionPolicy(ABC):
         """An entry was stored."""
 
     def on_hit(self, entry: Entry, n_tokens: int) -> None:
-        """A request takes the first ``n_tokens`` tokens from this entry."""
+        """A request took ``n_tokens`` of an entry's tokens from the cache. Called for each
+        entry on the way, those of the first tokens first."""
 
     def on_split(self, parent: Entry, child: Entry) -> None:
-        """An entry was cut in two. ``child`` keeps the history and ``data`` of the
-        whole; ``parent``, the tokens before it, is new and has a copy of both."""
+        """An entry was cut in two. ``child`` is the entry that was known, with its history
+        and fewer tokens. ``parent`` is new: a copy that has the first tokens."""
 
     def on_remove(self, entry: Entry, reason: str) -> None:
-        """An entry has left: "evicted" or "expired"."""
+        """An entry has left. ``reason`` is "evicted" or "expired"."""
 
     def evictable(self, entry: Entry) -> bool:
-        """False pins an entry that nothing follows; others cannot be evicted. When only
-        pinned ones are left and the cache is still too large, they leave too."""
+        """Whether an entry that nothing follows may be evicted. Entries for which this is
+        False are pinned: they leave only if the cache is too large without the others."""
         return True
 
     @abstractmethod
     def priority(self, entry: Entry) -> Any:
-        """Of the entries that nothing follows, the one with the lowest value leaves
-        first. Any values that compare will do. Changes nothing, and takes the same time
-        however full the cache is."""
+        """The entry with the lowest priority is evicted first.
+
+        Called only for entries that nothing follows, which are the only ones that can be
+        evicted: what many prompts begin with leaves last. May return any values that can
+        be compared with each other. It must change nothing, and take the same time however
+        full the cache is.
+        """
+
+    def rank(self, entries: List[Entry]) -> List[Tuple[Any, ...]]:
+        """The keys by which entries are evicted, the lowest first. The server calls this,
+        and this calls ``evictable`` and ``priority``. Replace it only to compute the keys
+        of many entries at once.
+
+        Returns:
+            A tuple for each entry: whether it is pinned, and its priority.
+        """
+        return [(not self.evictable(e), self.priority(e)) for e in entries]
 
     def expired(self, now: float) -> Iterable[Entry]:
-        """Entries to drop although there is room, with what follows them. Asked every
-        few seconds."""
+        """Entries to drop although there is room, with all that follows them.
+
+        Asked every ten seconds or so, also when the server is idle. Entries that are not
+        ``evictable`` are dropped too if they are named here.
+        """
         return ()
 
 
@@ -111,13 +141,16 @@ class RequestInfo:
         id (str): The id of its answer.
         args (GenerationArguments): mlx-lm's sampling parameters and limits, with the
           defaults filled in: ``args.sampling.temperature``, ``args.max_tokens``, ...
-        body (Dict[str, Any]): The JSON that the client sent. Fields that the server
-          does not know are left to plugins.
+        body (Dict[str, Any]): The JSON that the client sent, without its null fields.
+          Fields that the server does not know are not checked and reach plugins here.
         arrival (float): When it came, in seconds of the clock.
         n_prompt (int): Tokens of its prompt.
-        n_matched (int): Those of them that came from the prompt cache; 0 until it runs,
-          unless the scheduler policy wants to know what it would find.
-        n_generated (int): Tokens of its answer so far.
+        n_known (int): Tokens of its prompt that the prompt cache had when the scheduler
+          policy last asked; see ``SchedulerPolicy.most_known``. 0 if it did not ask.
+        n_matched (int): Tokens of its prompt that were taken from the prompt cache when it
+          started; 0 before that. The answer calls them ``cached_tokens``.
+        n_generated (int): Tokens of its answer so far. It may go on to count while the
+          tokens after a stop word are dropped: for final counts see ``RequestStats``.
     """
 
     id: str
@@ -125,6 +158,7 @@ class RequestInfo:
     body: Dict[str, Any] = field(default_factory=dict)
     arrival: float = 0.0
     n_prompt: int = 0
+    n_known: int = 0
     n_matched: int = 0
     n_generated: int = 0
 
@@ -135,36 +169,45 @@ class RequestInfo:
 
     @property
     def stream(self) -> bool:
-        """Whether the client reads the answer as it is made."""
-        return self.body.get("stream", False)
+        """Whether the client reads the answer while it is made."""
+        return bool(self.body.get("stream", False))
 
     @property
     def priority(self) -> int:
-        """What the client asked for; lower is earlier, 0 unless it said."""
-        return self.body.get("priority", 0)
+        """The field ``priority`` of the request: a lower one starts earlier. 0 if the
+        request does not say."""
+        return int(self.body.get("priority", 0))
 
     @property
     def user(self) -> Optional[str]:
-        """Who the client says it is for."""
+        """The field ``user`` of the request: whom the client says that it is for."""
         return self.body.get("user")
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """How a request went.
+    """How a request went. The counts are final, and those of the answer's ``usage``.
 
     Args:
-        finish_reason (str): "stop", "length", "tool_calls", "cancelled" when the client
-          left, or "error".
-        queue_seconds (Optional[float]): From its arrival until it began to run.
-        ttft (Optional[float]): Seconds from its arrival to its first token.
+        finish_reason (str): "stop", "length", "tool_calls", "cancelled" if the client left,
+          or "error".
+        queue_seconds (Optional[float]): From its arrival until it started; None if it did
+          not start.
+        ttft (Optional[float]): Seconds from its arrival to its first token; None if it got
+          none.
         seconds (float): From its arrival to its end.
+        prompt_tokens (int): Tokens of its prompt.
+        cached_tokens (int): Tokens of its prompt that were taken from the prompt cache.
+        completion_tokens (int): Tokens of its answer, up to what ended it.
     """
 
     finish_reason: str
     queue_seconds: Optional[float]
     ttft: Optional[float]
     seconds: float
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +217,7 @@ class SchedulerView:
     Args:
         now (float): Seconds of the clock.
         running (Tuple[RequestInfo, ...]): The requests in the batch.
-        batch_size (int): How many can run.
+        batch_size (int): How many requests can run at a time.
     """
 
     now: float
@@ -183,17 +226,21 @@ class SchedulerView:
 
 
 class SchedulerPolicy(ABC):
-    """Decides which request starts next, and how much prefill a step may do.
+    """Decides which request starts next, and how many tokens of prompts a step processes.
+
+    Each request is reported once at most: ``on_start`` when it first starts, ``on_finish``
+    when it has ended or left before that.
 
     Args:
-        args (argparse.Namespace): The command line, with the plugins' own flags.
+        args (argparse.Namespace): The command line, with the flags that plugins added.
         clock (Clock): Seconds that never go back.
     """
 
     name: str
 
-    # Up to how many waiting requests ``n_matched`` is looked up for ``order``.
-    most_matched = 0
+    # For ``order``, the server looks up ``n_known`` of each waiting request if there are
+    # no more of them than this. A lookup takes a time in proportion to the prompt.
+    most_known = 0
 
     def __init__(self, args: argparse.Namespace, clock: Clock):
         self.clock = clock
@@ -201,53 +248,66 @@ class SchedulerPolicy(ABC):
     def order(
         self, waiting: List[RequestInfo], view: SchedulerView
     ) -> Optional[List[RequestInfo]]:
-        """Who starts first. Asked when there is room and someone came or left.
+        """Who starts first.
+
+        Called before a step if there is room in the batch and, since the last call, a
+        request came, ended or left. The server starts the requests in this order, as many
+        as fit. A request whose turn it is may have to wait for another one that runs the
+        same prefix; those after it then go first.
 
         Args:
-            waiting (List[RequestInfo]): In order of arrival.
+            waiting (List[RequestInfo]): The requests that wait, in order of arrival.
+            view (SchedulerView): The server.
 
         Returns:
-            The same requests in another order; those left out follow in order of
-            arrival. ``None`` keeps that order.
+            The same requests in another order. Those that are left out follow in order of
+            arrival. ``None`` keeps the order of arrival.
         """
         return None
 
     def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
-        """How many tokens of prompts the next step may process beside decoding. Asked
-        in each step that has prompts to process.
+        """How many tokens of prompts the next step may process beside the decoding.
+
+        Called before each step that has prompts to process. A request starts only if the
+        prompts that started before it have fewer tokens left than this. The padding of
+        short prompts beside long ones counts, and at least one token of each prompt is
+        processed.
 
         Returns:
-            ``None`` for no limit but ``--prefill-step-size``. The padding of short
-            prompts beside long ones counts. At least one token of each prompt is
-            processed, and a prompt starts when those before it have fewer tokens left
-            than this.
+            ``None`` for no limit but ``--prefill-step-size``.
         """
         return None
 
+    def on_start(self, request: RequestInfo) -> None:
+        """A request has left the waiting list and runs for the first time."""
+
     def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
-        """A step generated so many tokens for each of these requests."""
+        """A step has generated so many tokens for each of these requests. Called before
+        their ``n_generated`` counts them."""
 
     def on_finish(self, request: RequestInfo) -> None:
-        """A request has ended in any way, or left before it ran."""
+        """A request has ended in any way, or left before it started."""
 
 
 class BatchSampler(ABC):
     """Chooses the next tokens of those rows of the batch that use it.
 
-    One object is made for each request. If others use the sampler already, its row joins
-    theirs before it is ever called: ``extend`` gives it to the object that has them.
-    A sampler without state for each row needs ``__call__`` only.
+    One object is made for each request. If other rows use the same sampler already, the
+    new object is given to theirs with ``extend`` before it is ever called. A sampler that
+    keeps nothing for each row needs ``name`` and ``__call__`` only.
 
     Args:
-        args (argparse.Namespace): The command line, with the plugins' own flags.
-        request (RequestInfo): The row's request.
-        tokenizer (TokenizerWrapper): The model's tokenizer.
+        args (argparse.Namespace): The command line, with the flags that plugins added.
+        request (RequestInfo): The request of the row.
+        tokenizer (TokenizerWrapper): The model's tokenizer. A word has several spellings in
+          tokens: ``tokenizer.encode("yes")`` and ``tokenizer.encode(" yes")`` differ for
+          most models, and a word may be more than one token.
     """
 
     name: str
 
-    # False if the order of the logits is enough for its rows, as for the most likely
-    # token: log probabilities are not computed when no row needs them.
+    # False if the sampler needs only the order of the values, as for the most likely
+    # token. It is then given logits, which saves their normalisation.
     needs_logprobs = True
 
     def __init__(
@@ -256,18 +316,20 @@ class BatchSampler(ABC):
         pass
 
     def extend(self, other: "BatchSampler") -> None:
-        """Take over the rows of ``other``; they come after its own."""
+        """Take over the rows of ``other``, which come after its own."""
 
     def filter(self, keep: List[int]) -> None:
-        """Keep only these of its rows, in this order."""
+        """Keep only the rows of these indices, in this order."""
 
     @abstractmethod
     def __call__(self, logprobs: "mx.array") -> "mx.array":
-        """Sample.
+        """Choose a token for each row.
 
         Args:
-            logprobs (mx.array): Log probabilities of shape (rows, vocabulary).
+            logprobs (mx.array): Log probabilities of shape (rows, vocabulary), after the
+              penalties and the logits processors of the rows.
 
         Returns:
-            Token ids of shape (rows,), not evaluated.
+            Token ids of shape (rows,). Do not evaluate them: the server does, once for the
+            whole step.
         """

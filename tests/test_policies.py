@@ -202,7 +202,7 @@ class Wordy(SchedulerPolicy):
 
 class Unmatched(SchedulerPolicy):
     name = "unmatched"
-    most_matched = None
+    most_known = None
 
     def order(self, waiting, view):
         return waiting

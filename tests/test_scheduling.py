@@ -16,11 +16,9 @@ def make(policy):
     return policy(ARGS, lambda: 0.0)
 
 
-def request(arrival=0.0, n_prompt=10, max_tokens=10, n_matched=0, **body):
+def request(arrival=0.0, n_prompt=10, max_tokens=10, n_known=0, n_matched=0, **body):
     args = Namespace(max_tokens=max_tokens)
-    return RequestInfo(
-        "id", args, body, arrival, n_prompt=n_prompt, n_matched=n_matched
-    )
+    return RequestInfo("id", args, body, arrival, n_prompt, n_known, n_matched)
 
 
 def view(now=0.0, running=()):
@@ -42,12 +40,12 @@ def test_fcfs_keeps_the_order_of_arrival():
 
 
 def test_lpm_prefers_what_the_cache_has_most_of():
-    waiting = [request(n_matched=n) for n in (0, 500, 20, 500)]
+    waiting = [request(n_known=n) for n in (0, 500, 20, 500)]
     assert order(make(LPM), waiting) == [1, 3, 2, 0]
 
 
 def test_lpm_keeps_the_order_of_arrival_of_a_long_list():
-    waiting = [request(n_matched=n) for n in range(129)]
+    waiting = [request(n_known=n) for n in range(129)]
     assert make(LPM).order(waiting, view()) is None
     assert make(LPM).order(waiting[:128], view()) == waiting[127::-1]
 
@@ -70,7 +68,7 @@ def test_nobody_waits_longer_than_the_bound(policy):
     worst = request(0.0, n_prompt=10_000, priority=100)
     waiting = [worst]
     for now in range(1, 200):
-        waiting.append(request(float(now), n_matched=50, priority=-1))
+        waiting.append(request(float(now), n_known=50, priority=-1))
         first = p.order(waiting, view(float(now)))[0]
         if first is worst:
             break

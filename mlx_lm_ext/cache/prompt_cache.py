@@ -30,6 +30,12 @@ UNBOUNDED = 1 << 63
 BRANCH_GAIN = 16
 
 
+def become(entry: Entry, cache_type: str) -> None:
+    """Give an entry another type, except that a system prompt stays one."""
+    if entry.cache_type != "system":
+        entry.cache_type = cache_type
+
+
 class RadixPromptCache(LRUPromptCache):
     """``LRUPromptCache`` that stores each prefix once and finds what prompts share.
 
@@ -174,7 +180,7 @@ class RadixPromptCache(LRUPromptCache):
         if not adds:
             is_stored = node.is_complete if splits else node.is_resumable
             if is_stored and (node.entry.cache_type == cache_type or not splits):
-                node.entry.become(cache_type)
+                become(node.entry, cache_type)
                 self.touch(node, now)
                 return
         segments, frozen = node.lacking(arrays, start, n)
@@ -212,7 +218,7 @@ class RadixPromptCache(LRUPromptCache):
             node.parent.children[tokens[start]] = self.nodes[entry] = node
         if any(a is not None for a in frozen):
             node.frozen = frozen
-        node.entry.become(cache_type)
+        become(node.entry, cache_type)
         node.entry.nbytes += needed
         self.held += needed
         self.touch(node, now)

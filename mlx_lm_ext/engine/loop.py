@@ -341,9 +341,9 @@ class Engine(ResponseGeneratorBase):
         scheduler = self.policies.scheduler
         if scheduler.has("order"):
             arrived = sorted(self.waiting, key=lambda r: r.arrival)
-            if len(arrived) <= scheduler.run(lambda policy: int(policy.most_matched)):
+            if len(arrived) <= scheduler.run(lambda policy: int(policy.most_known)):
                 for request in arrived:
-                    request.n_matched = self.batch.n_known(request)
+                    request.n_known = self.batch.n_known(request)
             view = self.batch.view
             self.waiting = deque(scheduler.run(ask))
 

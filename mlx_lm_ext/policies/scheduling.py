@@ -49,15 +49,15 @@ class LPM(Ageing):
     """
 
     name = "lpm"
-    most_matched = 128
+    most_known = 128
 
     def key(self, request):
-        return -request.n_matched
+        return -request.n_known
 
     def order(self, waiting, view):
         # Looking up so many prompts would take longer than it saves.
         return (
-            None if len(waiting) > self.most_matched else super().order(waiting, view)
+            None if len(waiting) > self.most_known else super().order(waiting, view)
         )
 
 
