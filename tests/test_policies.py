@@ -124,7 +124,7 @@ def test_order_of_a_policy_is_asked_for_when_someone_comes_or_leaves(start_with)
     first.receive(timeout=60)
     jobs = [submit(engine, "b", max_tokens=2) for _ in range(2)]
     first.receive(timeout=60)
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     assert Counting.views == [(1, 0, 1), (2, 0, 1), (1, 0, 1)]
@@ -145,7 +145,7 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     other = submit(engine, "b", max_tokens=2, model=str(model_folder("lfm2")))
     while first.n_generated < 100:
         first.receive(timeout=60)
-    first.cancel()
+    engine.client.cancel(first)
     read(other)
     assert len(Counting.calls) <= 3
 
@@ -231,7 +231,7 @@ def test_requests_that_a_policy_leaves_out_follow_in_order_of_arrival(start_with
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
     jobs = [submit(engine, "b", max_tokens=2, user=user) for user in "abxc"]
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     started = sorted(jobs, key=lambda job: job.started)
@@ -282,7 +282,7 @@ def test_long_prompt_is_run_in_small_parts_beside_a_stream(start_engine, model_f
     late = submit(engine, "y" * 100, max_tokens=8)
     assert read(late) == expected
     assert not stream.finished
-    stream.cancel()
+    engine.client.cancel(stream)
     assert 8 < watch.longest <= 20
 
 
@@ -309,7 +309,7 @@ def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(
     alone = str(model_folder("llama4"))
     jobs += [submit(engine, "b", max_tokens=5, model=alone)]
     for job in (never_ran, *running):
-        job.cancel()
+        engine.client.cancel(job)
     for job in jobs:
         read(job)
     assert sorted(map(id, Counting.ended)) == sorted(

@@ -56,9 +56,7 @@ class LPM(Ageing):
 
     def order(self, waiting, view):
         # Looking up so many prompts would take longer than it saves.
-        return (
-            None if len(waiting) > self.most_known else super().order(waiting, view)
-        )
+        return None if len(waiting) > self.most_known else super().order(waiting, view)
 
 
 class SJF(Ageing):
