@@ -10,6 +10,7 @@ Rules:
 import heapq
 import logging
 import time
+from argparse import Namespace
 from collections import Counter
 from itertools import count
 from typing import Any, Collection, Dict, List, Optional, Set, Tuple
@@ -18,10 +19,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
 from ..interfaces import Clock, Entry, EvictionPolicy
-from ..policies.eviction import LRU
-from ..policies.guard import Guard, Slot
-from ..policies.loading import EVICTION
 from .kinds import Layout, nbytes_of_layers
+from .lru import LRU
 from .tree import CacheStats, Match, Node
 
 UNBOUNDED = 1 << 63
@@ -44,7 +43,9 @@ class RadixPromptCache(LRUPromptCache):
     Args:
         max_size (int): The most entries that it may hold; a chat has two for each turn.
         max_bytes (int): The most bytes that it and the running batch may hold.
-        eviction (Optional[Guard]): The eviction policy; LRU unless given.
+        eviction (Optional[EvictionPolicy]): Says what is evicted first; LRU unless given.
+          Its methods must not raise, and the keys of all calls of ``rank`` must be
+          comparable with each other: who lets plugins in wraps a guard around theirs.
         clock (Clock): Seconds that never go back.
     """
 
@@ -52,12 +53,11 @@ class RadixPromptCache(LRUPromptCache):
         self,
         max_size: int = UNBOUNDED,
         max_bytes: int = UNBOUNDED,
-        eviction: Optional[Guard] = None,
+        eviction: Optional[EvictionPolicy] = None,
         clock: Clock = time.monotonic,
     ):
         super().__init__(max_size, max_bytes)
-        built_in = Slot(EVICTION, LRU.name, LRU, "mlx-lm-ext", LRU)
-        self.eviction = eviction or Guard(built_in, None, clock)
+        self.eviction = LRU(Namespace(), clock) if eviction is None else eviction
         self.clock = clock
         # By model and layout: a quantised cache shares nothing with one that is not.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
@@ -120,13 +120,9 @@ class RadixPromptCache(LRUPromptCache):
         for entry in used:
             entry.hits += 1
             entry.last_hit = now
-
-        def tell(policy):
-            for entry in used:
-                start = entry.depth - entry.n_tokens
-                policy.on_hit(entry, min(n, entry.depth) - start)
-
-        self.eviction.run(tell)
+        for entry in used:
+            start = entry.depth - entry.n_tokens
+            self.eviction.on_hit(entry, min(n, entry.depth) - start)
         return caches, tokens[n:]
 
     # Insertion
@@ -194,10 +190,7 @@ class RadixPromptCache(LRUPromptCache):
                 return
         if splits and not node.children and not node.is_resumable:
             # What it was kept for has left to make room.
-            self.eviction.run(
-                lambda policy: node.entry in self.nodes
-                and self.drop(node, "evicted", policy)
-            )
+            self.drop(node, "evicted")
             self.insert(model, tokens, prompt_cache, cache_type)
             return
         self.roots.setdefault(model, {})[layout.key] = root
@@ -223,7 +216,7 @@ class RadixPromptCache(LRUPromptCache):
         self.held += needed
         self.touch(node, now)
         if adds:
-            self.eviction.run(lambda policy: policy.on_insert(node.entry))
+            self.eviction.on_insert(node.entry)
         self.lazy.append(node)
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
@@ -240,7 +233,7 @@ class RadixPromptCache(LRUPromptCache):
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
         upper = node.split(n)
         self.nodes[upper.entry] = upper
-        self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
+        self.eviction.on_split(upper.entry, node.entry)
         return upper
 
     def touch(self, node: Node, now: float) -> None:
@@ -296,29 +289,24 @@ class RadixPromptCache(LRUPromptCache):
         def fits() -> bool:
             return self.held <= n_bytes and len(self) <= n_nodes
 
-        def run(policy: EvictionPolicy) -> None:
-            states = [node for root in self.all_roots for node in root.superseded]
-            for node in sorted(states, key=lambda node: node.entry.created):
-                if self.held > n_bytes and policy.evictable(node.entry):
-                    self.release(node)
-            heap: List[Tuple] = []
-            order = count()
-
-            def push(node):
-                entry = node.entry
-                if node.parent is not None and not node.children and node not in kept:
-                    pinned = not policy.evictable(entry)
-                    item = (pinned, policy.priority(entry), next(order), node)
-                    heapq.heappush(heap, item)
-
-            for node in self.nodes.values():
-                push(node)
-            while heap and not fits():
-                push(self.drop(heapq.heappop(heap)[-1], "evicted", policy, kept))
-
-        if not fits():
-            kept = set(keep)
-            self.eviction.run(run)
+        if fits():
+            return
+        states = [node for root in self.all_roots for node in root.superseded]
+        for node in sorted(states, key=lambda node: node.entry.created):
+            if self.held > n_bytes and self.eviction.evictable(node.entry):
+                self.release(node)
+        kept = set(keep)
+        leaves = [n for n in self.nodes.values() if not n.children and n not in kept]
+        order = count()
+        keys = self.eviction.rank([leaf.entry for leaf in leaves])
+        heap = [(key, next(order), leaf) for key, leaf in zip(keys, leaves)]
+        heapq.heapify(heap)
+        while heap and not fits():
+            *_, leaf = heapq.heappop(heap)
+            parent = self.drop(leaf, "evicted", kept)
+            if parent.entry and not parent.children and parent not in kept:
+                (key,) = self.eviction.rank([parent.entry])
+                heapq.heappush(heap, (key, next(order), parent))
 
     def release(self, node: Node) -> None:
         """Drop the state after a node, and not what others need to get past it."""
@@ -327,13 +315,7 @@ class RadixPromptCache(LRUPromptCache):
         node.frozen = None
         self.counts["superseded"] += 1
 
-    def drop(
-        self,
-        node: Node,
-        reason: str,
-        policy: EvictionPolicy,
-        keep: Collection[Node] = (),
-    ) -> Node:
+    def drop(self, node: Node, reason: str, keep: Collection[Node] = ()) -> Node:
         """Remove a leaf, and those above that are of no use without it.
 
         Returns:
@@ -356,23 +338,16 @@ class RadixPromptCache(LRUPromptCache):
             if not roots:
                 del self.roots[entry.model_key]
         for entry in dropped:
-            policy.on_remove(entry, reason)
+            self.eviction.on_remove(entry, reason)
         return node
 
     def expire(self) -> None:
         """Drop what the policy says is too old, with all that follows it."""
-        if not self.eviction.has("expired"):
-            return
-        now = self.clock()
-
-        def run(policy):
-            for entry in list(policy.expired(now)):
-                if entry in self.nodes:
-                    for node in reversed(self.nodes[entry].subtree):
-                        if node.entry in self.nodes:
-                            self.drop(node, "expired", policy)
-
-        self.eviction.run(run)
+        for entry in list(self.eviction.expired(self.clock())):
+            if entry in self.nodes:
+                for node in reversed(self.nodes[entry].subtree):
+                    if node.entry in self.nodes:
+                        self.drop(node, "expired")
 
     # What there is
 
