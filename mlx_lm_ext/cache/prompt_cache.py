@@ -233,6 +233,7 @@ class RadixPromptCache(LRUPromptCache):
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
         upper = node.split(n)
         self.nodes[upper.entry] = upper
+        self.lazy += [upper, node]
         self.eviction.on_split(upper.entry, node.entry)
         return upper
 
