@@ -12,8 +12,9 @@ import logging
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Collection, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
@@ -21,6 +22,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from ..interfaces import Clock, Entry, EvictionPolicy
 from .kinds import Layout, nbytes_of_layers
 from .lru import LRU
+from .segmented import Arrays
 from .tree import CacheStats, Match, Node
 
 UNBOUNDED = 1 << 63
@@ -33,6 +35,57 @@ def become(entry: Entry, cache_type: str) -> None:
     """Give an entry another type, except that a system prompt stays one."""
     if entry.cache_type != "system":
         entry.cache_type = cache_type
+
+
+class Sequence(NamedTuple):
+    """What is inserted: the tokens of a prompt, and the KV of exactly these.
+
+    Args:
+        model (Any): What made the KV.
+        layout (Layout): The kinds of the model's caches.
+        tokens (List[int]): The tokens.
+        arrays (List[Arrays]): What the cache of each layer holds.
+        cache_type (str): "system", "user" or "assistant".
+    """
+
+    model: Any
+    layout: Layout
+    tokens: List[int]
+    arrays: List[Arrays]
+    cache_type: str
+
+
+@dataclass
+class Plan:
+    """What an insertion changes in the tree.
+
+    Args:
+        root (Node): The root of the tree, which may be new.
+        node (Node): The last node that has tokens of the sequence.
+        n_known (int): How many of the first tokens of the sequence are in the tree.
+        splits (bool): Whether ``node`` is split after these.
+        adds (bool): Whether a node is added for the tokens that follow.
+        segments (List[Optional[Arrays]]): For each layer, the segment of the new node.
+        frozen (List[Optional[Arrays]]): For each layer, its state after the sequence.
+    """
+
+    root: Node
+    node: Node
+    n_known: int
+    splits: bool = False
+    adds: bool = False
+    segments: List[Optional[Arrays]] = field(default_factory=list)
+    frozen: List[Optional[Arrays]] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what is added."""
+        return nbytes_of_layers((*self.segments, *self.frozen))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the tree has all of the sequence already."""
+        return not (self.segments or self.frozen)
 
 
 class RadixPromptCache(LRUPromptCache):
@@ -169,55 +222,92 @@ class RadixPromptCache(LRUPromptCache):
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
             return
-        tokens, now = tokens[:n], self.clock()
-        root = self.roots.get(model, {}).get(layout.key) or Node(layout)
-        node, start = root.descend(tokens)
-        adds, splits = start < n, start < node.end
-        if not adds:
+        sequence = Sequence(model, layout, tokens[:n], arrays, cache_type)
+        plan = self.plan(sequence)
+        if not self.make_room(plan):
+            if not plan.splits or len(self) >= self.max_size:
+                return
+            # Once the node is split, the part of it that the sequence lacks can leave.
+            self.split(plan.node, plan.n_known)
+            plan = self.plan(sequence)
+            if not self.make_room(plan):
+                return
+        elif plan.splits and not (plan.node.children or plan.node.is_resumable):
+            # All that followed the node has left to make room: it leads to nothing.
+            self.drop(plan.node, "evicted")
+            plan = self.plan(sequence)
+            if not self.make_room(plan):
+                return
+        self.commit(sequence, plan)
+
+    def plan(self, sequence: Sequence) -> Plan:
+        """What has to change in the tree for a sequence; nothing is changed yet."""
+        layout, tokens, n = sequence.layout, sequence.tokens, len(sequence.tokens)
+        root = self.roots.get(sequence.model, {}).get(layout.key) or Node(layout)
+        node, n_known = root.descend(tokens)
+        splits = n_known < node.end
+        if n_known == n:
             is_stored = node.is_complete if splits else node.is_resumable
-            if is_stored and (node.entry.cache_type == cache_type or not splits):
-                become(node.entry, cache_type)
-                self.touch(node, now)
-                return
-        segments, frozen = node.lacking(arrays, start, n)
-        needed = nbytes_of_layers((*segments, *frozen))
-        if not self.make_room(needed, adds + splits, node):
-            if not splits or len(self) >= self.max_size:
-                return
-            # Once it is cut, the rest of it can leave.
-            node, splits = self.split(node, start), False
-            if not self.make_room(needed, adds, node):
-                return
-        if splits and not node.children and not node.is_resumable:
-            # What it was kept for has left to make room.
-            self.drop(node, "evicted")
-            self.insert(model, tokens, prompt_cache, cache_type)
-            return
-        self.roots.setdefault(model, {})[layout.key] = root
-        if splits:
-            node = self.split(node, start)
-        if adds:
+            same_type = node.entry.cache_type == sequence.cache_type
+            if is_stored and (same_type or not splits):
+                return Plan(root, node, n_known)
+        segments, frozen = node.lacking(sequence.arrays, n_known, n)
+        return Plan(root, node, n_known, splits, n_known < n, segments, frozen)
+
+    def make_room(self, plan: Plan) -> bool:
+        """Evict all that has to leave for an insertion, if that is enough."""
+        if plan.is_empty:
+            return True
+        keep = plan.node.path
+        n_bytes = self.max_bytes - self.active - plan.n_bytes
+        n_nodes = self.max_size - plan.splits - plan.adds
+        # If the way itself is too large, the states on it go: a later one will follow.
+        states = [n for n in keep if n.is_passed]
+        held = sum(n.entry.nbytes for n in keep)
+        if held <= n_bytes:
+            states = []
+        held -= sum(n.frozen_nbytes for n in states)
+        if held > n_bytes or len(keep) > n_nodes:
+            return False
+        for passed in states:
+            self.release(passed)
+        self.evict(n_bytes, n_nodes, keep)
+        return True
+
+    def commit(self, sequence: Sequence, plan: Plan) -> None:
+        """Change the tree as planned. The copies are not evaluated yet."""
+        model, layout, tokens = sequence.model, sequence.layout, sequence.tokens
+        # The root may be new, or have been dropped with the last of its nodes.
+        self.roots.setdefault(model, {})[layout.key] = plan.root
+        node, now = plan.node, self.clock()
+        if plan.splits:
+            node = self.split(node, plan.n_known)
+        if plan.adds:
+            n_tokens = len(tokens) - plan.n_known
             entry = Entry(
-                n_tokens=n - start,
+                n_tokens=n_tokens,
                 nbytes=0,
-                depth=n,
-                cache_type=cache_type,
+                depth=len(tokens),
+                cache_type=sequence.cache_type,
                 model_key=model,
                 created=now,
                 last_hit=now,
-                recompute_cost=n - start,
+                recompute_cost=n_tokens,
             )
-            node = Node(layout, node, tokens[start:], segments, entry)
-            node.parent.children[tokens[start]] = self.nodes[entry] = node
-        if any(a is not None for a in frozen):
-            node.frozen = frozen
-        become(node.entry, cache_type)
-        node.entry.nbytes += needed
-        self.held += needed
-        self.touch(node, now)
-        if adds:
+            run = tokens[plan.n_known :]
+            node = Node(layout, node, run, plan.segments, entry)
+            node.parent.children[run[0]] = self.nodes[entry] = node
+        if any(a is not None for a in plan.frozen):
+            node.frozen = plan.frozen
+        become(node.entry, sequence.cache_type)
+        node.entry.nbytes += plan.n_bytes
+        self.held += plan.n_bytes
+        for used in node.path:
+            used.entry.last_hit = now
+        if plan.adds:
             self.eviction.on_insert(node.entry)
-        self.lazy.append(node)
+        if not plan.is_empty:
+            self.lazy.append(node)
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
         """The layout of a model's caches, or ``None`` if one is unknown."""
@@ -236,11 +326,6 @@ class RadixPromptCache(LRUPromptCache):
         self.lazy += [upper, node]
         self.eviction.on_split(upper.entry, node.entry)
         return upper
-
-    def touch(self, node: Node, now: float) -> None:
-        """Note that a prompt has used the way to ``node``."""
-        for above in node.path:
-            above.entry.last_hit = now
 
     # Eviction
 
@@ -264,24 +349,6 @@ class RadixPromptCache(LRUPromptCache):
             UNBOUNDED if n_bytes is None else n_bytes,
             UNBOUNDED if n_sequences is None else n_sequences,
         )
-
-    def make_room(self, n_bytes: int, n_nodes: int, node: Node) -> bool:
-        """Evict all that has to leave for an insertion at ``node``, if that is enough."""
-        keep = node.path
-        n_bytes = self.max_bytes - self.active - n_bytes
-        n_nodes = self.max_size - n_nodes
-        # If the way itself is too large, the states on it go: a later one will follow.
-        states = [n for n in keep if n.is_passed]
-        held = sum(n.entry.nbytes for n in keep)
-        if held <= n_bytes:
-            states = []
-        held -= sum(n.frozen_nbytes for n in states)
-        if held > n_bytes or len(keep) > n_nodes:
-            return False
-        for passed in states:
-            self.release(passed)
-        self.evict(n_bytes, n_nodes, keep)
-        return True
 
     def evict(self, n_bytes: int, n_nodes: int, keep: Collection[Node] = ()) -> None:
         """Drop superseded states, and then leaves: those of the lowest priority first,
