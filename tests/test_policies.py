@@ -23,9 +23,10 @@ from helpers import (
 
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
-from mlx_lm_ext.policies.guard import Slot
+from mlx_lm_ext.policies.guard import PolicyClass
 from mlx_lm_ext.policies.loading import SAMPLER
 from mlx_lm_ext.request.fields import parse_arguments
 from mlx_lm_ext.sampling.groups import RowSampler, RowSamplers
@@ -150,7 +151,9 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     assert len(Counting.calls) <= 3
 
 
-def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine):
+def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(
+    start_engine, monkeypatch
+):
     class Counting(SchedulerPolicy):
         name = "counting"
         ended = []
@@ -158,13 +161,13 @@ def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine)
         def on_finish(self, request):
             self.ended.append(request)
 
-    class FailingEngine(Engine):
-        def serve_single(self, request, stream):
-            request[0].put(ArithmeticError("a fault of this request"))
+    def serve_single(self, queue, request, args, stream):
+        queue.put(ArithmeticError("a fault of this request"))
 
+    monkeypatch.setattr(SingleGenerator, "serve_single", serve_single)
     hook = plugin(mlx_lm_register_scheduler_policies=lambda: [Counting])
     argv = [*ALONE, "--scheduler", "counting"]
-    engine = start_engine("llama", *argv, make_engine=FailingEngine, plugin=hook)
+    engine = start_engine("llama", *argv, plugin=hook)
     job = submit(engine, "a", max_tokens=2)
     with pytest.raises(RequestError):
         read(job)
@@ -351,7 +354,7 @@ class Counter(Always):
 
 def test_rows_keep_their_own_state_as_they_come_and_go():
     rng = random.Random(0)
-    slots = [Slot(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
+    slots = [PolicyClass(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
     samplers, expected = RowSamplers([]), []
     for i in range(200):
         if rng.random() < 0.5 or not expected:
@@ -444,7 +447,7 @@ def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
         def __call__(self, logprobs):
             raise ArithmeticError("never")
 
-    sampler = row(Slot(SAMPLER, "fails", Fails, "test", Normal), 0)
+    sampler = row(PolicyClass(SAMPLER, "fails", Fails, "test", Normal), 0)
     assert sampler(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]
 
 

@@ -322,7 +322,8 @@ def test_seeded_request_goes_on_as_it_began_after_a_failed_step(start_engine):
         failures = 0
 
         def step(self):
-            if self.failures == 0 and len(self) == 2 and self.n_generated > 60:
+            n_generated = sum(request.n_generated for request in self.requests)
+            if self.failures == 0 and len(self) == 2 and n_generated > 20:
                 self.failures += 1
                 raise MemoryError("once")
             return super().step()

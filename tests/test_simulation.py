@@ -94,7 +94,7 @@ class Simulation:
             self.jobs.append(submit(self.engine, prompt, **body))
         for i, when in self.cancels.items():
             if i < len(self.jobs) and when <= self.now:
-                self.jobs[i].cancel()
+                self.engine.client.cancel(self.jobs[i])
         if idle:
             self.over.set()
 

@@ -21,6 +21,7 @@ from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.random_model import LLAMA, write_model
 from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.engine.warm_up import make_request
+from mlx_lm_ext.interfaces import SchedulerPolicy
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.request.mailbox import Turnstile
@@ -39,21 +40,13 @@ class Greedy:
         return mx.argmax(logits, axis=-1)
 
 
-class NoPolicy:
-    """Stands for a guard of a policy that does nothing."""
-
-    def has(self, method):
-        return False
-
-    def run(self, use):
-        return None
-
-
 def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
     """A batch of ``n_rows`` requests that decode."""
     provider = BatchModelProvider(args)
     provider.switch_to(provider.default_key)
-    batch = Batch(provider, Policies(Plugins(), args), None, Turnstile())
+    model, tokenizer = provider.model, provider.tokenizer
+    policies = Policies(Plugins(), args)
+    batch = Batch(model, tokenizer, args, policies, None, Turnstile())
     for i in range(n_rows):
         prompt = [i + 3, 4, 5]
         batch.add(make_request(provider, args, prompt, max_tokens=n_tokens))
@@ -86,7 +79,8 @@ def main() -> None:
         with_policies, without = (
             start_batch(args, options.rows, n_tokens) for _ in range(2)
         )
-    without.policies.scheduler = NoPolicy()
+    # A policy that does nothing, without a guard.
+    without.policies.scheduler = SchedulerPolicy(args, time.monotonic)
     without.generator.generation_batch.row_samplers = Greedy()
     pairs = []
     for i in range(options.rounds):
