@@ -212,6 +212,7 @@ def tiny_workloads(monkeypatch):
     monkeypatch.setitem(SWEEPS, "conversations", Sweep("chats", [1, 2], few))
 
 
+@pytest.mark.slow
 def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, capsys):
     files = [tmp_path / name for name in ("table.md", "report.json", "plot.png")]
     argv = ["--workloads", "short", "--sweeps", "conversations", "--clients", "2"]

@@ -92,6 +92,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(sampling, "on_cpu", lambda: request.param == "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
 @pytest.mark.parametrize("body", FILTERS, ids=str)
 def test_distribution_is_that_of_upstream(body, temperature, device):
@@ -182,6 +183,7 @@ def test_equal_logits_at_the_edge_of_a_nucleus_all_stay(device):
     assert drawn == set(range(100))
 
 
+@pytest.mark.slow
 def test_tokens_that_are_all_but_impossible_are_drawn_as_rarely(device):
     logits = np.full((1, 200_000), -18.0, np.float32)
     logits[0, 5] = 0.0
@@ -293,6 +295,7 @@ def test_seed_is_hashed_as_documented():
     assert make_key(11) == (0x234B61D9, 0xB66AE45D)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [{}, {"top_p": 0.9, "min_p": 0.01}])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon_h1"])
 def test_seed_gives_the_same_tokens_whatever_else_runs(
