@@ -403,6 +403,7 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {% endif %}"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("last", ["user", "tool"])
 def test_turn_after_reasoning_that_the_template_drops(
@@ -430,6 +431,7 @@ def test_turn_after_reasoning_that_the_template_drops(
     assert second.n_matched == first.n_prompt - len("_\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_branch_is_resumed_from_the_third_time_on(architecture, start_engine):
     engine = start_engine(architecture, CACHE)

@@ -320,6 +320,7 @@ def test_seed_gives_the_same_tokens_whatever_else_runs(
         assert [read(job) for job in jobs] == expected
 
 
+@pytest.mark.slow
 def test_seeded_request_goes_on_as_it_began_after_a_failed_step(start_engine):
     class FailsOnce(Batch):
         failures = 0
@@ -425,6 +426,7 @@ def test_penalties_are_those_of_upstream(dtype):
             history.append(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, MAX_CONTEXT + 1])
 def test_penalty_over_a_long_context_is_upstreams_own(size, start_engine, model_folder):
     body = dict(repetition_penalty=1.5, repetition_context_size=size)
