@@ -40,6 +40,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_32_prompts_at_once_get_the_text_of_generate(
     architecture, model_folder, start_server

@@ -220,6 +220,7 @@ def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_toget
     assert gave_up == [False, True, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_equal_those_of_generate_whoever_comes_and_goes(
