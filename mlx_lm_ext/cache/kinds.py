@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from . import growth
 from .row_starts import Rows
 from .segmented import (
     Arrays,
@@ -29,7 +30,7 @@ from .segmented import (
     join,
     slices,
 )
-from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order, spare
+from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order
 
 
 def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
@@ -72,7 +73,8 @@ class Kind:
         return n
 
     def n_in_batch(self, n: int) -> Optional[int]:
-        """How many of ``n`` tokens, a multiple of 256, a row of a batch has room for."""
+        """How many tokens a row of a batch has room for, if the batch has room for ``n``
+        tokens that are all kept; ``None`` if that does not depend on ``n``."""
         return self.n_kept(n)
 
     def can_cut(self, n: int) -> bool:
@@ -148,8 +150,7 @@ class Rotating(Kind):
         return min(n, self.max_size)
 
     def n_in_batch(self, n):
-        room = self.max_size + spare(self.max_size) + 1
-        return min(n, -(-room // KVCache.step) * KVCache.step)
+        return min(n, growth.capacity(growth.window_capacity(self.max_size)))
 
     def build(self, arrays, n):
         length = arrays[0].shape[-2]
@@ -276,7 +277,7 @@ def tidy(caches: List[Any]) -> None:
     known: List[Rows] = []
     for c in leaves(caches):
         if isinstance(c, BatchSlidingKVCache):
-            c.drop_old(spare(c.max_size))
+            c.drop_old(growth.window_slack(c.max_size))
         if isinstance(c, BatchSegmentedKVCache):
             same = [rows for rows in known if rows is c.rows or rows == c.rows]
             if same:

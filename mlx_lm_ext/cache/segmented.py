@@ -3,6 +3,10 @@
 Rules:
 1. What is shared is not written to: a cache writes into arrays of its own.
 2. A row joins a batch, or leaves it, with one copy of one row.
+3. The arrays that ``extract`` gives are views of the batch's arrays. Who keeps them copies
+   them, and evaluates the copies, before the next step of the batch: while a view or a
+   copy that is not evaluated exists, MLX cannot write in place, and that step copies all
+   rows.
 """
 
 from dataclasses import dataclass
@@ -17,11 +21,8 @@ from mlx_lm.models.cache import (
     dynamic_roll,
 )
 
+from . import growth
 from .row_starts import Rows
-
-# Places before the first token of all rows that are worth a copy of the others, if they
-# are a quarter of all.
-MIN_PADDING = 32
 
 # The arrays of one layer. Those of a segment have the tokens on the last axis but one.
 Arrays = List[Optional[mx.array]]
@@ -182,8 +183,7 @@ class BatchSegmentedKVCache(BatchKVCache):
             for c in caches
         ]
         n_to_come = max(getattr(c, "n_to_come", 0) for c in caches)
-        # An array without room would be copied for the next token.
-        capacity = ((length + n_to_come) // cls.step + 1) * cls.step
+        capacity = growth.merged_capacity(length, n_to_come)
 
         # Neighbours that share a segment get it with one copy.
         runs: List[Run] = []
@@ -244,15 +244,16 @@ class BatchSegmentedKVCache(BatchKVCache):
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> Tuple[mx.array, mx.array]:
-        n, start, length = self.n_rows, self.end, keys.shape[2]
-        end = self.end = start + length
-        more = -(-length // self.step) * self.step
+        n, start = self.n_rows, self.end
+        end = self.end = start + keys.shape[2]
+        capacity = growth.capacity(end)
         if self.keys is None:
             self.keys, self.values = (
-                mx.zeros((n, x.shape[1], more, x.shape[3]), x.dtype)
+                mx.zeros((n, x.shape[1], capacity, x.shape[3]), x.dtype)
                 for x in (keys, values)
             )
         elif end > self.keys.shape[2]:
+            more = capacity - self.keys.shape[2]
             self.keys, self.values = (
                 mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
@@ -267,9 +268,9 @@ class BatchSegmentedKVCache(BatchKVCache):
         if n_wider > 0:
             self.widen(n_wider, other)
         elif self.keys is not None and n + more > self.keys.shape[0]:
-            spare = more + n // 4
+            n_new = growth.grown_rows(n, more) - n
             self.keys, self.values = (
-                mx.concatenate([x[:n], mx.zeros((spare, *x.shape[1:]), x.dtype)])
+                mx.concatenate([x[:n], mx.zeros((n_new, *x.shape[1:]), x.dtype)])
                 for x in (self.keys, self.values)
             )
         start, end = self.end - other.end, self.end
@@ -298,7 +299,7 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     def stage(self, batch_indices: List[int]) -> List[mx.array]:
         """Prepare for ``filter``; gives what is best evaluated for all layers at once."""
-        if self.keys is None or 2 * len(batch_indices) < self.keys.shape[0]:
+        if self.keys is None or growth.are_few(len(batch_indices), len(self.keys)):
             return []
         self.movers = [
             (to, *(mx.contiguous(x[i : i + n]) for x in (self.keys, self.values)))
@@ -314,8 +315,8 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.rows = rows
             return
         padding = min(rows.padding)
-        narrow = padding >= max(MIN_PADDING, self.end // 4)
-        if narrow or 2 * len(batch_indices) < self.keys.shape[0]:
+        narrow = growth.is_excess(padding, self.end)
+        if narrow or growth.are_few(len(batch_indices), len(self.keys)):
             # Worth a copy of all that stay.
             self.movers = None
             start = padding if narrow else 0

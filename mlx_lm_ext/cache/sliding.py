@@ -11,6 +11,7 @@ from typing import Any, List, Optional
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
+from . import growth
 from .row_starts import Rows
 from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache
 
@@ -33,12 +34,6 @@ def in_order(cache: RotatingKVCache) -> Arrays:
         return x
 
     return [ordered(keys), ordered(values)]
-
-
-def spare(max_size: int) -> int:
-    """How many tokens may stay that have left a window of ``max_size``: to drop them is a
-    copy, and to keep them is more to attend to."""
-    return max_size // 8
 
 
 class SlidingKVCache(RotatingKVCache):
@@ -78,9 +73,9 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
             return
 
         def newest(x: mx.array) -> mx.array:
-            # With room for those that come until it is time again.
-            room = (*x.shape[:2], spare(self.max_size) + 1, x.shape[3])
-            return mx.concatenate([x[:, :, n:end], mx.zeros(room, x.dtype)], axis=2)
+            n_free = growth.window_capacity(self.max_size) - self.max_size
+            room = mx.zeros((*x.shape[:2], n_free, x.shape[3]), x.dtype)
+            return mx.concatenate([x[:, :, n:end], room], axis=2)
 
         self.state = (
             newest(self.keys),
