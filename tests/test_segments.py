@@ -21,7 +21,13 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_lm_ext.bench import join_and_leave
-from mlx_lm_ext.cache.kinds import Layout, leaves, make_segmented_cache, tidy
+from mlx_lm_ext.cache.kinds import (
+    Layout,
+    copy,
+    leaves,
+    make_segmented_cache,
+    tidy,
+)
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache, SegmentedKVCache, moves
 from mlx_lm_ext.cache.sliding import BatchSlidingKVCache
@@ -362,6 +368,40 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row(has_window):
         mx.eval(batch.state)
 
     assert peak_memory(exchange) <= 2 * size
+
+
+@pytest.mark.parametrize(
+    "kept_as, is_in_place",
+    [
+        ("evaluated copies", True),
+        # What may not be done: the step would copy all rows to leave these as they are.
+        ("copies that are not evaluated", False),
+        ("views", False),
+    ],
+)
+def test_row_that_is_extracted_has_to_be_copied_before_the_next_step(
+    kept_as, is_in_place
+):
+    batch = BatchSegmentedKVCache([0] * 8)
+    x = mx.random.normal((8, 2, 1000, 32))
+    batch.update_and_fetch(x, x)
+    mx.eval(batch.state)
+    row = batch.extract(3)
+    kept = [row.keys, row.values]
+    del row
+    if kept_as != "views":
+        kept = copy(kept, 0, 1000)
+    if kept_as == "evaluated copies":
+        mx.eval(kept)
+
+    def step():
+        new = mx.ones((8, 2, 1, 32))
+        batch.update_and_fetch(new, new)
+        mx.eval(batch.state)
+
+    peak = peak_memory(step)
+    assert (peak < batch.nbytes / 100) == is_in_place
+    assert all(mx.array_equal(k, x[3:4]) for k in kept)
 
 
 def test_joins_and_leaves_are_measured_beside_upstreams(monkeypatch, capsys):
