@@ -28,6 +28,7 @@ from .segmented import (
     BatchSegmentedKVCache,
     SegmentedKVCache,
     join,
+    n_tokens_of,
     slices,
 )
 from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order
@@ -101,7 +102,8 @@ class Kind:
 
 class KV(Kind):
     def arrays(self, cache):
-        return slices(cache.state[:2], 0, cache.offset)
+        keys, values, offset = cache.state
+        return slices([keys, values], 0, offset)
 
     def join(self, parts, n):
         return SegmentedKVCache(parts, n)
@@ -113,10 +115,14 @@ class Quantized(Kind):
     bits: int
 
     def arrays(self, cache):
-        return slices([*cache.keys, *cache.values], 0, cache.offset)
+        keys, values, offset, _group_size, _bits = cache.state
+        return slices([*keys, *values], 0, offset)
 
     def build(self, arrays, n):
-        state = (arrays[:3], arrays[3:], n, self.group_size, self.bits)
+        # Keys and values are tuples: quantised weights, scales and biases.
+        k, k_scales, k_biases, v, v_scales, v_biases = arrays
+        keys, values = (k, k_scales, k_biases), (v, v_scales, v_biases)
+        state = (keys, values, n, self.group_size, self.bits)
         return QuantizedKVCache.from_state(state)
 
 
@@ -125,16 +131,17 @@ class Chunked(Kind):
     chunk_size: int
 
     def arrays(self, cache):
-        length = cache.offset - cache.start_position
+        keys, values, offset, chunk_size, start_position = cache.state
+        length = offset - start_position
         # What is over the size is dropped before the next token.
-        excess = max(0, length - self.chunk_size)
-        return slices(cache.state[:2], excess, length)
+        excess = max(0, length - chunk_size)
+        return slices([keys, values], excess, length)
 
     def n_kept(self, n):
         return min(n, self.chunk_size)
 
     def build(self, arrays, n):
-        start = n - arrays[0].shape[-2]
+        start = n - n_tokens_of(arrays)
         return ChunkedKVCache.from_state((*arrays, n, self.chunk_size, start))
 
 
@@ -153,8 +160,7 @@ class Rotating(Kind):
         return min(n, growth.capacity(growth.window_capacity(self.max_size)))
 
     def build(self, arrays, n):
-        length = arrays[0].shape[-2]
-        state = (*arrays, n, self.keep, self.max_size, length)
+        state = (*arrays, n, self.keep, self.max_size, n_tokens_of(arrays))
         return (RotatingKVCache if self.keep else SlidingKVCache).from_state(state)
 
 
@@ -168,7 +174,8 @@ class State(Kind):
         return None
 
     def arrays(self, cache):
-        return list(cache.cache)
+        arrays, _left_padding, _lengths = cache.state
+        return list(arrays)
 
     def n_kept(self, n):
         return None

@@ -32,6 +32,11 @@ def slices(arrays: Arrays, start: int, stop: int) -> Arrays:
     return [x[..., start:stop, :] for x in arrays]
 
 
+def n_tokens_of(segment: Arrays) -> int:
+    first, *_ = segment
+    return first.shape[-2]
+
+
 def join(parts: List[Arrays], n: int) -> Arrays:
     """The first ``n`` tokens of consecutive segments, in new arrays.
 
@@ -195,7 +200,7 @@ class BatchSegmentedKVCache(BatchKVCache):
                     run = found[id(part), start] = Run(row, start, part, row + 1)
                     runs.append(run)
                 run.stop = row + 1
-                start += part[0].shape[2]
+                start += n_tokens_of(part)
 
         def merged(i: int) -> mx.array:
             like = runs[0].part[i]

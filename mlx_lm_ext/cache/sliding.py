@@ -13,7 +13,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from . import growth
 from .row_starts import Rows
-from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache
+from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache, n_tokens_of
 
 
 def in_order(cache: RotatingKVCache) -> Arrays:
@@ -58,8 +58,10 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
 
     @classmethod
     def merge(cls, caches: List[RotatingKVCache]) -> "BatchSlidingKVCache":
-        parts = [[] if c.empty() else [in_order(c)] for c in caches]
-        rows = [SegmentedKVCache(p, p[0][0].shape[2] if p else 0) for p in parts]
+        rows = []
+        for cache in caches:
+            parts = [] if cache.empty() else [in_order(cache)]
+            rows.append(SegmentedKVCache(parts, sum(map(n_tokens_of, parts))))
         batch = super().merge(rows)
         batch.max_size = caches[0].max_size
         batch.rows = Rows([c.offset - batch.end for c in caches])

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from ..interfaces import Entry
 from .kinds import Layout, copy, nbytes_of_layers
-from .segmented import Arrays, SegmentedKVCache
+from .segmented import Arrays, SegmentedKVCache, n_tokens_of
 
 
 def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:
@@ -184,7 +184,7 @@ class Node:
                 cache = kind.thaw(self.frozen[i], n) if is_right else None
             else:
                 parts = [node.segments[i] for node in path]
-                is_right = sum(part[0].shape[-2] for part in parts) == self.end
+                is_right = sum(map(n_tokens_of, parts)) == self.end
                 cache = kind.join(parts, n) if is_right else None
             if cache is None:
                 logging.error(f"The prompt cache is wrong in layer {i} at token {n}")
