@@ -13,7 +13,7 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlx_lm_ext.cache.kinds import Layout, leaves
+from mlx_lm_ext.cache.kinds import Layout, flatten
 from mlx_lm_ext.cache.lru import LRU
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 
@@ -43,7 +43,7 @@ def kv(tokens, start, stop):
 def feed(caches, tokens, start, stop):
     """Run the tokens from ``start`` to ``stop`` through the caches, as a model does."""
     keys, values = kv(tokens, start, stop)
-    for cache in leaves(caches):
+    for cache in flatten(caches):
         if isinstance(cache, ArraysCache):
             for i in range(len(cache.cache)):
                 cache[i] = keys[:, 0, -1] + i
@@ -69,7 +69,7 @@ def contents(caches, n):
     layout = Layout(caches)
     return [
         [x.tolist() for x in kind.arrays(cache)]
-        for kind, cache in zip(layout.kinds, leaves(caches))
+        for kind, cache in zip(layout.kinds, flatten(caches))
     ]
 
 

@@ -31,11 +31,11 @@ def check(cache: Any, is_evaluated: bool = True) -> None:
                     assert cache.nodes.get(node.entry) is node, "an unknown entry"
                     assert node.entry.model_key == model, "another model's entry"
     assert len(seen) == len(cache.nodes), "an entry that is in no tree"
-    assert sum(entry.nbytes for entry in seen) == cache.held, "wrong bytes in all"
+    assert sum(entry.nbytes for entry in seen) == cache.nbytes, "wrong bytes in all"
     assert len(cache) <= cache.max_size, "more entries than the bound"
-    bytes_fit = cache.held + cache.active <= cache.max_bytes
+    bytes_fit = cache.nbytes + cache.reserved <= cache.max_bytes
     assert bytes_fit or not cache.nodes, "more bytes than the bound"
-    assert not (is_evaluated and cache.lazy), "copies that were not made"
+    assert not (is_evaluated and cache.unevaluated), "copies that were not made"
 
 
 def check_node(node: Node) -> None:
@@ -53,18 +53,18 @@ def check_node(node: Node) -> None:
         return
     assert entry.n_tokens == len(node.tokens) > 0, "a wrong number of tokens"
     assert entry.depth == parent.end + entry.n_tokens, "a wrong depth"
-    held = nbytes_of_layers(node.segments) + node.frozen_nbytes
+    held = nbytes_of_layers(node.segments) + node.snapshot_nbytes
     assert entry.nbytes == held, "wrong bytes"
     assert node.children or node.is_resumable, "a leaf of no use"
     if parent.entry:
         assert parent.entry.last_hit >= entry.last_hit, "used after its parent"
-    frozen = node.frozen or [None] * len(kinds)
-    for kind, above, own, state in zip(kinds, parent.segments, node.segments, frozen):
+    snapshot = node.snapshot or [None] * len(kinds)
+    for kind, above, own, state in zip(kinds, parent.segments, node.segments, snapshot):
         assert own is None or above is not None, "a segment without one above"
         for x in own or ():
             assert x.shape[-2] == entry.n_tokens, "a segment of a wrong length"
-        if node.frozen is not None:
-            assert (own is None) != (state is None), "not either cut or frozen"
+        if node.snapshot is not None:
+            assert (own is None) != (state is None), "not either a segment or a state"
         for x in state or ():
             kept = kind.n_kept(entry.depth)
             assert kept in (None, x.shape[-2]), "a state of a wrong length"

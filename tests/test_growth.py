@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_lm_ext.batch.kv_memory import KVMemory
 from mlx_lm_ext.cache import growth
-from mlx_lm_ext.cache.kinds import make_segmented_cache, tidy
+from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.cache.segmented import SegmentedKVCache
 
 MODELS = {
@@ -47,7 +47,7 @@ class Batch:
         return sum(c.nbytes for c in self.cache)
 
     def run(self, cache, n_rows, n_tokens):
-        tidy(cache)
+        prepare_step(cache)
         self.model(mx.zeros((n_rows, n_tokens)), cache)
 
     def join(self, request, n_cached, chunk):
@@ -72,7 +72,7 @@ class Batch:
         else:
             self.cache = cache
         # A window holds the last chunk of the prompt until the next step drops it.
-        tidy(self.cache)
+        prepare_step(self.cache)
         self.requests = requests
 
     def decode(self):

@@ -23,13 +23,17 @@ from mlx_lm.models.cache import (
 from mlx_lm_ext.bench import join_and_leave
 from mlx_lm_ext.cache.kinds import (
     Layout,
-    copy,
-    leaves,
+    copy_arrays,
+    flatten,
     make_segmented_cache,
-    tidy,
+    prepare_step,
 )
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
-from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache, SegmentedKVCache, moves
+from mlx_lm_ext.cache.segmented import (
+    BatchSegmentedKVCache,
+    SegmentedKVCache,
+    row_moves,
+)
 from mlx_lm_ext.cache.sliding import BatchSlidingKVCache
 
 TOKENS = list(range(10))
@@ -53,7 +57,8 @@ BATCHABLE = [
     name
     for name, make_caches in MODELS.items()
     if all(
-        hasattr(c, "merge") and not getattr(c, "keep", 0) for c in leaves(make_caches())
+        hasattr(c, "merge") and not getattr(c, "keep", 0)
+        for c in flatten(make_caches())
     )
 ]
 
@@ -317,16 +322,16 @@ def test_layers_share_where_their_rows_begin():
     layers = layers_of(3, 5)
     for layer, row in zip(layers, layers_of(9)):
         layer.extend(row)
-    tidy(layers)
+    prepare_step(layers)
     assert layers[0].offset is layers[1].offset
     feed([layers[0]], TOKENS, 9, 10)
     assert [layer.offset.tolist() for layer in layers] == [[4, 6, 10], [3, 5, 9]]
 
 
 def test_neighbours_move_together():
-    assert moves([0, 7, 8, 3, 9, 6]) == [(7, 1, 2), (9, 4, 1), (6, 5, 1)]
-    assert moves([3, 4, 5]) == [(3, 0, 3)]
-    assert moves([0, 1]) == []
+    assert row_moves([0, 7, 8, 3, 9, 6]) == [(7, 1, 2), (9, 4, 1), (6, 5, 1)]
+    assert row_moves([3, 4, 5]) == [(3, 0, 3)]
+    assert row_moves([0, 1]) == []
 
 
 @pytest.mark.parametrize("keep", [[5, 0], [4, 5, 2, 3]])
@@ -390,7 +395,7 @@ def test_row_that_is_extracted_has_to_be_copied_before_the_next_step(
     kept = [row.keys, row.values]
     del row
     if kept_as != "views":
-        kept = copy(kept, 0, 1000)
+        kept = copy_arrays(kept, 0, 1000)
     if kept_as == "evaluated copies":
         mx.eval(kept)
 

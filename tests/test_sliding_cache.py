@@ -22,7 +22,7 @@ OPERATIONS = st.lists(
 def run(batch, rows, n):
     """Run ``n`` more tokens of each row, as a model does; checks what each token sees."""
     new = [kv(tokens, len(tokens) - n, len(tokens)) for tokens in rows]
-    batch.drop_old(n_spare=2)
+    batch.drop_old(slack=2)
     mask = batch.make_mask(n, return_array=True)
     if mask is None:
         mask = mx.array(True)
@@ -103,12 +103,12 @@ def test_steps_write_in_place_until_it_is_time_to_drop():
 
     def steps():
         for _ in range(100):
-            batch.drop_old(n_spare=100)
+            batch.drop_old(slack=100)
             batch.update_and_fetch(x[:, :, :1], x[:, :, :1])
             mx.eval(batch.state)
 
     assert peak_memory(steps) < batch.nbytes / 10
-    batch.drop_old(n_spare=100)
+    batch.drop_old(slack=100)
     assert batch.size() == 900
-    batch.drop_old(n_spare=99)
+    batch.drop_old(slack=99)
     assert batch.size() == 800

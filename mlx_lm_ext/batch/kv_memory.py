@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache import growth
-from ..cache.kinds import Layout, leaves, nbytes
+from ..cache.kinds import Layout, flatten, nbytes
 from ..device import device_memory
 from ..errors import RequestError
 from ..interfaces import RequestInfo
@@ -44,7 +44,7 @@ class KVMemory:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
         self.layers = [
             (kind, nbytes(kind.arrays(cache)))
-            for kind, cache in zip(layout.kinds, leaves(caches))
+            for kind, cache in zip(layout.kinds, flatten(caches))
         ]
 
     def nbytes(self, n_rows: int, n_tokens: int) -> int:
@@ -52,7 +52,7 @@ class KVMemory:
         n_tokens = growth.capacity(n_tokens)
         total = 0
         for kind, of_one in self.layers:
-            kept = kind.n_in_batch(n_tokens)
+            kept = kind.batch_capacity(n_tokens)
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 
