@@ -19,7 +19,7 @@ from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 
 WINDOW = 6
 
-# The caches of models: what each layer has.
+# The caches that models of each kind make.
 MODELS = {
     "KVCache": lambda: [KVCache(), KVCache()],
     "RotatingKVCache": lambda: [RotatingKVCache(WINDOW)],
@@ -54,7 +54,8 @@ def feed(caches, tokens, start, stop):
 
 
 def make(model, tokens, n_prompt=None):
-    """The caches of a model after ``tokens``, of which ``n_prompt`` came at once."""
+    """The caches of a model that has run ``n_prompt`` tokens at once and the others one by
+    one."""
     caches = MODELS[model]()
     n_prompt = len(tokens) if n_prompt is None else n_prompt
     if n_prompt:

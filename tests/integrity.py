@@ -1,7 +1,6 @@
-"""Proof that a prompt cache is what its rules and those of its trees say.
+"""Checks that a prompt cache and its trees obey their rules.
 
-Rules:
-1. Nothing is changed, and no array is evaluated.
+Rule: the checks change nothing and evaluate no array.
 """
 
 from typing import Any
@@ -11,7 +10,7 @@ from mlx_lm_ext.cache.tree import Node
 
 
 def check(cache: Any, is_evaluated: bool = True) -> None:
-    """Prove the rules of a ``RadixPromptCache``.
+    """Check the rules of a ``RadixPromptCache``.
 
     Args:
         cache (RadixPromptCache): The cache.
@@ -39,7 +38,7 @@ def check(cache: Any, is_evaluated: bool = True) -> None:
 
 
 def check_node(node: Node) -> None:
-    """Prove the rules of a node and its place.
+    """Check the rules of a node and of its place in the tree.
 
     Raises:
         AssertionError: If one is broken.

@@ -1,4 +1,4 @@
-"""Batches of windows: what each row sees, and who moves when rows come and go."""
+"""Batches of windows: what each token attends to while rows join and leave."""
 
 import random
 
@@ -44,7 +44,7 @@ def test_each_token_sees_the_window_before_it(operations):
     def add(seed):
         rng = random.Random(seed)
         tokens = [rng.randrange(250) for _ in range(rng.choice([1, 5, WINDOW, 30]))]
-        # A prompt in one piece, and the tokens after it.
+        # The prompt is run at once, and the tokens after it one by one.
         alone = SlidingKVCache(WINDOW)
         n_prompt = rng.randint(1, len(tokens))
         for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, 30))]:
@@ -53,7 +53,7 @@ def test_each_token_sees_the_window_before_it(operations):
         batch.extend(SlidingKVCache.merge([alone]))
         rows.append(tokens)
 
-    # Of the row that it began with, nothing is left.
+    # The empty row that the batch began with leaves.
     add(1)
     batch.filter([1])
     for what, seed in operations:
