@@ -125,7 +125,9 @@ SIGNATURES = [
 ]
 
 
-@pytest.mark.parametrize("function, names", SIGNATURES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    "function, names", SIGNATURES, ids=[f.__qualname__ for f, _ in SIGNATURES]
+)
 def test_upstream_function_takes_the_known_parameters(function, names):
     found = " ".join(inspect.signature(function).parameters)
     assert found == names, f"mlx-lm's {function.__qualname__} takes other parameters"
