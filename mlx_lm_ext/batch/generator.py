@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.server import _make_logits_processors
 
-from ..cache.kinds import leaves, tidy
+from ..cache.kinds import flatten, prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed, on_cpu
 from ..sampling.groups import RowSampler, RowSamplers
@@ -25,7 +25,7 @@ make_logits_processors = _make_logits_processors
 
 def segmented(caches: List[Any]) -> List[BatchSegmentedKVCache]:
     """Those of a batch's caches that rows join and leave in place."""
-    return [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
+    return [c for c in flatten(caches) if isinstance(c, BatchSegmentedKVCache)]
 
 
 def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
@@ -69,7 +69,7 @@ class LeanPromptBatch(PromptProcessingBatch):
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
-        tidy(self.prompt_cache)
+        prepare_step(self.prompt_cache)
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -159,7 +159,7 @@ class LeanGenerationBatch(GenerationBatch):
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, logprobs
-        tidy(self.prompt_cache)
+        prepare_step(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
         logits, contexts = self.process(inputs, logits)
