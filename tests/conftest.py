@@ -19,7 +19,7 @@ from functools import partial
 import pytest
 import tiny_models
 
-from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.models import BatchModelProvider

@@ -16,7 +16,7 @@ from conftest import server_process
 from helpers import JSON, complete
 from mlx_lm.server import ModelDescription
 
-from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL
 from mlx_lm_ext.request.fields import FIELDS
 
