@@ -91,7 +91,7 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     from .engine.models import BatchModelProvider
     from .policies.guard import Policies
     from .server.api import BatchAPIHandler
-    from .server.connection import BatchHTTPServer
+    from .server.http_server import BatchHTTPServer
 
     reserve_little()
     log.take_over("transformers", "huggingface_hub")

@@ -26,7 +26,7 @@ from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.connection import BatchHTTPServer
+from mlx_lm_ext.server.http_server import BatchHTTPServer
 
 
 @pytest.fixture(scope="session")

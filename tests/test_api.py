@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -32,9 +33,10 @@ from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
 from mlx_lm_ext.request.served_model import ServedModel
-from mlx_lm_ext.server import connection as http_server
+from mlx_lm_ext.server import bodies, http_server
 from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.connection import BatchHTTPServer, Incoming
+from mlx_lm_ext.server.bodies import Incoming
+from mlx_lm_ext.server.http_server import BatchHTTPServer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -252,6 +254,8 @@ def test_images_are_served_by_upstream(start_server):
     engine, port = start_server()
     provider = engine.model_provider
     provider.processor = Processor()
+    (model,) = provider._served.values()
+    provider._served[model.key] = replace(model, takes_images=True)
     provider.model.embed_inputs = lambda tokens, pixel_values: (
         provider.model.model.embed_tokens(tokens)
     )
@@ -266,7 +270,7 @@ def test_images_are_served_by_upstream(start_server):
     assert answer["usage"]["prompt_tokens"] > 1
     assert engine.batch.steps == 0
     # Before tokens are made of it, and after.
-    limit = next(iter(provider._served.values())).most_characters
+    limit = model.most_characters
     for n in (limit + 1, 5000):
         text = {"type": "text", "text": "x" * n}
         long = {"messages": [{"role": "user", "content": [text, image]}]}
@@ -705,8 +709,8 @@ class Socket:
 
 @pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
 def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
-    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", seconds)
-    monkeypatch.setattr(http_server, "BYTES_A_SECOND", 1e12)
+    monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", seconds)
+    monkeypatch.setattr(bodies, "BYTES_A_SECOND", 1e12)
     here, there = socket.socketpair()
     with here, there:
         there.sendall(b"a line\n and more")
@@ -724,7 +728,7 @@ def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
 
 
 def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
-    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", 0.2)
     _, port = start_server()
     answer = send_raw(port, post("Content-Length: 100", b"{"), shut=False)
     head, _, content = answer.partition(b"\r\n\r\n")

@@ -14,7 +14,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import tokenizing
 from mlx_lm_ext.request.preparation import Interrupted, Preparation, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
-from mlx_lm_ext.server import connection as http_server
+from mlx_lm_ext.server import http_server
 
 # Takes hours, and writes nothing.
 ENDLESS = (

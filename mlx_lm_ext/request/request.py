@@ -180,8 +180,13 @@ class Request(RequestInfo):
         if self.started is None:
             self.started = self.clock()
 
-    def stats(self, finish_reason: str) -> RequestStats:
-        """How it went (any thread)."""
+    def stats(self, finish_reason: str, n_tokens: int) -> RequestStats:
+        """How it went (any thread).
+
+        Args:
+            finish_reason (str): How its answer has ended.
+            n_tokens (int): Tokens of its answer, as in ``usage``.
+        """
 
         def since_arrival(when: Optional[float]) -> Optional[float]:
             return None if when is None else when - self.arrival
@@ -191,6 +196,9 @@ class Request(RequestInfo):
             since_arrival(self.started),
             since_arrival(self.first_token),
             self.clock() - self.arrival,
+            len(self.prompt),
+            self.n_matched,
+            n_tokens,
         )
 
     def put(self, event: Union[Token, RequestError]) -> None:
