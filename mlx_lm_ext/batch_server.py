@@ -1,10 +1,11 @@
-"""The command line of ``mlx_lm.batch_server``.
+"""The server's process: ``mlx_lm.batch_server`` from its start to its exit.
 
 Rules:
 1. A wrong argument ends the start with exit code 2, anything else that keeps the
-   server from starting with exit code 1; each says why in one line.
-2. MLX is imported after a fast BLAS is loaded, and here after the arguments are parsed:
-   what is wrong with them shows at once.
+   server from starting with exit code 1. Both print one line that says why.
+2. MLX is imported after the arguments are parsed, so that wrong ones are reported at
+   once, and after a fast BLAS is loaded.
+3. After a signal the process ends within seconds, whatever its threads are doing.
 """
 
 import argparse
@@ -23,39 +24,51 @@ from .arguments import parse_arguments
 from .log import LogWriter
 from .policies.loading import PluginError, Plugins
 
+logger = logging.getLogger(__name__)
+
+# Seconds for the generation thread to end: it may be loading a model, or in a long step.
+STOP_TIMEOUT = 5.0
+
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until SIGINT or SIGTERM, then exit with 0."""
-    # Before plugins, which may import MLX.
+    # Before the plugins, because they may import MLX.
     blas_line = blas.load()
     args, plugins = parse_arguments(argv)
     log = LogWriter(args.log_level)
     if blas_line:
-        logging.info(blas_line)
+        logger.info(blas_line)
+    server = BatchServer(args, plugins, log)
     code, error = 0, None
     try:
-        serve(args, plugins, log)
+        try:
+            server.start()
+            server.wait()
+        finally:
+            server.stop()
     except PluginError as e:
         code, error = 2, e
     except (OSError, RuntimeError) as e:
         code, error = 1, e
     except KeyboardInterrupt:
         pass
-    # If nobody reads the lines, writing one more would wait for ever.
+    # If nobody reads the log lines, printing one more would block for ever.
     if log.drain(timeout=1.0):
         if error is not None:
             print(f"mlx_lm.batch_server: error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    # Without Python's finalization: MLX frees what it keeps for a thread after the
-    # thread's Python part has ended. If the interpreter is gone by then, the process
-    # aborts.
+    # Not ``sys.exit``: MLX frees what it keeps for a thread after the thread's Python
+    # part has ended. If the interpreter is finalized by then, the process aborts.
     os._exit(code)
 
 
 def check_open_files() -> None:
-    """Raise a ``RuntimeError`` under a limit with which mlx-lm cannot be imported: it
-    sets that of open files to 4096."""
+    """Check that mlx-lm can be imported: the import sets the limit of open files to 4096.
+
+    Raises:
+        RuntimeError: If this process may not have so many.
+    """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and limit < 4096:
         raise RuntimeError(
@@ -63,91 +76,134 @@ def check_open_files() -> None:
         )
 
 
-def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
-    """Load the model and serve it.
+class BatchServer:
+    """The HTTP server and the engine of this process.
 
     Args:
         args (argparse.Namespace): The command line.
         plugins (Plugins): The plugins that it names.
         log (LogWriter): Writes the log.
-
-    Raises:
-        OSError: If the address cannot be listened on.
-        PluginError: If a policy cannot be used.
-        RuntimeError: If the model cannot be loaded.
-        KeyboardInterrupt: On SIGINT or SIGTERM, after the server has stopped.
     """
-    check_open_files()
-    import mlx.core as mx
 
-    from .engine.upstream import check_version
+    def __init__(self, args: argparse.Namespace, plugins: Plugins, log: LogWriter):
+        self.args = args
+        self.plugins = plugins
+        self.log = log
+        self.httpd = None
+        self.engine = None
+        self.accepting: Optional[Thread] = None
 
-    check_version()
-    from mlx_lm.server import get_system_fingerprint
+    def start(self) -> None:
+        """Listen, load the model, and begin to serve.
 
-    from .cache.prompt_cache import RadixPromptCache
-    from .device import reserve_little
-    from .engine.loop import Engine
-    from .engine.models import BatchModelProvider
-    from .policies.guard import Policies
-    from .server.api import BatchAPIHandler
-    from .server.http_server import BatchHTTPServer
+        Raises:
+            OSError: If the address cannot be listened on.
+            PluginError: If a policy cannot be used.
+            RuntimeError: If the model cannot be loaded.
+            KeyboardInterrupt: On SIGINT or SIGTERM.
+        """
+        check_open_files()
+        import mlx.core as mx
 
-    reserve_little()
-    log.take_over("transformers", "huggingface_hub")
-    policies = Policies(plugins, args)
+        from .engine.upstream import check_version
 
-    if mx.distributed.init().size() > 1:
-        raise RuntimeError("several machines are not supported; use mlx_lm.server")
-    args.model_id = args.model
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if args.model is None:
-        args.model_id = demo_model.NAME
-        args.model = str(demo_model.ensure(mx.default_device() != mx.cpu))
-        logging.info(f"No --model was given: serving {args.model_id}")
+        check_version()
+        from .device import share_arenas
+        from .policies.guard import Policies
 
-    try:
-        httpd = BatchHTTPServer(
-            (args.host, args.port), None, args.allowed_origins, args.allowed_hosts
+        share_arenas()
+        self.log.take_over("transformers", "huggingface_hub")
+        policies = Policies(self.plugins, self.args)
+        if mx.distributed.init().size() > 1:
+            raise RuntimeError("several machines are not supported; use mlx_lm.server")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self.find_model()
+        self.listen()
+        self.start_engine(policies)
+        self.accepting = Thread(target=self.httpd.serve_forever)
+        self.accepting.start()
+        self.engine.loaded.wait()
+        if self.engine.load_error is not None:
+            raise RuntimeError(self.engine.load_error)
+        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
+        port = self.httpd.server_address[1]
+        logger.info(f"Serving {self.args.model_id} at http://{host}:{port}/v1")
+
+    def find_model(self) -> None:
+        """Set ``args.model``, and ``args.model_id``, the name that clients see."""
+        import mlx.core as mx
+
+        args = self.args
+        args.model_id = args.model
+        if args.model is None:
+            args.model_id = demo_model.NAME
+            args.model = str(demo_model.ensure(mx.default_device() != mx.cpu))
+            logger.info(f"No --model was given: serving {args.model_id}")
+
+    def listen(self) -> None:
+        """Open the port. Connections are accepted later, when there is an engine."""
+        from .server.http_server import BatchHTTPServer
+
+        args = self.args
+        try:
+            self.httpd = BatchHTTPServer(
+                (args.host, args.port), None, args.allowed_origins, args.allowed_hosts
+            )
+        except (OSError, UnicodeError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
+
+    def start_engine(self, policies) -> None:
+        """Start the generation thread, which begins to load the model."""
+        from mlx_lm.server import get_system_fingerprint
+
+        from .cache.prompt_cache import RadixPromptCache
+        from .engine.loop import Engine
+        from .engine.models import BatchModelProvider
+        from .server.api import BatchAPIHandler
+
+        cache = None
+        if self.args.use_prompt_cache:
+            cache = RadixPromptCache(
+                max_bytes=self.args.radix_cache_size,
+                eviction=policies.eviction,
+                clock=policies.clock,
+            )
+        fingerprint = get_system_fingerprint()
+        # What was imported stays until the end. For the garbage collector to visit it
+        # takes 20 to 160 ms, during which all streams would stand still.
+        gc.freeze()
+        self.engine = Engine(BatchModelProvider(self.args), policies, cache)
+        self.httpd.RequestHandlerClass = partial(
+            BatchAPIHandler, self.engine, system_fingerprint=fingerprint
         )
-    except (OSError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
-    cache = None
-    if args.use_prompt_cache:
-        cache = RadixPromptCache(
-            max_bytes=args.radix_cache_size,
-            eviction=policies.eviction,
-            clock=policies.clock,
-        )
-    fingerprint = get_system_fingerprint()
-    # What was imported stays. To look through it takes the collector 20 to 160 ms, for
-    # which all streams would stand still.
-    gc.freeze()
-    engine = Engine(BatchModelProvider(args), policies, cache)
-    httpd.RequestHandlerClass = partial(
-        BatchAPIHandler, engine, system_fingerprint=fingerprint
-    )
-    accepting = Thread(target=httpd.serve_forever)
-    try:
-        accepting.start()
-        engine.loaded.wait()
-        if engine.load_error is not None:
-            raise RuntimeError(engine.load_error)
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        port = httpd.server_address[1]
-        logging.info(f"Serving {args.model_id} at http://{host}:{port}/v1")
-        while not engine.ended.wait(1.0):
-            if not accepting.is_alive():
+
+    def wait(self) -> None:
+        """Serve until a signal comes or one of the threads has failed.
+
+        Raises:
+            RuntimeError: If the generation thread or the accepting one has failed.
+            KeyboardInterrupt: On SIGINT or SIGTERM.
+        """
+        while not self.engine.ended.wait(1.0):
+            if not self.accepting.is_alive():
                 raise RuntimeError("no connections are accepted; the log says why")
         raise RuntimeError("the generation thread has failed; the log says why")
-    finally:
+
+    def stop(self) -> None:
+        """End what was started: open requests are told that the server is stopping."""
         # A second signal ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        httpd.shutdown()
-        engine.stop_and_join()
-        httpd.server_close()
+        if self.accepting is not None:
+            self.httpd.shutdown()
+        if self.engine is not None:
+            if not self.engine.stop_and_join(STOP_TIMEOUT):
+                logger.warning(
+                    f"The generation thread did not end in {STOP_TIMEOUT:g} seconds"
+                )
+        if self.httpd is not None:
+            self.httpd.server_close()
 
 
 if __name__ == "__main__":

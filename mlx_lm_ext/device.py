@@ -101,7 +101,7 @@ def check_address_space() -> None:
         raise RequestError(503, "the server has too little memory left (ulimit -v)")
 
 
-def reserve_little() -> None:
+def share_arenas() -> None:
     """Let threads share glibc's arenas if the address space is limited: each arena
     reserves 64 MB of it."""
     if address_space_left() is not None:

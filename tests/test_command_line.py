@@ -192,8 +192,19 @@ def test_too_few_open_files_are_one_line(model_folder):
     assert "1000" in line and "4096" in line
 
 
+@pytest.fixture
+def child_takes_sigint():
+    """Lets processes start with the default action of SIGINT. They would ignore it if
+    this process does, as under ``nohup`` or in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_ends_the_server_with_0_after_requests(name, model_folder):
+def test_signal_ends_the_server_with_0_after_requests(
+    name, model_folder, child_takes_sigint
+):
     with server_process("--model", str(model_folder())) as (port, lines, process):
         assert complete(port, "hello", max_tokens=3)
         process.send_signal(getattr(signal, name))

@@ -157,11 +157,22 @@ class Engine(ResponseGeneratorBase):
             self.loaded.is_set() and self.generation_available() and not self.stopping
         )
 
-    def stop_and_join(self) -> None:
-        """Fail what is unfinished and end the generation thread."""
+    def stop_and_join(self, timeout: Optional[float] = None) -> bool:
+        """Fail what is unfinished and end the generation thread.
+
+        Args:
+            timeout (Optional[float]): Seconds to wait for its end, if not for ever: it
+              cannot be interrupted while it loads a model.
+
+        Returns:
+            Whether it has ended.
+        """
         self.stopping = True
         self.inbox.put(None)
-        self.join()
+        has_ended = self.ended.wait(timeout)
+        if has_ended:
+            self.join()
+        return has_ended
 
     # The generation thread from here on
 
