@@ -16,7 +16,7 @@ from test_api import CHAT
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import images
 from mlx_lm_ext.request.images import fetch, inline_images, is_public
-from mlx_lm_ext.request.preparation import Preparation, Preparations
+from mlx_lm_ext.request.preparation import Preparations
 
 
 def png(width=3, height=2):
@@ -35,7 +35,7 @@ def data_url(raw):
 
 def inline(*urls, allow_urls=False, preparation=None):
     parts = [part(url) for url in urls]
-    inline_images(parts, allow_urls, preparation or Preparation())
+    inline_images(parts, allow_urls, preparation or Preparations().begin())
     return [p["image_url"]["url"] for p in parts]
 
 
@@ -183,7 +183,7 @@ def test_image_is_not_fetched_unless_that_is_allowed(site):
 
 
 def test_image_is_fetched_from_where_that_is_allowed(site):
-    assert fetch(f"{site}/image", Preparation()) == png()
+    assert fetch(f"{site}/image", Preparations().begin()) == png()
     (url,) = inline(f"{site}/to?{site}/image", allow_urls=True)
     assert base64.b64decode(url.partition(",")[2]) == png()
 

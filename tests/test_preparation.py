@@ -12,7 +12,7 @@ from test_api import CHAT, HELLO, post_whole
 
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import tokenizing
-from mlx_lm_ext.request.preparation import Interrupted, Preparation, Preparations
+from mlx_lm_ext.request.preparation import Interrupted, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
 from mlx_lm_ext.server import http_server
 
@@ -93,7 +93,7 @@ def test_step_is_interrupted(reason, error, text, watch):
     # The turn was given back.
     server.stopping = False
     running.clear()
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         pass
 
 
@@ -110,7 +110,7 @@ def test_step_that_catches_everything_is_interrupted_again(watch):
         loop()
 
     watch(server)
-    preparation = server.begin(lambda: False)
+    preparation = server.begin()
     with pytest.raises(RequestError), preparation.turn():
         preparation.run(step)
     assert caught == [Interrupted] * 2
@@ -133,7 +133,7 @@ def test_interruption_never_comes_after_the_step():
     results = {"done": 0, "ended": 0}
     try:
         for i in range(3000):
-            preparation = server.begin(lambda: False)
+            preparation = server.begin()
             current.append(preparation)
             try:
                 preparation.run(lambda: sum(range(i % 300)))
@@ -149,12 +149,12 @@ def test_interruption_never_comes_after_the_step():
 
 def test_only_so_many_are_prepared_at_once():
     server = Preparations(n=1, seconds=0.1)
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         with pytest.raises(RequestError) as error:
-            with server.begin(lambda: False).turn():
+            with server.begin().turn():
                 pass
     assert error.value.status == 503
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         pass
 
 
@@ -270,7 +270,7 @@ def test_text_of_which_a_part_does_not_fit_is_not_tokenised_as_a_whole(
 def test_bounded_prompt_is_that_of_the_tokenizer(start_engine):
     engine = start_engine()
     (model,) = engine.model_provider._served.values()
-    bounded = model.bounded_tokenizer("messages", Preparation())
+    bounded = model.bounded_tokenizer("messages", Preparations().begin())
     for arguments in ({}, {"add_generation_prompt": True}, {"tokenize": False}):
         expected = model.tokenizer.apply_chat_template(HELLO, **arguments)
         assert bounded.apply_chat_template(HELLO, **arguments) == expected

@@ -28,7 +28,7 @@ from ..policies.guard import Policies
 from ..request.fields import check_choice
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox, Turnstile
-from ..request.preparation import Preparation
+from ..request.preparation import Preparation, Preparations
 from ..request.request import Request, SingleCache, SingleQueue
 from .models import BatchModelProvider
 from .upstream import ResponseGeneratorBase
@@ -100,7 +100,8 @@ class Engine(ResponseGeneratorBase):
             generation_args (GenerationArguments): Sampling parameters and limits.
             body (Dict[str, Any]): What the client sent.
             id (str): The id of its answer.
-            preparation (Optional[Preparation]): Says when to give up.
+            preparation (Optional[Preparation]): Says when to give up; if not given,
+              never.
 
         Raises:
             ConnectionError: If its client has left.
@@ -126,7 +127,7 @@ class Engine(ResponseGeneratorBase):
         if not image_parts(request.messages):
             try:
                 tokenizer = model.bounded_tokenizer(
-                    job.prompt_field, preparation or Preparation()
+                    job.prompt_field, preparation or Preparations().begin()
                 )
                 job.prompt, job.segments, job.segment_types, job.initial_state = (
                     self.tokenize(tokenizer, request, generation_args)

@@ -135,9 +135,12 @@ class Request(RequestInfo):
             self.args.sampling.top_k = 0
 
     def fit_to_context(self) -> None:
-        """Refuse a prompt or a ``max_tokens`` for which the model has no room.
+        """Check that the prompt and the answer fit into the model's context. A default
+        ``max_tokens`` is lowered until it fits.
 
-        A ``max_tokens`` that nobody asked for shrinks instead.
+        Raises:
+            RequestError: If the prompt is empty or too long, or the ``max_tokens`` of the
+              body is too large.
         """
         prompt_field = self.prompt_field
         n_prompt, limit = len(self.prompt), self.model.context_length
@@ -150,10 +153,10 @@ class Request(RequestInfo):
             raise too_long(limit, f"the prompt has {n_prompt}", prompt_field)
         if self.args.max_tokens <= room:
             return
-        for field in ("max_completion_tokens", "max_tokens"):
-            if field in self.body:
-                asked = f"the prompt has {n_prompt}, and {field} may be {room} at most"
-                raise too_long(limit, asked, field)
+        for name in ("max_completion_tokens", "max_tokens"):
+            if name in self.body:
+                asked = f"the prompt has {n_prompt}, and {name} may be {room} at most"
+                raise too_long(limit, asked, name)
         self.args.max_tokens = room
 
     def cancel(self) -> None:

@@ -38,7 +38,12 @@ class ServedModel:
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
     ) -> BoundedTokenizer:
-        """Its tokenizer for one request; see there."""
+        """Make its tokenizer for one request.
+
+        Args:
+            field (str): The field of the request that the prompt is made of.
+            preparation (Preparation): Says when to give up.
+        """
         return BoundedTokenizer(
             self.tokenizer,
             self.context_length,
