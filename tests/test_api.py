@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import queue
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import mlx.core as mx
 import pytest
 from helpers import (
     JSON,
+    Always,
     Reference,
     call,
     complete,
@@ -31,6 +33,7 @@ from tiny_models import CONFIGS
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
 from mlx_lm_ext.request.served_model import ServedModel
 from mlx_lm_ext.server import bodies, http_server
@@ -577,6 +580,110 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
 
 
 CHUNKED = "Transfer-Encoding: chunked"
+
+
+class Endless(BatchSampler):
+    """Chooses the same token for ever."""
+
+    name = "endless"
+
+    def __call__(self, logprobs):
+        return mx.full(logprobs.shape[0], 65)
+
+
+@pytest.fixture
+def observe(start_server):
+    """Starts a server whose plugin observes requests and has two samplers: "always", which
+    answers "_`abcdefgh...", and "endless". Gives the engine, the port, and the queue of
+    the observed statistics."""
+
+    def start(*argv):
+        seen = queue.SimpleQueue()
+        observer = plugin(
+            mlx_lm_register_samplers=lambda: [Always, Endless],
+            mlx_lm_request_finished=lambda stats: seen.put(stats),
+        )
+        return *start_server("llama", *argv, plugin=observer), seen
+
+    return start
+
+
+def ask(port, streamed, **body):
+    """The last part of an answer, which has its usage."""
+    body["messages"] = HELLO
+    if streamed:
+        return stream(port, CHAT, stream_options={"include_usage": True}, **body)[-1]
+    return call(port, "POST", CHAT, body)[1]
+
+
+def assert_counts(stats, usage):
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert stats.prompt_tokens == usage["prompt_tokens"] > 0
+    assert stats.cached_tokens == cached
+    assert stats.completion_tokens == usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_observer_gets_the_counts_of_usage_of_an_answer_that_a_stop_word_ends(
+    streamed, observe
+):
+    _, port, seen = observe("--use-prompt-cache")
+    for body, n in (({}, 10), ({"stop": "bc"}, 5)):
+        answer = ask(port, streamed, sampler="always", max_tokens=10, **body)
+        stats = seen.get(timeout=60)
+        assert_counts(stats, answer["usage"])
+        assert stats.completion_tokens == n
+        assert stats.finish_reason == ("stop" if body else "length")
+    assert stats.cached_tokens > 0
+
+
+class CallingTokenizer:
+    """The tokenizer of a model whose tool calls are between "a" and "d"."""
+
+    has_thinking, has_tool_calling = False, True
+    tool_call_start, tool_call_end = "a", "d"
+    structural_markers, response_transitions = (), {}
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    @staticmethod
+    def tool_parser(text, tools):
+        return {"name": text, "arguments": {}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_observer_gets_the_counts_of_usage_of_an_answer_that_a_tool_call_ends(
+    streamed, observe
+):
+    engine, port, seen = observe()
+    (model,) = engine.model_provider._served.values()
+    calling = replace(model, tokenizer=CallingTokenizer(model.tokenizer))
+    engine.model_provider._served[model.key] = calling
+    body = {"tools": [{"function": {"name": "bc"}}], "parallel_tool_calls": False}
+    answer = ask(port, streamed, sampler="always", max_tokens=10, **body)
+    stats = seen.get(timeout=60)
+    assert_counts(stats, answer["usage"])
+    assert stats.completion_tokens == len("_`abcd")
+    assert stats.finish_reason == "tool_calls"
+
+
+def test_observer_of_a_stream_whose_client_has_left_gets_the_tokens_so_far(observe):
+    _, port, seen = observe()
+    raw = chat(max_tokens=4000, stream=True, sampler="endless", logprobs=True)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(raw))
+        answer = b""
+        while answer.count(b'"token"') < 3:
+            answer += s.recv(1000)
+    stats = seen.get(timeout=60)
+    assert stats.finish_reason == "cancelled"
+    assert stats.prompt_tokens > 0
+    # There is a log probability for each token.
+    assert answer.count(b'"token"') <= stats.completion_tokens < 4000
 
 
 @pytest.mark.parametrize("chunked", [False, True])
