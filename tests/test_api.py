@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import conftest
 import mlx.core as mx
 import pytest
 from helpers import (
@@ -36,7 +37,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
 from mlx_lm_ext.request.served_model import ServedModel
-from mlx_lm_ext.server import bodies, http_server
+from mlx_lm_ext.server import api, bodies, http_server
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.bodies import Incoming
 from mlx_lm_ext.server.http_server import BatchHTTPServer
@@ -308,6 +309,22 @@ def test_health_tells_whether_the_engine_serves(start_server):
     engine.stop_and_join()
     assert call(port, "GET", "/health") == (503, {"status": "unavailable"})
     assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
+
+
+def test_answer_of_a_server_that_cannot_serve_yet_says_when_to_come_back(start_server):
+    engine, port = start_server()
+    engine.loaded.clear()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for method, path in (("POST", CHAT), ("GET", "/health")):
+        connection.request(method, path, chat() if method == "POST" else None, JSON)
+        response = connection.getresponse()
+        response.read()
+        assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    engine.loaded.set()
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    assert (response.status, response.getheader("Retry-After")) == (200, None)
+    connection.close()
 
 
 def test_answer_shrinks_to_the_context_unless_more_was_asked_for(start_server):
@@ -977,6 +994,72 @@ def test_client_of_http_1_0_gets_a_stream_without_chunks(start_server):
     assert answer.endswith(b"data: [DONE]\n\n")
 
 
+def test_stream_without_a_new_token_has_keep_alive_comments(start_server, monkeypatch):
+    monkeypatch.setattr(api, "HEARTBEAT", 0.01)
+    goes_on = threading.Event()
+
+    def wait():
+        assert goes_on.wait(60)
+
+    _, port = start_server(plugin=plugin(mlx_lm_make_logits_processors=wait))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", CHAT, chat(stream=True), JSON)
+    response = connection.getresponse()
+    for _ in range(3):
+        assert response.readline() == b": keepalive\n"
+        assert response.readline() == b"\n"
+    goes_on.set()
+    events = [e for e in response.read().split(b"\n\n") if e and e[:1] != b":"]
+    assert all(event.startswith(b"data: ") for event in events)
+    assert events[-1] == b"data: [DONE]"
+    connection.close()
+
+
+def test_events_are_not_held_back_by_the_system(start_server, monkeypatch):
+    def get(self):
+        value = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        self.send_json(200, {"value": value})
+
+    monkeypatch.setattr(BatchAPIHandler, "get", get)
+    _, port = start_server()
+    assert call(port, "GET", "/health")[1]["value"]
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as s:
+            s.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_server_may_listen_on_ipv6(start_engine):
+    engine = start_engine()
+    make = partial(BatchAPIHandler, engine, system_fingerprint="")
+    httpd = BatchHTTPServer(("::1", 0), make)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    try:
+        port = httpd.server_address[1]
+        connection = http.client.HTTPConnection("::1", port, timeout=60)
+        connection.request("POST", CHAT, chat(), JSON)
+        assert connection.getresponse().status == 200
+        connection.close()
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+def test_connection_that_sends_nothing_is_closed(start_server, monkeypatch):
+    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
+    _, port = start_server()
+    assert send_raw(port, b"", shut=False) == b""
+    assert send_raw(port, b"GET /hea", shut=False) == b""
+
+
 class WatchedEngine(Engine):
     """Tells when a request came, was cancelled, and when its row was free."""
 
@@ -1007,6 +1090,25 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
             s.recv(1000)
     assert engine.left.wait(60)
     assert complete(port, "hello", max_tokens=2)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_client_that_takes_nothing_frees_its_row(start_server, monkeypatch, caplog):
+    class Handler(BatchAPIHandler):
+        def setup(self):
+            # Less than the events of the answer have.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().setup()
+
+    monkeypatch.setattr(conftest, "BatchAPIHandler", Handler)
+    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
+    engine, port = start_server(make_engine=WatchedEngine)
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.settimeout(60)
+        s.connect(("127.0.0.1", port))
+        s.sendall(post_whole(chat(max_tokens=4000, stream=True)))
+        assert engine.left.wait(60)
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
