@@ -1,4 +1,4 @@
-"""From tokens to text: the same pieces whatever piles up."""
+"""Answers are parsed to the same text however many tokens arrive together."""
 
 import math
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ def parse(
     tools=[{}],
     **body,
 ):
-    """Feed a text, or its tokens, in piles; gives the joined answer."""
+    """Parse a text, or its tokens, ``pile`` tokens at a time; gives the joined answer."""
     request = SimpleNamespace(
         model=SimpleNamespace(tokenizer=tokenizer),
         completion=CompletionRequest(request_type, "", [], tools, None),
@@ -99,7 +99,7 @@ def test_text_arrives_whole(tokenizer, pile, finish_reason):
 def test_stop_word_across_tokens_and_piles_ends_the_answer(tokenizer, pile):
     answer = parse(tokenizer, "one two three two", pile, stop=["zzz", "two"])
     assert (answer.text, answer.end) == ("one ", "stop")
-    # The same count however many tokens had piled up.
+    # The count does not depend on how many tokens arrive together.
     assert answer.n_tokens == len("one two")
 
 
@@ -149,7 +149,7 @@ def test_text_around_the_only_tool_call_is_kept_up_to_it(tokenizer):
     assert [c["function"]["name"] for c in answer.calls] == ["f"]
 
 
-def test_call_without_tools_is_text(tokenizer):
+def test_tool_call_in_an_answer_to_a_request_without_tools_is_text(tokenizer):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.response_transitions = {
         "normal": [("<call>", "tool"), ("<hm>", "reasoning")]
@@ -161,7 +161,7 @@ def test_call_without_tools_is_text(tokenizer):
     assert (answer.calls, answer.end) == ([], "stop")
 
 
-def test_text_completion_is_all_text(tokenizer):
+def test_text_completion_has_neither_reasoning_nor_tool_calls(tokenizer):
     text = "<think>hm</think>so<tool>call f</tool>"
     answer = parse(ToolTokenizer(tokenizer), text, request_type="text")
     assert (answer.text, answer.reasoning, answer.calls) == (text, "", [])

@@ -90,7 +90,7 @@ def test_only_the_first_chunk_has_the_role(start_server):
     roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
     assert len(roles) > 1
     assert roles == ["assistant"] + [None] * (len(roles) - 1)
-    # Where there is no text, clients want some to add to.
+    # The first chunk has a content even if it is empty: clients append to it.
     text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
     (chunk,) = stream(port, CHAT, messages=HELLO, max_tokens=6, stop=text[:1])
     assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -106,7 +106,7 @@ def test_answer_without_text_has_an_empty_content(start_server):
 
 
 @pytest.mark.parametrize("knows, role", [(False, "system"), (True, "developer")])
-def test_developer_is_a_system_to_a_template_that_knows_no_developers(
+def test_developer_message_becomes_a_system_message_if_the_template_lacks_developers(
     knows, role, start_server
 ):
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -123,7 +123,7 @@ def test_developer_is_a_system_to_a_template_that_knows_no_developers(
 @pytest.mark.parametrize(
     "mapped, role", [("user", "system"), ("developer", "developer")]
 )
-def test_developer_may_be_one_of_the_role_mapping(mapped, role):
+def test_role_mapping_may_define_the_developer(mapped, role):
     model = ServedModel(
         None, SimpleNamespace(chat_template=None), 0, None, 0, False, None
     )
@@ -186,7 +186,7 @@ def test_logprobs_are_the_same_streamed_and_not(start_server):
     streamed = [
         entry for e in events for entry in e["choices"][0]["logprobs"]["content"]
     ]
-    # Batches of other sizes give other roundings.
+    # The rounding errors depend on the size of the batch.
     assert [e["id"] for e in streamed] == [e["id"] for e in content]
     assert [e["logprob"] for e in streamed] == pytest.approx(
         [e["logprob"] for e in content], abs=1e-4
@@ -239,7 +239,7 @@ def test_stop_word_ends_the_answer_before_it(streamed, start_server):
     _, port = start_server("deepseek_v2")
     answer = streamed_text if streamed else complete
     whole = answer(port, "hello", max_tokens=40)
-    # Two tokens of the middle: no token of its own.
+    # The text of two tokens, so that no single token is the stop word.
     word = whole[len(whole) // 2 :][:2]
     text = answer(port, "hello", max_tokens=40, stop=["never", word])
     assert text == whole[: whole.index(word)]
@@ -247,7 +247,7 @@ def test_stop_word_ends_the_answer_before_it(streamed, start_server):
 
 def test_images_are_served_by_upstream(start_server):
     class Processor:
-        """Adds one token for the images; they change nothing."""
+        """Adds one token for the images, which does not change the answer."""
 
         image_token = "<|endoftext|>"
 
@@ -273,7 +273,7 @@ def test_images_are_served_by_upstream(start_server):
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
     assert engine.batch.steps == 0
-    # Before tokens are made of it, and after.
+    # The first is refused before it is tokenised, the second after.
     limit = model.most_characters
     for n in (limit + 1, 5000):
         text = {"type": "text", "text": "x" * n}
@@ -548,7 +548,7 @@ def test_unknown_route_is_an_error_object(method, path, status, start_server):
 
 
 def wait_until(condition):
-    """Ask until it is so."""
+    """Evaluate a condition again and again until it is true."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -718,7 +718,7 @@ def test_body_that_is_too_large_is_answered_before_it_is_read(chunked, start_ser
     assert "1000" in answer["error"]["message"]
 
 
-def test_images_are_no_part_of_the_size_of_a_text():
+def test_images_do_not_count_in_the_size_of_a_body():
     image = b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,%b"}}'
     raw = b'{"x": [' + image % (b"A" * 1000) + b", " + image % (b"A" * 1000) + b"]}"
     check_size(raw, 200)
@@ -736,7 +736,7 @@ def test_biases_are_bounded():
         parse_logit_bias({"logit_bias": biases | {"x": 1}})
 
 
-def test_what_goes_with_chunks_counts_as_body(start_server):
+def test_extensions_of_chunks_count_as_part_of_the_body(start_server):
     _, port = start_server("llama", "--max-body-bytes", "10000")
     chunks = b"1;" + b"x" * 4000 + b"\r\n{\r\n"
     answer = send_raw(port, post(CHUNKED, chunks * 4), shut=False)
@@ -751,7 +751,7 @@ def test_what_goes_with_chunks_counts_as_body(start_server):
         ("Content-Length: 5\r\nOrigin: http://evil.example", b"HTTP/1.1 403 "),
     ],
 )
-def test_client_that_asks_is_told_to_send_only_what_will_be_read(
+def test_client_is_told_to_continue_only_if_its_body_will_be_read(
     headers, first, start_server
 ):
     _, port = start_server()
@@ -777,7 +777,7 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
     small = {"prompt": "x" * 100, "max_tokens": 1}
     large = json.dumps(small).encode() + b" " * 80_000
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        # Room is for what has come, not for what is announced.
+        # Only bytes that have arrived take room.
         s.sendall(post("Expect: 100-continue\r\nContent-Length: 90000", b""))
         assert s.recv(1000).startswith(b"HTTP/1.1 100 ")
         assert call(port, "POST", "/v1/completions", large)[0] == 200
@@ -786,7 +786,7 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
         assert call(port, "POST", "/v1/completions", small)[0] == 200
         s.sendall(b" " * 1000)
         assert s.recv(1000).startswith(b"HTTP/1.1 400 ")
-    # What a request has is given back after its answer.
+    # The room of a request is free again after its answer.
     for _ in range(10):
         wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 200)
 
@@ -809,7 +809,9 @@ def test_client_that_sends_more_and_leaves_is_gone(start_server):
     assert engine.left.wait(60)
 
 
-def test_request_that_has_no_body_is_not_told_to_send_it_with_the_next(start_server):
+def test_continue_that_a_request_without_body_expects_is_not_sent_to_the_next(
+    start_server,
+):
     _, port = start_server()
     get = b"GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"
     last = post(f"Connection: close\r\nContent-Length: {len(BODY)}", BODY)
@@ -819,7 +821,7 @@ def test_request_that_has_no_body_is_not_told_to_send_it_with_the_next(start_ser
 
 
 class Socket:
-    """A connection on which one byte comes at a time."""
+    """A connection that receives one byte at a time."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -832,7 +834,7 @@ class Socket:
 
 
 @pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
-def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
+def test_request_that_arrives_too_slowly_runs_out_of_time(seconds, n, monkeypatch):
     monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", seconds)
     monkeypatch.setattr(bodies, "BYTES_A_SECOND", 1e12)
     here, there = socket.socketpair()
@@ -846,12 +848,12 @@ def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
             with pytest.raises(TimeoutError):
                 incoming.readline()
         assert incoming.n == n
-        # The next request has its own time.
+        # The time of the next request starts anew.
         incoming.begin()
         assert len(incoming.read(1)) == 1
 
 
-def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
+def test_body_that_arrives_too_slowly_is_a_408(start_server, monkeypatch):
     monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", 0.2)
     _, port = start_server()
     answer = send_raw(port, post("Content-Length: 100", b"{"), shut=False)
@@ -860,7 +862,7 @@ def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
     assert_is_error(json.loads(content), None)
 
 
-def test_connection_that_does_not_end_keeps_the_server_for_a_while_only(
+def test_connection_that_does_not_end_delays_the_end_of_the_server_for_a_limited_time(
     start_server, monkeypatch, caplog
 ):
     monkeypatch.setattr(http_server, "CLOSE_TIMEOUT", 0.1)
@@ -1061,7 +1063,7 @@ def test_connection_that_sends_nothing_is_closed(start_server, monkeypatch):
 
 
 class WatchedEngine(Engine):
-    """Tells when a request came, was cancelled, and when its row was free."""
+    """Sets ``came`` when a request has come, and ``left`` when the row of one is free."""
 
     def __init__(self, *args):
         self.came, self.left = threading.Event(), threading.Event()
@@ -1096,7 +1098,7 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
 def test_client_that_takes_nothing_frees_its_row(start_server, monkeypatch, caplog):
     class Handler(BatchAPIHandler):
         def setup(self):
-            # Less than the events of the answer have.
+            # Too small for the events of the answer.
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             super().setup()
 

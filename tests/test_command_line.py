@@ -1,4 +1,4 @@
-"""The command line: defaults, and one line for whatever is wrong."""
+"""The command line: defaults, errors of one line, and what ends the process."""
 
 import argparse
 import http.client
@@ -61,7 +61,8 @@ def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
     monkeypatch.undo()
     (upstream,) = parsed.value.args
     ours = vars(make_parser().parse_args([]))
-    # Ours is bounded by the tokens of a step instead, and browsers are kept out.
+    # These two differ: prompts are bounded by the tokens of a step, and web pages of other
+    # sites may not call.
     shared = set(upstream) & set(ours) - {"prompt_concurrency", "allowed_origins"}
     assert {"kv_bits", "prefill_step_size", "adapter_path"} < shared
     assert {n: ours[n] for n in shared} == {n: upstream[n] for n in shared}
@@ -216,7 +217,7 @@ def test_signal_tells_the_client_of_a_running_stream(model_folder):
     with server_process("--model", str(model_folder())) as (port, _, process):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
-        # Not before the signal: no end-of-text token.
+        # Without the end-of-text token the answer cannot end before the signal.
         body["logit_bias"] = {SPECIAL.index("<|im_end|>"): -1000}
         connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         response = connection.getresponse()

@@ -1,4 +1,4 @@
-"""What is raised that is no ``Exception``, and what ends the generation thread."""
+"""Errors that are not an ``Exception``, and what ends the generation thread or the process."""
 
 import http.client
 import json
@@ -162,8 +162,8 @@ def mlx_lm_make_logits_processors(request):
     assert lines[-1].startswith("mlx_lm.batch_server: error: the generation thread")
 
 
-# Its server has one method that blocks for ever when it is called for a second model, or
-# the first time if the argument is "start".
+# A plugin that makes a method of the model provider block for ever: when it is called for
+# another model than the default one, or at its first call if ``where`` is "start".
 BLOCKING = """
 import __main__, sys, threading
 from mlx_lm_ext import hookimpl

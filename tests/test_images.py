@@ -1,4 +1,4 @@
-"""Images of requests: what is looked at, what is fetched, and what a client is told."""
+"""Images of requests: checks, what is fetched, and what a client is told."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def inline(*urls, allow_urls=False, preparation=None):
 
 
 class Site(BaseHTTPRequestHandler):
-    """A server with images, and with what is none."""
+    """A web site with an image and other answers."""
 
     seen = []
 
@@ -75,7 +75,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """The URL of a site on an address that is taken for a public one."""
+    """The URL of a site whose address counts as public."""
     monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     monkeypatch.setattr(Site, "seen", [])
     server = HTTPServer(("127.0.0.1", 0), Site)
@@ -107,7 +107,7 @@ def test_data_url_is_an_image():
         [],
     ],
 )
-def test_what_is_no_image_in_the_request_is_refused(url):
+def test_part_that_is_not_an_image_is_refused(url):
     with pytest.raises(RequestError) as error:
         inline(url)
     assert (error.value.status, error.value.param) == (400, "messages")
@@ -196,7 +196,9 @@ def test_name_of_which_one_address_is_private_is_not_connected_to(monkeypatch):
         inline("http://both.example/", allow_urls=True)
 
 
-def test_fetch_tells_nothing_of_the_other_side(site, monkeypatch, caplog):
+def test_error_of_a_fetch_does_not_depend_on_the_answer_of_the_site(
+    site, monkeypatch, caplog
+):
     with socket.create_server(("127.0.0.1", 0)) as banner, socket.socket() as closed:
 
         def greet():

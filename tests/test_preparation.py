@@ -1,4 +1,4 @@
-"""What is done for a request before the engine has it, and what ends that."""
+"""The preparation of a request before the engine has it, and what ends it."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ from mlx_lm_ext.request.preparation import Interrupted, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
 from mlx_lm_ext.server import http_server
 
-# Takes hours, and writes nothing.
+# For one content, a template that runs for hours and writes nothing.
 ENDLESS = (
     "{% if messages[0].content == 'endless' %}"
     "{% for i in range(99999) %}{% for j in range(99999) %}"
@@ -35,7 +35,7 @@ def loop():
 
 @pytest.fixture
 def watch():
-    """Lets a thread look after preparations, as the server does."""
+    """Starts a thread that checks the preparations of a server again and again."""
     stop, threads = threading.Event(), []
 
     def start(server):
@@ -54,7 +54,7 @@ def watch():
 
 @pytest.fixture
 def limit_preparing(monkeypatch):
-    """Bounds what the servers of this test prepare; gives their preparations."""
+    """Sets the limits of preparations in this test; gives the ``Preparations``."""
 
     def limit(n, seconds):
         made = Preparations(n, seconds)
@@ -117,7 +117,7 @@ def test_step_that_catches_everything_is_interrupted_again(watch):
 
 
 def test_interruption_never_comes_after_the_step():
-    """Whenever another thread looks, ``run`` gives the result or raises the reason."""
+    """Whenever it is interrupted, ``run`` returns the result or raises the reason."""
     server = Preparations(seconds=60)
     stop = threading.Event()
     current = []
@@ -172,7 +172,7 @@ def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
     _, port = start_server("llama", "--chat-template", ENDLESS)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(ENDLESS_CHAT)
-    # It needs the one turn that there is.
+    # This needs the only turn, so the endless template has ended.
     assert complete(port, "hello", max_tokens=2)
 
 
