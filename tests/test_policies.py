@@ -21,7 +21,7 @@ from helpers import (
     wait_until_idle,
 )
 
-from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
