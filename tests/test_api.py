@@ -1040,7 +1040,7 @@ def has_ipv6():
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
 def test_server_may_listen_on_ipv6(start_engine):
     engine = start_engine()
-    make = partial(BatchAPIHandler, engine, system_fingerprint="")
+    make = partial(BatchAPIHandler, engine.client, system_fingerprint="")
     httpd = BatchHTTPServer(("::1", 0), make)
     thread = threading.Thread(target=httpd.serve_forever)
     thread.start()
@@ -1070,10 +1070,10 @@ class WatchedEngine(Engine):
         self.came, self.left = threading.Event(), threading.Event()
         super().__init__(*args)
 
-    def generate(self, *args):
-        job = super().generate(*args)
-        self.came.set()
-        return job
+    def take_new(self, block):
+        super().take_new(block)
+        if self.waiting:
+            self.came.set()
 
     def drop_unwanted(self):
         before = len(self.running)

@@ -22,7 +22,6 @@ from helpers import (
 )
 
 from mlx_lm_ext.arguments import make_parser
-from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
