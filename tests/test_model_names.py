@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from mlx_lm.server import ModelDescription
 from tiny_models import make_adapter
 
+from mlx_lm_ext.engine import model_names
 from mlx_lm_ext.engine import models as model_provider
 from mlx_lm_ext.engine.models import MAX_DESCRIBED
 from mlx_lm_ext.errors import RequestError
@@ -92,7 +93,7 @@ def test_link_that_a_pattern_allows_is_followed(folders, start_engine):
 
 
 def test_none_may_be_named_if_the_list_is_empty(start_engine, monkeypatch):
-    monkeypatch.setattr(model_provider, "snapshot_download", None)
+    monkeypatch.setattr(model_names, "snapshot_download", None)
     refusal(start_engine("llama", MODELS), model="cached/model")
 
 
@@ -105,7 +106,7 @@ def test_model_of_the_cache_is_loaded_from_there_alone(
             raise FileNotFoundError
         return str(model_folder("llama"))
 
-    monkeypatch.setattr(model_provider, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(model_names, "snapshot_download", snapshot_download)
     monkeypatch.setattr(model_provider, "download", None)
     _, port = start_server("lfm2")
     assert complete(port, "hello", max_tokens=2, model="cached/model")

@@ -1,19 +1,16 @@
-"""Models by name: what a handler thread may know of them, and loading.
+"""Finds the models that requests name, and loads them.
 
 Rules:
 1. Weights are loaded on the generation thread only, by upstream's ``load``.
-2. A wrong name is found out before that, so it never costs the running model.
-3. A request may name only what the command line allows. Of anything else it is not even
-   told whether it exists.
+2. A wrong name is refused before that, so that it does not unload the running model.
 """
 
 import logging
 import os
 from pathlib import Path
 from threading import Lock
-from typing import Any, Dict, Optional, Set
+from typing import Any, Dict, Optional
 
-from huggingface_hub import snapshot_download
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.processors import PROCESSORS
 from mlx_lm.server import ModelDescription
@@ -21,63 +18,28 @@ from mlx_lm.utils import load_config, load_tokenizer
 
 from ..device import on_cpu, process_limit
 from ..errors import RequestError
-from ..patterns import matches
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
+from .model_names import AllowedModels, is_path, normalize
 from .upstream import ModelProviderBase, download
 
-# Models of which tokenizer and configuration are kept.
+logger = logging.getLogger(__name__)
+
+# Models whose tokenizer and configuration are kept.
 MAX_DESCRIBED = 8
 # The fields of a request that name the parts of a key.
 PARAMS = ("model", "adapters", "draft_model")
-# Allows requests to name any model.
-ANY = "any"
 
 
 def takes_images(config: Dict[str, Any]) -> bool:
-    """Whether a model of this configuration has a processor of images."""
+    """Whether mlx-lm has an image processor for models with this configuration."""
     kind = config.get("processor_type", config.get("model_type"))
     return bool(config.get("vision_config")) and kind in PROCESSORS
 
 
-def normalised(name: str) -> str:
-    """One name for all spellings of the same folder. Of a repository it is the name."""
-    if is_path(name) or os.path.isdir(name):
-        try:
-            # First without "..", as the patterns are compared.
-            return os.path.realpath(os.path.abspath(name))
-        except ValueError:
-            pass  # no path has such characters
-    return name
-
-
-def is_path(name: str) -> bool:
-    """Whether a name can only be a path. So are names that no repository has."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
-
-
-def spellings(name: str) -> Set[str]:
-    """The texts of which a pattern may be one to allow a name."""
-    texts = set()
-    if os.path.normpath(name) == name:
-        texts.add(name)
-    if is_path(name) or os.path.isdir(name):
-        texts.add(os.path.abspath(name))
-    return texts
-
-
-def cached_snapshot(name: str) -> Optional[str]:
-    """The folder of a repository in the Hugging Face cache, if it is there."""
-    try:
-        return snapshot_download(name, local_files_only=True)
-    except Exception:
-        # A name that none can have, or a cache that is not whole.
-        return None
-
-
 def find_context_length(config: Dict[str, Any]) -> Optional[int]:
-    """Tokens that a model takes by its configuration, its positions stretched as its RoPE
-    stretches them; None if it does not say."""
+    """The most tokens that a model takes, by its configuration and with the scaling of its
+    RoPE. None if the configuration does not say."""
     length = config.get("max_position_embeddings")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     factor = scaling.get("factor")
@@ -86,7 +48,7 @@ def find_context_length(config: Dict[str, Any]) -> Optional[int]:
     original = scaling.get("original_max_position_embeddings")
     kind = scaling.get("type") or scaling.get("rope_type")
     if original is not None:
-        # Some have the stretched length already.
+        # Some configurations give the scaled length, others the original one.
         return max(length, int(original * factor))
     if kind == "yarn" or kind == "dynamic":
         return int(length * factor)
@@ -94,10 +56,11 @@ def find_context_length(config: Dict[str, Any]) -> Optional[int]:
 
 
 def check_room(path: Path) -> None:
-    """Refuse a model for whose weights this process has no room: it would be ended.
+    """Refuse a model whose weights are larger than the memory limit of this process: the
+    system would end the process.
 
     Raises:
-        MemoryError: If its files are larger than what limits the process.
+        MemoryError: If its files are larger than the limit.
     """
     limit = process_limit()
     n_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
@@ -114,18 +77,11 @@ class BatchModelProvider(ModelProviderBase):
     def __init__(self, cli_args):
         super().__init__(cli_args)
         self._lock, self._describing = Lock(), Lock()
-        # The last one is the one that was asked for last.
+        # In the order in which they were last asked for.
         self._served: Dict[ModelKey, ServedModel] = {}
-        patterns = cli_args.allow_models
-        # Without any, what the Hugging Face cache holds.
-        self.allows_cached = patterns is None
-        self.patterns = {
-            text
-            for pattern in patterns or ()
-            for text in (pattern, os.path.abspath(os.path.expanduser(pattern)))
-        }
+        self.allowed = AllowedModels(cli_args.allow_models)
         self.default_key: ModelKey = tuple(
-            None if name is None else normalised(name)
+            None if name is None else normalize(name)
             for name in (cli_args.model, cli_args.adapter_path, cli_args.draft_model)
         )
 
@@ -133,37 +89,34 @@ class BatchModelProvider(ModelProviderBase):
         """The model, the adapter and the draft model that a request names.
 
         Raises:
-            RequestError: If it may not have one of them.
+            RequestError: If it may not name one of them.
         """
         default = ModelDescription("default_model", "default_model", None)
         names = self.resolve(model)
         if names == self.resolve(default):
             return self.default_key
-        return tuple(map(self._allowed, PARAMS, names, self.default_key))
+        return tuple(map(self._allow, PARAMS, names, self.default_key))
 
-    def _allowed(
+    def _allow(
         self, param: str, name: Optional[str], served: Optional[str]
     ) -> Optional[str]:
-        """The normalised name of what a request may have."""
-        if name is None or (served is not None and normalised(name) == served):
-            return name and served
-        texts = spellings(name)
-        if ANY in self.patterns or any(matches(t, self.patterns) for t in texts):
-            return normalised(name)
-        is_repository = param != "adapters" and normalised(name) == name
-        if self.allows_cached and is_repository and (path := cached_snapshot(name)):
-            return path
-        message = f"{param} {name!r} is not there, or not one of --allow-models"
-        raise self.not_found(param, message)
+        """The normalized name of what a request names in the field ``param``.
 
-    def lists(self, name: str) -> bool:
-        """Whether requests may name a repository that the Hugging Face cache holds."""
-        return (
-            self.allows_cached or ANY in self.patterns or matches(name, self.patterns)
-        )
+        Raises:
+            RequestError: If the request may not name it.
+        """
+        if name is None:
+            return None
+        if served is not None and normalize(name) == served:
+            return served
+        found = self.allowed.find(name, is_adapter=param == "adapters")
+        if found is None:
+            message = f"{param} {name!r} is not there, or not one of --allow-models"
+            raise self.not_found(param, message)
+        return found
 
     def describe(self, model: ModelDescription) -> ServedModel:
-        """Find a request's model without loading its weights (any thread).
+        """What a request's model is, found without loading its weights (any thread).
 
         Raises:
             RequestError: If the model, its adapter or its draft model is not found, or
@@ -172,7 +125,7 @@ class BatchModelProvider(ModelProviderBase):
         key = self.key(model)
         served = self._served.get(key)
         if served is None:
-            # One at a time: many may ask for it at once.
+            # Many handlers may ask for it at the same time.
             with self._describing:
                 served = self._served.get(key)
                 if served is None:
@@ -181,7 +134,8 @@ class BatchModelProvider(ModelProviderBase):
         return served
 
     def _keep(self, served: ServedModel) -> None:
-        """Note that a model was asked for; those that were not for longest go."""
+        """Keep a model that was asked for, and drop those that were not for the longest
+        time."""
         with self._lock:
             self._served.pop(served.key, None)
             self._served[served.key] = served
@@ -219,7 +173,7 @@ class BatchModelProvider(ModelProviderBase):
 
         Args:
             key (ModelKey): Where they are.
-            names (Optional[ModelKey]): What a request calls them.
+            names (Optional[ModelKey]): What the request called them, for messages.
         """
         paths = {}
         for param, name, called in zip(PARAMS, key, names or key):
@@ -241,7 +195,7 @@ class BatchModelProvider(ModelProviderBase):
         return paths["model"]
 
     def _check_draft(self, model: Path, draft: Path) -> None:
-        """Refuse a draft model that knows more tokens: the model would read beyond its
+        """Refuse a draft model with more tokens than the model, which would read beyond its
         embedding."""
         sizes = []
         for param, path in (("model", model), ("draft_model", draft)):
@@ -255,11 +209,15 @@ class BatchModelProvider(ModelProviderBase):
             raise RequestError(400, message, "draft_model")
 
     def switch_to(self, key: ModelKey) -> None:
-        """Load the weights of ``key`` unless they are (generation thread)."""
+        """Load the weights of ``key`` if they are not loaded (generation thread).
+
+        Raises:
+            RequestError: If they cannot be loaded.
+        """
         if key == self.model_key:
             return
         path = self._locate(key)
-        logging.info(f"Loading {key[0]}")
+        logger.info(f"Loading {key[0]}")
         try:
             check_room(path)
             _, tokenizer = self.load(*key)
@@ -268,7 +226,7 @@ class BatchModelProvider(ModelProviderBase):
         self._keep(self._describe(key, path, tokenizer))
 
     def unusable(self, param: str, name: str, reason: Any) -> RequestError:
-        """The 404 for what may be loaded, and is not there or not whole."""
+        """The 404 for a model that a request may name, and that cannot be loaded."""
         reason = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
         message = f"{param} {name!r} cannot be loaded: {reason}"
         if name == self.default_key[0]:

@@ -292,7 +292,7 @@ class BatchAPIHandler(HTTPHandler):
     def handle_models_request(self) -> None:
         """List the served model first, then those of the Hugging Face cache that requests
         may name."""
-        lists = self.response_generator.model_provider.lists
+        lists = self.response_generator.model_provider.allowed.lists
         ids = [self.model_id, *sorted(filter(lists, cached_models()))]
         models = [
             {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
