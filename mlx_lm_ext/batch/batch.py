@@ -25,7 +25,7 @@ from ..request.request import Request, ResumedStopSequences, Token
 from ..sampling.groups import RowSampler
 from .generator import LeanBatchGenerator, make_logits_processors
 from .kv_memory import KVMemory
-from .prefill import chunk_width, step_size
+from .prefill import chunk_width, max_prefill_tokens
 
 # Tokens of a common prefix that are worth waiting for.
 MIN_SHARED = 16
@@ -65,7 +65,7 @@ class Batch:
         # Those of whose prompts a part is left to run.
         self.prefilling: Set[int] = set()
         # Tokens of prompts that the last step was allowed.
-        self.step_size = step_size(model_provider.cli_args.prefill_step_size)
+        self.step_size = max_prefill_tokens(model_provider.cli_args.prefill_step_size)
         self.budget = self.step_size
         self.steps = 0
         self.n_generated = 0
