@@ -21,14 +21,13 @@ from helpers import (
     wait_until_idle,
 )
 
-from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.policies.guard import Slot
+from mlx_lm_ext.policies.guarded_sampler import GuardedSampler
 from mlx_lm_ext.policies.loading import SAMPLER
-from mlx_lm_ext.request.fields import parse_arguments
-from mlx_lm_ext.sampling.groups import RowSampler, RowSamplers
+from mlx_lm_ext.sampling.groups import SamplerGroups
 
 # Room for 600 tokens, of which a running request takes 256.
 CACHE = ["--use-prompt-cache", "--radix-cache-size", str(600 * 512)]
@@ -333,8 +332,7 @@ class Greedy(BatchSampler):
 
 def row(slot, n):
     """The sampler of a request whose tokens start at n."""
-    args = parse_arguments({}, make_parser().parse_args([]))
-    return RowSampler(slot, None, SimpleNamespace(n=n, args=args), None)
+    return GuardedSampler(slot, None, SimpleNamespace(n=n), None)
 
 
 class Counter(Always):
@@ -352,11 +350,11 @@ class Counter(Always):
 def test_rows_keep_their_own_state_as_they_come_and_go():
     rng = random.Random(0)
     slots = [Slot(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
-    samplers, expected = RowSamplers([]), []
+    samplers, expected = SamplerGroups([]), []
     for i in range(200):
         if rng.random() < 0.5 or not expected:
             new = [rng.randrange(100, 10**6) for _ in range(rng.randint(1, 4))]
-            samplers.extend(RowSamplers([row(rng.choice(slots), n) for n in new]))
+            samplers.extend(SamplerGroups([row(rng.choice(slots), n) for n in new]))
             expected += new
         else:
             keep = [i for i in range(len(expected)) if rng.random() < 0.7]

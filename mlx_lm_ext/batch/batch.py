@@ -20,10 +20,11 @@ from ..device import check_address_space
 from ..engine.models import BatchModelProvider
 from ..interfaces import SchedulerView
 from ..policies.guard import Policies
+from ..policies.guarded_sampler import GuardedSampler
 from ..request.mailbox import Turnstile
 from ..request.request import Request, ResumedStopSequences, Token
-from ..sampling.groups import RowSampler
-from .generator import LeanBatchGenerator, make_logits_processors
+from ..sampling.penalties import PenaltyParameters
+from .generator import LeanBatchGenerator, RowSampling, make_logits_processors
 from .kv_memory import KVMemory
 from .prefill import chunk_width, max_prefill_tokens
 
@@ -131,15 +132,17 @@ class Batch:
             )
         self.kv_memory.check(request)
         tokenizer = self.model_provider.tokenizer
-        sampler = RowSampler(
+        sampler = GuardedSampler(
             self.policies.samplers[request.sampler],
             self.policies.args,
             request,
             tokenizer,
         )
+        n_top = request.args.top_logprobs if request.args.logprobs else None
+        penalties = PenaltyParameters.from_arguments(request.args.logits)
         processors = []
-        if sampler.penalties is None:
-            processors += make_logits_processors(request.args)
+        if not penalties.is_short:
+            penalties, processors = None, make_logits_processors(request.args)
         processors += self.policies.make_logits_processors(request, tokenizer)
         segments, cache, n_cached = self.fetch(request)
         (uid,) = self.generator.insert_segments(
@@ -147,7 +150,7 @@ class Batch:
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[cache],
             all_tokens=[request.prompt[:n_cached]],
-            samplers=[sampler],
+            samplers=[RowSampling(sampler, penalties, n_top)],
             logits_processors=[processors],
             stop_sequences=[
                 ResumedStopSequences(request.model.end_of_text, request.generated)

@@ -27,7 +27,7 @@ from mlx_lm_ext.request.mailbox import Turnstile
 
 
 class Greedy:
-    """Stands for ``RowSamplers``: one function for all rows, and nothing else."""
+    """Stands for ``SamplerGroups``: one function for all rows, and nothing else."""
 
     def extend(self, samplers):
         pass
@@ -87,7 +87,7 @@ def main() -> None:
             start_batch(args, options.rows, n_tokens) for _ in range(2)
         )
     without.policies.scheduler = NoPolicy()
-    without.generator.generation_batch.row_samplers = Greedy()
+    without.generator.generation_batch.sampler_groups = Greedy()
     pairs = []
     for i in range(options.rounds):
         # Whichever goes first is slower: A B B A.

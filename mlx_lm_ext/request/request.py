@@ -22,7 +22,7 @@ from mlx_lm.server import (
 
 from ..errors import RequestError, too_long
 from ..interfaces import Clock, RequestInfo, RequestStats
-from ..sampling.penalties import Row
+from ..sampling.penalties import PenaltyParameters
 from .mailbox import Mailbox, Turnstile
 from .served_model import ServedModel
 
@@ -286,7 +286,7 @@ class SingleCache:
     def __init__(self, request: Request, cache: LRUPromptCache):
         self.key = request.cache_key
         self.cache = cache
-        self.contexts = Row.make(request.args.logits).contexts
+        self.contexts = PenaltyParameters.from_arguments(request.args.logits).contexts
         if request.model.key[2] is not None:
             # With a draft model they see no prompt at all.
             self.contexts = []
