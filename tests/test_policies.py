@@ -24,6 +24,7 @@ from helpers import (
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from mlx_lm_ext.policies import guarded_sampler
 from mlx_lm_ext.policies.guard import Slot
 from mlx_lm_ext.policies.guarded_sampler import GuardedSampler
 from mlx_lm_ext.policies.loading import SAMPLER
@@ -392,6 +393,21 @@ class Shapeless(BatchSampler):
         return logprobs
 
 
+class Listing(Greedy):
+    name = "listing"
+
+    def __call__(self, logprobs):
+        return super().__call__(logprobs).tolist()
+
+
+class Undecided(Greedy):
+    name = "undecided"
+
+    @property
+    def needs_logprobs(self):
+        raise ArithmeticError("perhaps")
+
+
 class Unready(Greedy):
     name = "unready"
 
@@ -418,7 +434,7 @@ class Tired(Greedy):
         return super().__call__(logprobs)
 
 
-@pytest.mark.parametrize("cls", [Shapeless, Unready, Lonely, Tired])
+@pytest.mark.parametrize("cls", [Shapeless, Undecided, Unready, Lonely, Tired])
 def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     engine = start_with(cls)
     reference = Reference(model_folder())
@@ -430,17 +446,100 @@ def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     assert message in only_error(caplog)
 
 
+class Fails(Greedy):
+    name = "fails"
+    needs_logprobs = False
+
+    def __call__(self, logprobs):
+        raise ArithmeticError("never")
+
+
+def test_sampler_is_not_blamed_for_what_the_server_does(monkeypatch):
+    calls = []
+
+    def normalise(logits):
+        calls.append(logits)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(guarded_sampler, "normalise", normalise)
+    slot = Slot(SAMPLER, "p", type("Plain", (Greedy,), {}), "test", Greedy)
+    with pytest.raises(MemoryError):
+        row(slot, 0)(mx.zeros((1, 3)))
+    assert slot.cls is not Greedy
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "cls, problem",
+    [
+        (Listing, "it returned list, not an mx.array"),
+        (Shapeless, "of shape (1, 3), not one token id for each of 1 rows"),
+    ],
+)
+def test_log_says_what_is_wrong_with_the_tokens_of_a_sampler(cls, problem, caplog):
+    row(Slot(SAMPLER, cls.name, cls, "test", Greedy), 0)(mx.zeros((1, 3)))
+    assert problem in caplog.text
+
+
+def test_sampler_that_fails_leaves_the_logits_as_they_were():
+    class Spoils(Fails):
+        def __call__(self, logprobs):
+            logprobs[:, 1] = -mx.inf
+            super().__call__(logprobs)
+
+    logits = mx.array([[1.0, 5.0, 2.0]])
+    sampler = row(Slot(SAMPLER, "spoils", Spoils, "test", Greedy), 0)
+    assert sampler(logits).tolist() == [1]
+    assert logits.tolist() == [[1.0, 5.0, 2.0]]
+
+
+@pytest.mark.parametrize("use", ["call", "filter", "extend"])
+def test_no_object_of_a_class_that_failed_is_used_again(use):
+    used = []
+
+    class Used(Fails):
+        def filter(self, keep):
+            used.append(self)
+
+        def extend(self, other):
+            used.append(self)
+
+        def __call__(self, logprobs):
+            used.append(self)
+            super().__call__(logprobs)
+
+    slot = Slot(SAMPLER, "used", Used, "test", Greedy)
+    first, second, third = row(slot, 0), row(slot, 0), row(slot, 0)
+    logits = mx.array([[1.0, 5.0, 2.0]])
+    first(logits)
+    used.clear()
+    if use == "filter":
+        second.filter([0])
+    elif use == "extend":
+        second.extend(third)
+        logits = mx.concatenate([logits, logits])
+    assert second(logits).tolist() == [1] * len(logits)
+    assert not used
+
+
+def test_class_may_choose_the_type_of_its_objects():
+    class Chooses(Counter):
+        def __new__(cls, *args):
+            return object.__new__(Chosen)
+
+    class Chosen(Chooses):
+        pass
+
+    slot = Slot(SAMPLER, "chooses", Chooses, "test", Greedy)
+    sampler = row(slot, 7)
+    assert [sampler(mx.zeros((1, 99))).item() for _ in range(3)] == [7, 8, 9]
+
+
 def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
     class Normal(Greedy):
         def __call__(self, logprobs):
             assert mx.allclose(mx.exp(logprobs).sum(axis=-1), mx.array(1.0))
             return super().__call__(logprobs)
-
-    class Fails(Greedy):
-        needs_logprobs = False
-
-        def __call__(self, logprobs):
-            raise ArithmeticError("never")
 
     sampler = row(Slot(SAMPLER, "fails", Fails, "test", Normal), 0)
     assert sampler(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]
