@@ -358,6 +358,7 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
 
     from .cache.prompt_cache import RadixPromptCache
     from .device import reserve_little
+    from .engine.client import EngineClient
     from .engine.loop import Engine
     from .engine.models import BatchModelProvider
     from .policies.guard import Policies
@@ -396,8 +397,10 @@ def serve(args: argparse.Namespace, plugins: Plugins, log: LogWriter) -> None:
     # which all streams would stand still.
     gc.freeze()
     engine = Engine(BatchModelProvider(args), policies, cache)
+    client = EngineClient(engine.model_provider, policies, engine.inbox)
+    engine.start()
     httpd.RequestHandlerClass = partial(
-        BatchAPIHandler, engine, system_fingerprint=fingerprint
+        BatchAPIHandler, client, system_fingerprint=fingerprint
     )
     accepting = Thread(target=httpd.serve_forever)
     try:

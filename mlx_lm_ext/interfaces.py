@@ -101,7 +101,8 @@ class EvictionPolicy(ABC):
 
     def evictable(self, entry: Entry) -> bool:
         """Whether an entry that nothing follows may be evicted. Entries for which this is
-        False are pinned: they leave only if the cache is too large without the others."""
+        False are pinned: they leave only if the cache is too large without the others.
+        """
         return True
 
     @abstractmethod

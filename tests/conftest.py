@@ -21,6 +21,7 @@ import tiny_models
 
 from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.engine.client import EngineClient
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.policies.guard import Policies
@@ -75,6 +76,8 @@ def start_engine(model_folder, caplog):
                 clock=policies.clock,
             )
         engine = make_engine(BatchModelProvider(args), policies, cache)
+        engine.client = EngineClient(engine.model_provider, policies, engine.inbox)
+        engine.start()
         engines.append(engine)
         spotless.append(make_engine is Engine and plugin is None)
         engine.loaded.wait()
@@ -101,7 +104,7 @@ def start_server(start_engine):
         args = engine.cli_args
         httpd = BatchHTTPServer(
             ("127.0.0.1", 0),
-            partial(BatchAPIHandler, engine, system_fingerprint=""),
+            partial(BatchAPIHandler, engine.client, system_fingerprint=""),
             args.allowed_origins,
             args.allowed_hosts,
         )

@@ -14,10 +14,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_lm_ext.cache.kinds import Layout, leaves
+from mlx_lm_ext.cache.lru import LRU
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
-from mlx_lm_ext.policies.eviction import LRU
-from mlx_lm_ext.policies.guard import Guard, Slot
-from mlx_lm_ext.policies.loading import EVICTION
 
 WINDOW = 6
 
@@ -88,5 +86,7 @@ class Ticks:
 def make_cache(policy=LRU, max_bytes=1 << 63, clock=None, **kwargs):
     clock = clock or Ticks()
     args = Namespace(radix_cache_size=max_bytes, cache_ttl=20.0)
-    guard = Guard(Slot(EVICTION, policy.name, policy, "tests", LRU), args, clock)
-    return RadixPromptCache(max_bytes=max_bytes, eviction=guard, clock=clock, **kwargs)
+    eviction = policy(args, clock)
+    return RadixPromptCache(
+        max_bytes=max_bytes, eviction=eviction, clock=clock, **kwargs
+    )

@@ -106,7 +106,7 @@ def submit(engine, prompt="", messages=(), **body):
     args = parse_arguments(body, engine.cli_args)
     kind = "chat" if messages else "text"
     request = CompletionRequest(kind, prompt, list(messages), None, None)
-    return engine.generate(request, args, body)
+    return engine.client.generate(request, args, body, engine.client.describe(args))
 
 
 def read(job):
@@ -128,7 +128,7 @@ def wait_until_idle(engine):
             idle.set()
 
     engine.report = watched
-    engine.inbox.put(None)
+    engine.inbox.requests.put(None)
     assert idle.wait(60)
     engine.report = report
 

@@ -264,7 +264,7 @@ def test_images_are_served_by_upstream(start_server):
     assert status == 200
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
-    assert engine.batch.steps == 0
+    assert engine.batch.n_steps == 0
     # Before tokens are made of it, and after.
     limit = next(iter(provider._served.values())).most_characters
     for n in (limit + 1, 5000):
@@ -908,7 +908,7 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
             cancel = job.cancel
 
             def recorded_cancel():
-                events.append(self.batch.steps)
+                events.append(self.batch.n_steps)
                 cancel()
 
             job.cancel = recorded_cancel
@@ -917,7 +917,7 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
         def drop_unwanted(self):
             super().drop_unwanted()
             if self.left.is_set():
-                events.append(self.batch.steps)
+                events.append(self.batch.n_steps)
 
     engine, port = start_server(make_engine=RecordingEngine)
     body = chat(max_tokens=4000, stream=True)

@@ -42,7 +42,7 @@ def test_requests_join_and_leave_a_running_batch(model_folder, start_engine):
     second = submit(engine, "zq", max_tokens=5)
     assert read(second) == expected
     assert not first.finished
-    first.cancel()
+    engine.client.cancel(first)
 
 
 def test_rows_with_and_without_log_probabilities_share_a_batch(
@@ -90,14 +90,14 @@ def test_cancelled_request_leaves_at_the_next_step(start_engine):
             before = len(self.batch)
             super().drop_unwanted()
             if len(self.batch) < before:
-                self.left_at = self.batch.steps
+                self.left_at = self.batch.n_steps
                 self.left.set()
 
     engine = start_engine(make_engine=Watched)
     job = submit(engine, "hello", max_tokens=4000)
     job.receive(timeout=60)
-    cancelled_at = engine.batch.steps
-    job.cancel()
+    cancelled_at = engine.batch.n_steps
+    engine.client.cancel(job)
     assert engine.left.wait(60)
     assert engine.left_at - cancelled_at <= 1
 
@@ -117,8 +117,8 @@ def test_waiting_request_that_is_cancelled_never_starts(start_engine):
     first = submit(engine, "hello", max_tokens=4000)
     second = submit(engine, "there", max_tokens=4000)
     third = submit(engine, "you", max_tokens=2)
-    second.cancel()
-    first.cancel()
+    engine.client.cancel(second)
+    engine.client.cancel(first)
     assert len(read(third)) == 2
     assert second not in started
 
@@ -214,7 +214,7 @@ def test_new_row_has_no_step_of_its_own_on_a_device_that_is_a_step_ahead(
     assert set(sampled_rows[sampled_rows.index(2) :]) == {2, 3}
     assert sampled_rows.count(3) == 13
     for job in jobs:
-        job.cancel()
+        engine.client.cancel(job)
 
 
 def test_log_probabilities_are_made_only_of_the_rows_that_ask(
@@ -236,7 +236,7 @@ def test_log_probabilities_are_made_only_of_the_rows_that_ask(
     read(submit(engine, "hello", max_tokens=5, logprobs=3))
     assert set(shapes) == {(1, 3)} and 5 <= len(shapes) <= 7
     for other in others:
-        other.cancel()
+        engine.client.cancel(other)
 
 
 def test_whole_answer_wakes_its_handler_now_and_then(start_engine):
@@ -299,7 +299,7 @@ def test_what_upstream_serves_alone_is_served_alone(
     for prompt, job in zip(texts(3), jobs):
         assert read(job) == reference.tokens(prompt, 10)
     # One step here is one step of a batch.
-    assert engine.batch.steps == 0
+    assert engine.batch.n_steps == 0
 
 
 def test_request_alone_waits_for_the_batch_and_keeps_the_order(
@@ -324,7 +324,7 @@ def test_request_alone_can_be_cancelled(start_engine):
     engine = start_engine("llama", *ALONE)
     job = submit(engine, "hello", max_tokens=4000)
     job.receive(timeout=60)
-    job.cancel()
+    engine.client.cancel(job)
     assert len(read(submit(engine, "next", max_tokens=3))) == 3
     assert len(job.generated) < 4000
 
@@ -366,7 +366,7 @@ def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path
         if "missing" in str(body):
             assert "there is no such folder" in str(error.value)
     assert engine.model_provider.model is model
-    running.cancel()
+    engine.client.cancel(running)
 
 
 def test_model_that_cannot_be_loaded_costs_only_its_request(

@@ -57,8 +57,8 @@ class Recorder(EvictionPolicy):
 
 
 def recorded(cache):
-    events = cache.eviction.policy.events[:]
-    cache.eviction.policy.events.clear()
+    events = cache.eviction.events[:]
+    cache.eviction.events.clear()
     return events
 
 
@@ -232,18 +232,24 @@ def test_long_entry_does_not_shut_out_what_begins_like_it():
         assert n_found(cache, text) == 13
 
 
-def test_policy_that_raises_in_on_remove_costs_no_request(caplog):
-    class Raising(LRU):
-        def on_remove(self, entry, reason):
-            raise ArithmeticError("no")
+def test_leaves_are_ranked_in_one_call_and_a_parent_when_it_becomes_a_leaf():
+    class Ranking(LRU):
+        def __init__(self, args, clock):
+            super().__init__(args, clock)
+            self.calls = []
 
-    one = make_cache()
-    insert(one, b"turn one", kind="ArraysCache")
-    cache = make_cache(Raising, one.nbytes)
-    insert(cache, b"turn one", kind="ArraysCache")
-    insert(cache, b"turn two", kind="ArraysCache")
-    assert n_found(cache, b"turn two") == 8
-    assert len(caplog.records) == 1
+        def rank(self, entries):
+            self.calls.append([entry.depth for entry in entries])
+            return super().rank(entries)
+
+    cache = make_cache(Ranking)
+    for text in (b"system", b"system one", b"other", b"system three"):
+        insert(cache, text)
+    cache.trim_to(n_bytes=cache.nbytes)
+    assert cache.eviction.calls == []
+    cache.trim_to(n_bytes=0)
+    # "system", " ", "one", "three" and "other": the leaves, and twice their parent.
+    assert cache.eviction.calls == [[10, 5, 12], [7], [6]]
 
 
 def test_system_prompt_stays_one_whoever_stores_it_again():
@@ -425,7 +431,7 @@ def test_slru_follows_a_split():
     insert(cache, b"useful one")
     n_found(cache, b"useful one")
     insert(cache, b"useful two")
-    policy = cache.eviction.policy
+    policy = cache.eviction
     assert sorted(e.depth for e in policy.protected) == [7, 10]
     assert policy.protected_bytes == 10 * TOKEN
     cache.trim_to(n_bytes=0)

@@ -116,7 +116,7 @@ class DyingEngine(Engine):
     """Its generation thread ends in the middle of a request."""
 
     def report(self, idle):
-        if self.batch.steps > 3:
+        if self.batch.n_steps > 3:
             raise SystemExit
 
 

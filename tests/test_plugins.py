@@ -314,7 +314,7 @@ def test_hook_register_scheduler_policies(start_engine):
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
     jobs = [submit(engine, "b", max_tokens=2) for _ in range(3)]
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     assert jobs[2].started < jobs[1].started < jobs[0].started

@@ -25,7 +25,7 @@ from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.policies import guarded_sampler
-from mlx_lm_ext.policies.guard import Slot
+from mlx_lm_ext.policies.guard import PolicyClass
 from mlx_lm_ext.policies.guarded_sampler import GuardedSampler
 from mlx_lm_ext.policies.loading import SAMPLER
 from mlx_lm_ext.sampling.groups import SamplerGroups
@@ -124,7 +124,7 @@ def test_order_of_a_policy_is_asked_for_when_someone_comes_or_leaves(start_with)
     first.receive(timeout=60)
     jobs = [submit(engine, "b", max_tokens=2) for _ in range(2)]
     first.receive(timeout=60)
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     assert Counting.views == [(1, 0, 1), (2, 0, 1), (1, 0, 1)]
@@ -145,7 +145,7 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     other = submit(engine, "b", max_tokens=2, model=str(model_folder("lfm2")))
     while first.n_generated < 100:
         first.receive(timeout=60)
-    first.cancel()
+    engine.client.cancel(first)
     read(other)
     assert len(Counting.calls) <= 3
 
@@ -231,7 +231,7 @@ def test_requests_that_a_policy_leaves_out_follow_in_order_of_arrival(start_with
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
     jobs = [submit(engine, "b", max_tokens=2, user=user) for user in "abxc"]
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     started = sorted(jobs, key=lambda job: job.started)
@@ -282,7 +282,7 @@ def test_long_prompt_is_run_in_small_parts_beside_a_stream(start_engine, model_f
     late = submit(engine, "y" * 100, max_tokens=8)
     assert read(late) == expected
     assert not stream.finished
-    stream.cancel()
+    engine.client.cancel(stream)
     assert 8 < watch.longest <= 20
 
 
@@ -309,7 +309,7 @@ def test_scheduler_policy_hears_of_all_tokens_and_of_each_end_once(
     alone = str(model_folder("llama4"))
     jobs += [submit(engine, "b", max_tokens=5, model=alone)]
     for job in (never_ran, *running):
-        job.cancel()
+        engine.client.cancel(job)
     for job in jobs:
         read(job)
     assert sorted(map(id, Counting.ended)) == sorted(
@@ -331,9 +331,9 @@ class Greedy(BatchSampler):
         return mx.argmax(logprobs, axis=-1)
 
 
-def row(slot, n):
+def row(policy_class, n):
     """The sampler of a request whose tokens start at n."""
-    return GuardedSampler(slot, None, SimpleNamespace(n=n), None)
+    return GuardedSampler(policy_class, None, SimpleNamespace(n=n), None)
 
 
 class Counter(Always):
@@ -350,12 +350,12 @@ class Counter(Always):
 
 def test_rows_keep_their_own_state_as_they_come_and_go():
     rng = random.Random(0)
-    slots = [Slot(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
+    classes = [PolicyClass(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
     samplers, expected = SamplerGroups([]), []
     for i in range(200):
         if rng.random() < 0.5 or not expected:
             new = [rng.randrange(100, 10**6) for _ in range(rng.randint(1, 4))]
-            samplers.extend(SamplerGroups([row(rng.choice(slots), n) for n in new]))
+            samplers.extend(SamplerGroups([row(rng.choice(classes), n) for n in new]))
             expected += new
         else:
             keep = [i for i in range(len(expected)) if rng.random() < 0.7]
@@ -462,10 +462,12 @@ def test_sampler_is_not_blamed_for_what_the_server_does(monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr(guarded_sampler, "normalise", normalise)
-    slot = Slot(SAMPLER, "p", type("Plain", (Greedy,), {}), "test", Greedy)
+    policy_class = PolicyClass(
+        SAMPLER, "p", type("Plain", (Greedy,), {}), "test", Greedy
+    )
     with pytest.raises(MemoryError):
-        row(slot, 0)(mx.zeros((1, 3)))
-    assert slot.cls is not Greedy
+        row(policy_class, 0)(mx.zeros((1, 3)))
+    assert policy_class.cls is not Greedy
     assert len(calls) == 1
 
 
@@ -477,7 +479,7 @@ def test_sampler_is_not_blamed_for_what_the_server_does(monkeypatch):
     ],
 )
 def test_log_says_what_is_wrong_with_the_tokens_of_a_sampler(cls, problem, caplog):
-    row(Slot(SAMPLER, cls.name, cls, "test", Greedy), 0)(mx.zeros((1, 3)))
+    row(PolicyClass(SAMPLER, cls.name, cls, "test", Greedy), 0)(mx.zeros((1, 3)))
     assert problem in caplog.text
 
 
@@ -488,7 +490,7 @@ def test_sampler_that_fails_leaves_the_logits_as_they_were():
             super().__call__(logprobs)
 
     logits = mx.array([[1.0, 5.0, 2.0]])
-    sampler = row(Slot(SAMPLER, "spoils", Spoils, "test", Greedy), 0)
+    sampler = row(PolicyClass(SAMPLER, "spoils", Spoils, "test", Greedy), 0)
     assert sampler(logits).tolist() == [1]
     assert logits.tolist() == [[1.0, 5.0, 2.0]]
 
@@ -508,8 +510,12 @@ def test_no_object_of_a_class_that_failed_is_used_again(use):
             used.append(self)
             super().__call__(logprobs)
 
-    slot = Slot(SAMPLER, "used", Used, "test", Greedy)
-    first, second, third = row(slot, 0), row(slot, 0), row(slot, 0)
+    policy_class = PolicyClass(SAMPLER, "used", Used, "test", Greedy)
+    first, second, third = (
+        row(policy_class, 0),
+        row(policy_class, 0),
+        row(policy_class, 0),
+    )
     logits = mx.array([[1.0, 5.0, 2.0]])
     first(logits)
     used.clear()
@@ -530,8 +536,8 @@ def test_class_may_choose_the_type_of_its_objects():
     class Chosen(Chooses):
         pass
 
-    slot = Slot(SAMPLER, "chooses", Chooses, "test", Greedy)
-    sampler = row(slot, 7)
+    policy_class = PolicyClass(SAMPLER, "chooses", Chooses, "test", Greedy)
+    sampler = row(policy_class, 7)
     assert [sampler(mx.zeros((1, 99))).item() for _ in range(3)] == [7, 8, 9]
 
 
@@ -541,7 +547,7 @@ def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
             assert mx.allclose(mx.exp(logprobs).sum(axis=-1), mx.array(1.0))
             return super().__call__(logprobs)
 
-    sampler = row(Slot(SAMPLER, "fails", Fails, "test", Normal), 0)
+    sampler = row(PolicyClass(SAMPLER, "fails", Fails, "test", Normal), 0)
     assert sampler(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]
 
 

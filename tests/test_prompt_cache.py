@@ -29,9 +29,9 @@ from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL, write_model
 from mlx_lm_ext.cache import prompt_cache as radix_cache
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+from mlx_lm_ext.engine.alone import SaltedCache
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.request.fields import parse_arguments
-from mlx_lm_ext.request.request import SingleCache
 
 CACHE = "--use-prompt-cache"
 
@@ -106,7 +106,7 @@ def test_cancelled_request_leaves_its_kv_in_the_cache(start_engine):
     job = submit(engine, prompt, max_tokens=4000)
     while len(job.generated) < 20:
         job.receive(timeout=60)
-    job.cancel()
+    engine.client.cancel(job)
     retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
     read(retry)
     assert retry.n_matched == len(prompt) + 19
@@ -157,7 +157,7 @@ def test_rows_end_as_always_when_their_kv_cannot_be_copied(
 def test_request_cancelled_in_its_prefill_leaves_what_it_has_run(start_engine):
     class CancellingBatch(Batch):
         def step(self):
-            if self.steps == 3:
+            if self.n_steps == 3:
                 self.requests[0].cancel()
             return super().step()
 
@@ -183,7 +183,7 @@ def test_prompt_takes_what_a_running_request_has_of_it(architecture, start_engin
     other = submit(engine, prefix + "?", max_tokens=5)
     assert read(other) == expected
     assert other.n_matched == len(prefix) and not running.finished
-    running.cancel()
+    engine.client.cancel(running)
 
 
 def test_prompt_of_one_token_is_cancelled_before_its_first_step(start_engine):
@@ -191,7 +191,7 @@ def test_prompt_of_one_token_is_cancelled_before_its_first_step(start_engine):
         def prefill(self):
             super().prefill()
             for request in self.requests:
-                request.cancel()
+                engine.client.cancel(request)
 
     class CancellingEngine(Engine):
         batch_class = CancellingBatch
@@ -222,7 +222,7 @@ def test_request_alone_leaves_its_kv_however_it_ends(start_engine):
         job = submit(engine, prompt, max_tokens=max_tokens)
         while len(job.generated) < 20:
             job.receive(timeout=60)
-        job.cancel()
+        engine.client.cancel(job)
         retry = submit(engine, prompt + job.generated[:20], max_tokens=2)
         read(retry)
         assert retry.n_matched >= len(prompt) + 19
@@ -386,7 +386,7 @@ def test_request_alone_runs_what_its_penalties_look_at(context, draft, n_sought)
     args = parse_arguments(body, make_parser().parse_args([]))
     model = SimpleNamespace(key=("model", None, draft))
     cache = Cache()
-    single = SingleCache(SimpleNamespace(args=args, model=model, cache_key=1), cache)
+    single = SaltedCache(SimpleNamespace(args=args, model=model, cache_key=1), cache)
     tokens = [1, 2, -7, -7, -7, 3, 4, 5]
     assert single.fetch_nearest_cache(None, tokens) == (None, tokens)
     assert cache.n_sought == n_sought

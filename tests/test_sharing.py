@@ -24,9 +24,9 @@ def start_together(start_engine):
             gate = threading.Event()
             batch_class = type("Watched", (Batch,), members)
 
-            def drain_inbox(self, block):
+            def take_new(self, block):
                 self.gate.wait(60)
-                super().drain_inbox(block)
+                super().take_new(block)
 
         engine = start_engine(architecture, *STEPS, *argv, make_engine=Gated)
         engines.append(engine)
@@ -105,7 +105,7 @@ def test_other_prompts_do_not_wait(start_together):
     started = []
 
     def add(self, request):
-        started.append((self.steps, request))
+        started.append((self.n_steps, request))
         Batch.add(self, request)
 
     engine = start_together("llama", "--prefill-step-size", "64", add=add)
@@ -126,11 +126,11 @@ def test_next_takes_over_when_the_one_that_runs_the_prefix_leaves(
     reference = Reference(model_folder(architecture))
 
     def step(self):
-        if self.steps == 1 and not jobs[0].finished:
+        if self.n_steps == 1 and not jobs[0].finished:
             if how == "failed":
                 jobs[0].args.max_tokens = 0
                 raise ArithmeticError("a step failed")
-            jobs[0].cancel()
+            engine.client.cancel(jobs[0])
         return Batch.step(self)
 
     engine = start_together(architecture, step=step)
@@ -157,7 +157,7 @@ def test_other_salts_do_not_wait(start_together):
 def test_wait_is_over_when_the_common_prefix_is_run(start_together):
     def add(self, request):
         if request is jobs[1]:
-            running.append(jobs[0] in [self.active[uid] for uid in self.prefilling])
+            running.append(jobs[0] in [row.request for row in self.prefilling])
         Batch.add(self, request)
 
     running = []
@@ -179,7 +179,7 @@ def test_window_goes_on_after_a_step_of_one_token(model_folder, start_together):
     engine = start_together(
         "gemma3_text",
         plan_prefill=lambda self: next(widths, 64),
-        can_start=lambda self, request: self.steps == len(self),
+        can_start=lambda self, request: self.n_steps == len(self),
     )
     jobs = [submit(engine, p, max_tokens=5) for p in prompts]
     engine.gate.set()
@@ -194,7 +194,7 @@ def test_lpm_knows_what_the_prompt_cache_has(start_engine):
     first = submit(engine, "a", max_tokens=4000)
     first.receive(timeout=60)
     jobs = [submit(engine, p, max_tokens=2) for p in ("something else", PREFIX + "x")]
-    first.cancel()
+    engine.client.cancel(first)
     for job in jobs:
         read(job)
     assert jobs[1].started < jobs[0].started
@@ -233,7 +233,7 @@ def test_tokens_equal_those_of_generate_whoever_comes_and_goes(
         if rng.random() < 0.3:
             jobs[-1][1].receive(timeout=60)
         if rng.random() < 0.2:
-            rng.choice(jobs)[1].cancel()
+            engine.client.cancel(rng.choice(jobs)[1])
     for prompt, job in jobs:
         if not job.cancelled:
             while not job.finished:

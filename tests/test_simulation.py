@@ -60,10 +60,10 @@ class Simulation:
         simulation = self
 
         class SimulatedEngine(Engine):
-            def drain_inbox(self, block):
+            def take_new(self, block):
                 if hasattr(simulation, "engine"):
                     simulation.arrive(block)
-                super().drain_inbox(block)
+                super().take_new(block)
 
             def forget(self, request):
                 simulation.ended[request] += not request.forgotten
@@ -80,7 +80,7 @@ class Simulation:
         )
         engine.model_provider.model = CountingModel(self)
         self.engine = engine
-        engine.inbox.put(None)
+        engine.inbox.requests.put(None)
         assert self.over.wait(60)
         engine.stop_and_join()
 
@@ -208,8 +208,8 @@ def test_failed_step_leaves_the_others_their_time(start_engine, monkeypatch):
         self.deadline = math.inf
 
     def step(self):
-        if self.steps == 9:
-            self.steps += 1
+        if self.n_steps == 9:
+            self.n_steps += 1
             raise ArithmeticError("a step failed")
         return original(self)
 

@@ -80,12 +80,8 @@ SIGNATURES = [
     "server:ModelProvider(cli_args)",
     "server:ModelProvider.load(self, model_path, adapter_path, draft_model_path)",
     "server:ModelProvider.reset(self)",
-    "server:ResponseGenerator(model_provider, prompt_cache)",
-    "server:ResponseGenerator._generate(self)",
     "server:ResponseGenerator._tokenize(self, tokenizer, request, args)",
     "server:ResponseGenerator._serve_single(self, request, stream)",
-    "server:ResponseGenerator.generation_available(self)",
-    "server:ResponseGenerator.join(self)",
     "server:APIHandler(response_generator, args, system_fingerprint, kwargs)",
     "server:APIHandler.handle_chat_completions(self)",
     "server:APIHandler.handle_text_completions(self)",
@@ -212,7 +208,8 @@ def private_members(tokenizer):
         start_batch(): "_current_logprobs _current_tokens _matchers _next_logprobs "
         "_next_tokens _num_tokens _step _token_context",
         provider: "_adapter_map _draft_model_map _model_map _tokenizer_config",
-        ResponseGenerator: "_generate _serve_single _tokenize",
+        _upstream.SingleGenerator(provider): "_is_distributed _serve_single "
+        "_state_machine_cache _tokenize",
         tokenizer: "_chat_template _tokenizer",
     }
 
@@ -326,51 +323,51 @@ def test_context_of_logits_processors_is_the_tokens_so_far():
     assert context.tolist() == [9, 1]
 
 
-def make_response_generator(**members):
-    cls = type("Generator", (ResponseGenerator,), members)
-    provider = SimpleNamespace(
-        cli_args=SimpleNamespace(chat_template_args={}),
-        model=None,
-        tokenizer=None,
-        processor=None,
-    )
-    return cls(provider, None)
-
-
-def test_response_generator_runs_generate_on_a_thread_of_its_own():
-    started = Queue()
-    generator = make_response_generator(_generate=lambda self: started.put(self))
-    assert started.get(timeout=60) is generator
-    generator.join()
-    assert not generator.generation_available()
-
-
 @pytest.mark.parametrize(
     "request_type, messages", [("text", []), ("chat", [dict(role="user", content="a")])]
 )
 def test_tokenize_gives_prompt_segments_their_types_state_and_images(
     request_type, messages, model_folder
 ):
-    generator = make_response_generator(_generate=lambda self: None)
+    provider = SimpleNamespace(
+        cli_args=SimpleNamespace(chat_template_args={}), processor=None
+    )
+    generator = _upstream.SingleGenerator(provider)
     tokenizer = mlx_lm.utils.load_tokenizer(model_folder())
     request = CompletionRequest(request_type, "hello", messages, None, None)
     args = SimpleNamespace(chat_template_kwargs=None)
-    prompt, segments, types, state, images = generator._tokenize(
-        tokenizer, request, args
+    prompt, segments, types, state, images = ResponseGenerator._tokenize(
+        generator, tokenizer, request, args
     )
     assert prompt and sum(segments, []) == prompt
     assert len(types) == len(segments) and set(types) <= {"system", "user", "assistant"}
     assert (state, images) == ("normal", None)
 
 
+def test_serving_alone_reads_no_attribute_that_is_not_set():
+    """``SingleGenerator`` does not call the constructor of ``ResponseGenerator``."""
+    generator = _upstream.SingleGenerator(SimpleNamespace(cli_args=None))
+    todo, seen = ["_tokenize", "_serve_single"], set()
+    while todo:
+        source = inspect.getsource(getattr(ResponseGenerator, todo.pop()))
+        for name in set(re.findall(r"self\.(\w+)", source)) - seen:
+            seen.add(name)
+            assert hasattr(
+                generator, name
+            ), f"ResponseGenerator of mlx-lm {mlx_lm.__version__} reads {name}"
+            if inspect.isfunction(getattr(ResponseGenerator, name, None)):
+                todo.append(name)
+    assert {"model_provider", "prompt_cache"} < seen
+
+
 def test_request_that_is_served_alone_is_a_queue_the_request_and_its_arguments():
     def tokenize(self, *args):
         raise ValueError(args)
 
-    generator = make_response_generator(_generate=lambda self: None, _tokenize=tokenize)
-    generator.model_provider.draft_model = None
+    cls = type("Generator", (_upstream.SingleGenerator,), dict(_tokenize=tokenize))
+    provider = SimpleNamespace(model=None, tokenizer=None, draft_model=None)
     queue = Queue()
-    generator._serve_single((queue, "request", "arguments"), None)
+    cls(provider)._serve_single((queue, "request", "arguments"), None)
     assert queue.get(timeout=60).args == ((None, "request", "arguments"),)
 
 

@@ -10,18 +10,19 @@ Rules:
 import heapq
 import logging
 import time
+from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Collection, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
 from ..interfaces import Clock, Entry, EvictionPolicy
-from ..policies.eviction import LRU
-from ..policies.guard import Guard, Slot
-from ..policies.loading import EVICTION
 from .kinds import Layout, nbytes_of_layers
+from .lru import LRU
+from .segmented import Arrays
 from .tree import CacheStats, Match, Node
 
 UNBOUNDED = 1 << 63
@@ -36,6 +37,57 @@ def become(entry: Entry, cache_type: str) -> None:
         entry.cache_type = cache_type
 
 
+class Sequence(NamedTuple):
+    """What is inserted: the tokens of a prompt, and the KV of exactly these.
+
+    Args:
+        model (Any): What made the KV.
+        layout (Layout): The kinds of the model's caches.
+        tokens (List[int]): The tokens.
+        arrays (List[Arrays]): What the cache of each layer holds.
+        cache_type (str): "system", "user" or "assistant".
+    """
+
+    model: Any
+    layout: Layout
+    tokens: List[int]
+    arrays: List[Arrays]
+    cache_type: str
+
+
+@dataclass
+class Plan:
+    """What an insertion changes in the tree.
+
+    Args:
+        root (Node): The root of the tree, which may be new.
+        node (Node): The last node that has tokens of the sequence.
+        n_known (int): How many of the first tokens of the sequence are in the tree.
+        splits (bool): Whether ``node`` is split after these.
+        adds (bool): Whether a node is added for the tokens that follow.
+        segments (List[Optional[Arrays]]): For each layer, the segment of the new node.
+        frozen (List[Optional[Arrays]]): For each layer, its state after the sequence.
+    """
+
+    root: Node
+    node: Node
+    n_known: int
+    splits: bool = False
+    adds: bool = False
+    segments: List[Optional[Arrays]] = field(default_factory=list)
+    frozen: List[Optional[Arrays]] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what is added."""
+        return nbytes_of_layers((*self.segments, *self.frozen))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the tree has all of the sequence already."""
+        return not (self.segments or self.frozen)
+
+
 class RadixPromptCache(LRUPromptCache):
     """``LRUPromptCache`` that stores each prefix once and finds what prompts share.
 
@@ -44,7 +96,9 @@ class RadixPromptCache(LRUPromptCache):
     Args:
         max_size (int): The most entries that it may hold; a chat has two for each turn.
         max_bytes (int): The most bytes that it and the running batch may hold.
-        eviction (Optional[Guard]): The eviction policy; LRU unless given.
+        eviction (Optional[EvictionPolicy]): Says what is evicted first; LRU unless given.
+          Its methods must not raise, and the keys of all calls of ``rank`` must be
+          comparable with each other: who lets plugins in wraps a guard around theirs.
         clock (Clock): Seconds that never go back.
     """
 
@@ -52,12 +106,11 @@ class RadixPromptCache(LRUPromptCache):
         self,
         max_size: int = UNBOUNDED,
         max_bytes: int = UNBOUNDED,
-        eviction: Optional[Guard] = None,
+        eviction: Optional[EvictionPolicy] = None,
         clock: Clock = time.monotonic,
     ):
         super().__init__(max_size, max_bytes)
-        built_in = Slot(EVICTION, LRU.name, LRU, "mlx-lm-ext", LRU)
-        self.eviction = eviction or Guard(built_in, None, clock)
+        self.eviction = LRU(Namespace(), clock) if eviction is None else eviction
         self.clock = clock
         # By model and layout: a quantised cache shares nothing with one that is not.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
@@ -120,13 +173,9 @@ class RadixPromptCache(LRUPromptCache):
         for entry in used:
             entry.hits += 1
             entry.last_hit = now
-
-        def tell(policy):
-            for entry in used:
-                start = entry.depth - entry.n_tokens
-                policy.on_hit(entry, min(n, entry.depth) - start)
-
-        self.eviction.run(tell)
+        for entry in used:
+            start = entry.depth - entry.n_tokens
+            self.eviction.on_hit(entry, min(n, entry.depth) - start)
         return caches, tokens[n:]
 
     # Insertion
@@ -173,58 +222,92 @@ class RadixPromptCache(LRUPromptCache):
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
             return
-        tokens, now = tokens[:n], self.clock()
-        root = self.roots.get(model, {}).get(layout.key) or Node(layout)
-        node, start = root.descend(tokens)
-        adds, splits = start < n, start < node.end
-        if not adds:
+        sequence = Sequence(model, layout, tokens[:n], arrays, cache_type)
+        plan = self.plan(sequence)
+        if not self.make_room(plan):
+            if not plan.splits or len(self) >= self.max_size:
+                return
+            # Once the node is split, the part of it that the sequence lacks can leave.
+            self.split(plan.node, plan.n_known)
+            plan = self.plan(sequence)
+            if not self.make_room(plan):
+                return
+        elif plan.splits and not (plan.node.children or plan.node.is_resumable):
+            # All that followed the node has left to make room: it leads to nothing.
+            self.drop(plan.node, "evicted")
+            plan = self.plan(sequence)
+            if not self.make_room(plan):
+                return
+        self.commit(sequence, plan)
+
+    def plan(self, sequence: Sequence) -> Plan:
+        """What has to change in the tree for a sequence; nothing is changed yet."""
+        layout, tokens, n = sequence.layout, sequence.tokens, len(sequence.tokens)
+        root = self.roots.get(sequence.model, {}).get(layout.key) or Node(layout)
+        node, n_known = root.descend(tokens)
+        splits = n_known < node.end
+        if n_known == n:
             is_stored = node.is_complete if splits else node.is_resumable
-            if is_stored and (node.entry.cache_type == cache_type or not splits):
-                become(node.entry, cache_type)
-                self.touch(node, now)
-                return
-        segments, frozen = node.lacking(arrays, start, n)
-        needed = nbytes_of_layers((*segments, *frozen))
-        if not self.make_room(needed, adds + splits, node):
-            if not splits or len(self) >= self.max_size:
-                return
-            # Once it is cut, the rest of it can leave.
-            node, splits = self.split(node, start), False
-            if not self.make_room(needed, adds, node):
-                return
-        if splits and not node.children and not node.is_resumable:
-            # What it was kept for has left to make room.
-            self.eviction.run(
-                lambda policy: node.entry in self.nodes
-                and self.drop(node, "evicted", policy)
-            )
-            self.insert(model, tokens, prompt_cache, cache_type)
-            return
-        self.roots.setdefault(model, {})[layout.key] = root
-        if splits:
-            node = self.split(node, start)
-        if adds:
+            same_type = node.entry.cache_type == sequence.cache_type
+            if is_stored and (same_type or not splits):
+                return Plan(root, node, n_known)
+        segments, frozen = node.lacking(sequence.arrays, n_known, n)
+        return Plan(root, node, n_known, splits, n_known < n, segments, frozen)
+
+    def make_room(self, plan: Plan) -> bool:
+        """Evict all that has to leave for an insertion, if that is enough."""
+        if plan.is_empty:
+            return True
+        keep = plan.node.path
+        n_bytes = self.max_bytes - self.active - plan.n_bytes
+        n_nodes = self.max_size - plan.splits - plan.adds
+        # If the way itself is too large, the states on it go: a later one will follow.
+        states = [n for n in keep if n.is_passed]
+        held = sum(n.entry.nbytes for n in keep)
+        if held <= n_bytes:
+            states = []
+        held -= sum(n.frozen_nbytes for n in states)
+        if held > n_bytes or len(keep) > n_nodes:
+            return False
+        for passed in states:
+            self.release(passed)
+        self.evict(n_bytes, n_nodes, keep)
+        return True
+
+    def commit(self, sequence: Sequence, plan: Plan) -> None:
+        """Change the tree as planned. The copies are not evaluated yet."""
+        model, layout, tokens = sequence.model, sequence.layout, sequence.tokens
+        # The root may be new, or have been dropped with the last of its nodes.
+        self.roots.setdefault(model, {})[layout.key] = plan.root
+        node, now = plan.node, self.clock()
+        if plan.splits:
+            node = self.split(node, plan.n_known)
+        if plan.adds:
+            n_tokens = len(tokens) - plan.n_known
             entry = Entry(
-                n_tokens=n - start,
+                n_tokens=n_tokens,
                 nbytes=0,
-                depth=n,
-                cache_type=cache_type,
+                depth=len(tokens),
+                cache_type=sequence.cache_type,
                 model_key=model,
                 created=now,
                 last_hit=now,
-                recompute_cost=n - start,
+                recompute_cost=n_tokens,
             )
-            node = Node(layout, node, tokens[start:], segments, entry)
-            node.parent.children[tokens[start]] = self.nodes[entry] = node
-        if any(a is not None for a in frozen):
-            node.frozen = frozen
-        become(node.entry, cache_type)
-        node.entry.nbytes += needed
-        self.held += needed
-        self.touch(node, now)
-        if adds:
-            self.eviction.run(lambda policy: policy.on_insert(node.entry))
-        self.lazy.append(node)
+            run = tokens[plan.n_known :]
+            node = Node(layout, node, run, plan.segments, entry)
+            node.parent.children[run[0]] = self.nodes[entry] = node
+        if any(a is not None for a in plan.frozen):
+            node.frozen = plan.frozen
+        become(node.entry, sequence.cache_type)
+        node.entry.nbytes += plan.n_bytes
+        self.held += plan.n_bytes
+        for used in node.path:
+            used.entry.last_hit = now
+        if plan.adds:
+            self.eviction.on_insert(node.entry)
+        if not plan.is_empty:
+            self.lazy.append(node)
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
         """The layout of a model's caches, or ``None`` if one is unknown."""
@@ -240,13 +323,9 @@ class RadixPromptCache(LRUPromptCache):
         """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
         upper = node.split(n)
         self.nodes[upper.entry] = upper
-        self.eviction.run(lambda policy: policy.on_split(upper.entry, node.entry))
+        self.lazy += [upper, node]
+        self.eviction.on_split(upper.entry, node.entry)
         return upper
-
-    def touch(self, node: Node, now: float) -> None:
-        """Note that a prompt has used the way to ``node``."""
-        for above in node.path:
-            above.entry.last_hit = now
 
     # Eviction
 
@@ -271,24 +350,6 @@ class RadixPromptCache(LRUPromptCache):
             UNBOUNDED if n_sequences is None else n_sequences,
         )
 
-    def make_room(self, n_bytes: int, n_nodes: int, node: Node) -> bool:
-        """Evict all that has to leave for an insertion at ``node``, if that is enough."""
-        keep = node.path
-        n_bytes = self.max_bytes - self.active - n_bytes
-        n_nodes = self.max_size - n_nodes
-        # If the way itself is too large, the states on it go: a later one will follow.
-        states = [n for n in keep if n.is_passed]
-        held = sum(n.entry.nbytes for n in keep)
-        if held <= n_bytes:
-            states = []
-        held -= sum(n.frozen_nbytes for n in states)
-        if held > n_bytes or len(keep) > n_nodes:
-            return False
-        for passed in states:
-            self.release(passed)
-        self.evict(n_bytes, n_nodes, keep)
-        return True
-
     def evict(self, n_bytes: int, n_nodes: int, keep: Collection[Node] = ()) -> None:
         """Drop superseded states, and then leaves: those of the lowest priority first,
         and the pinned ones last."""
@@ -296,29 +357,24 @@ class RadixPromptCache(LRUPromptCache):
         def fits() -> bool:
             return self.held <= n_bytes and len(self) <= n_nodes
 
-        def run(policy: EvictionPolicy) -> None:
-            states = [node for root in self.all_roots for node in root.superseded]
-            for node in sorted(states, key=lambda node: node.entry.created):
-                if self.held > n_bytes and policy.evictable(node.entry):
-                    self.release(node)
-            heap: List[Tuple] = []
-            order = count()
-
-            def push(node):
-                entry = node.entry
-                if node.parent is not None and not node.children and node not in kept:
-                    pinned = not policy.evictable(entry)
-                    item = (pinned, policy.priority(entry), next(order), node)
-                    heapq.heappush(heap, item)
-
-            for node in self.nodes.values():
-                push(node)
-            while heap and not fits():
-                push(self.drop(heapq.heappop(heap)[-1], "evicted", policy, kept))
-
-        if not fits():
-            kept = set(keep)
-            self.eviction.run(run)
+        if fits():
+            return
+        states = [node for root in self.all_roots for node in root.superseded]
+        for node in sorted(states, key=lambda node: node.entry.created):
+            if self.held > n_bytes and self.eviction.evictable(node.entry):
+                self.release(node)
+        kept = set(keep)
+        leaves = [n for n in self.nodes.values() if not n.children and n not in kept]
+        order = count()
+        keys = self.eviction.rank([leaf.entry for leaf in leaves])
+        heap = [(key, next(order), leaf) for key, leaf in zip(keys, leaves)]
+        heapq.heapify(heap)
+        while heap and not fits():
+            *_, leaf = heapq.heappop(heap)
+            parent = self.drop(leaf, "evicted", kept)
+            if parent.entry and not parent.children and parent not in kept:
+                (key,) = self.eviction.rank([parent.entry])
+                heapq.heappush(heap, (key, next(order), parent))
 
     def release(self, node: Node) -> None:
         """Drop the state after a node, and not what others need to get past it."""
@@ -327,13 +383,7 @@ class RadixPromptCache(LRUPromptCache):
         node.frozen = None
         self.counts["superseded"] += 1
 
-    def drop(
-        self,
-        node: Node,
-        reason: str,
-        policy: EvictionPolicy,
-        keep: Collection[Node] = (),
-    ) -> Node:
+    def drop(self, node: Node, reason: str, keep: Collection[Node] = ()) -> Node:
         """Remove a leaf, and those above that are of no use without it.
 
         Returns:
@@ -356,23 +406,16 @@ class RadixPromptCache(LRUPromptCache):
             if not roots:
                 del self.roots[entry.model_key]
         for entry in dropped:
-            policy.on_remove(entry, reason)
+            self.eviction.on_remove(entry, reason)
         return node
 
     def expire(self) -> None:
         """Drop what the policy says is too old, with all that follows it."""
-        if not self.eviction.has("expired"):
-            return
-        now = self.clock()
-
-        def run(policy):
-            for entry in list(policy.expired(now)):
-                if entry in self.nodes:
-                    for node in reversed(self.nodes[entry].subtree):
-                        if node.entry in self.nodes:
-                            self.drop(node, "expired", policy)
-
-        self.eviction.run(run)
+        for entry in list(self.eviction.expired(self.clock())):
+            if entry in self.nodes:
+                for node in reversed(self.nodes[entry].subtree):
+                    if node.entry in self.nodes:
+                        self.drop(node, "expired")
 
     # What there is
 

@@ -12,8 +12,6 @@ from copy import copy as shallow_copy
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-import mlx.core as mx
-
 from ..interfaces import Entry
 from .kinds import Layout, copy, nbytes_of_layers
 from .segmented import Arrays, SegmentedKVCache
@@ -222,7 +220,8 @@ class Node:
         """Put a new node above that takes over the tokens up to the prompt's ``n``-th.
 
         Returns:
-            Node: The new one. Each of the two holds copies of its part.
+            Node: The new one. Each of the two holds copies of its part, which are not
+            evaluated yet.
         """
         entry, n_upper = self.entry, n - self.start
 
@@ -230,7 +229,6 @@ class Node:
             return [None if a is None else copy(a, start, stop) for a in self.segments]
 
         above, below = cut(0, n_upper), cut(n_upper, entry.n_tokens)
-        mx.eval(above, below)
         upper = replace(
             entry,
             n_tokens=n_upper,

@@ -1,51 +1,48 @@
-"""The generation thread: inbox -> waiting list -> batch -> delivery.
+"""The generation thread: it takes requests from the inbox, starts them, and runs the batch.
 
 Rules:
-1. Only the generation thread touches MLX. What crosses threads is plain Python.
-2. Requests start in the order of the scheduler policy. One that needs another model,
-   or that upstream serves alone, waits until the batch is empty.
-3. A step that raises costs only the request at fault. The others go on from the
-   tokens they have, and the thread lives.
+1. Only this thread touches MLX. What comes from and goes to other threads is plain Python.
+2. Requests start in the order of the scheduler policy. One that needs another model, or
+   that cannot be batched, starts when the batch is empty.
+3. A step that raises costs only the request at fault. The other requests go on from the
+   tokens that they have, and the thread lives. What raises before a request is in the batch
+   is no failed step: it costs that request, or nothing.
 """
 
 import gc
 import logging
 from collections import deque
-from dataclasses import replace
 from math import inf
-from queue import Empty, SimpleQueue
-from threading import Event
-from typing import Any, Deque, Dict, List, Optional
-
-import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.server import CompletionRequest, GenerationArguments
+from threading import Event, Thread
+from typing import Collection, Deque, List, Optional
 
 from ..batch.batch import Batch
 from ..cache.prompt_cache import RadixPromptCache
 from ..errors import RequestError, internal_error
+from ..interfaces import SchedulerView
 from ..policies.guard import Policies
-from ..request.fields import check_choice
-from ..request.images import image_parts
-from ..request.mailbox import Mailbox, Turnstile
-from ..request.preparation import Preparation
-from ..request.request import Request, SingleCache, SingleQueue
+from ..request.request import Request
+from ..request.served_model import ModelKey
+from .alone import Alone
+from .inbox import Inbox
 from .models import BatchModelProvider
-from .upstream import ResponseGeneratorBase
 from .warm_up import warm_up
 
-# Seconds between two lines of statistics, and between two looks for what has expired.
+logger = logging.getLogger(__name__)
+
+# Seconds between two lines of statistics, and between two looks for expired KV.
 STATISTICS_INTERVAL = 10.0
 
 
-class Engine(ResponseGeneratorBase):
-    """Serves all requests from one thread, as many as fit in one batch.
+class Engine:
+    """Serves all requests from one thread, as many at a time as fit into one batch.
 
     Args:
-        model_provider (BatchModelProvider): Loads models; carries the command line.
+        model_provider (BatchModelProvider): Loads models, and carries the command line.
         policies (Policies): The policies and hooks of plugins.
         prompt_cache (Optional[RadixPromptCache]): Where KV is kept between requests.
-          Without one, nothing is kept.
+          Without one, none is kept.
+        inbox (Optional[Inbox]): Where requests come from.
     """
 
     batch_class = Batch
@@ -55,113 +52,47 @@ class Engine(ResponseGeneratorBase):
         model_provider: BatchModelProvider,
         policies: Policies,
         prompt_cache: Optional[RadixPromptCache] = None,
+        inbox: Optional[Inbox] = None,
     ):
+        self.model_provider = model_provider
+        self.cli_args = model_provider.cli_args
         self.policies = policies
-        self.inbox = SimpleQueue()
+        self.prompt_cache = prompt_cache
+        self.inbox = inbox or Inbox()
+        # Requests that have not started, in the order in which they are to start.
         self.waiting: Deque[Request] = deque()
-        # Whether the waiting list or the batch has changed since it was put in order.
+        # Whether a request came or left since they were put in that order.
         self.changed = False
-        # When the first of all requests runs out of time.
+        # When the first of all requests has to be looked at, because it takes too long.
         self.deadline = inf
-        # Those that were cancelled since the last step.
-        self.cancelled = SimpleQueue()
-        # How many rows may run: fewer for a while after a step failed.
-        self.limit = model_provider.cli_args.batch_size
-        self.loaded = Event()
+        # How many rows may run: for a while, fewer than --batch-size after a failed step.
+        self.limit = self.cli_args.batch_size
+        # The batch of the loaded model, made for its first request.
+        self.batch: Optional[Batch] = None
+        self.alone = Alone(
+            model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
+        )
         self.load_error: Optional[Exception] = None
-        # Whether the generation thread has ended, and whether it should not have.
+        # Whether the thread has ended, and whether it should not have.
         self.ended = Event()
         self.has_failed = False
-        self.stopping = False
-        self.n_reported, self.reported = 0, policies.clock()
-        self.turnstile = Turnstile()
-        self.batch = self.batch_class(
-            model_provider, policies, prompt_cache, self.turnstile
-        )
-        # An empty cache is false.
-        if prompt_cache is None:
-            prompt_cache = LRUPromptCache(max_size=0)
-        super().__init__(model_provider, prompt_cache)
+        self.n_generated = self.n_reported = 0
+        self.reported = policies.clock()
+        self.thread = Thread(target=self.run)
 
     # Any thread
 
-    def generate(
-        self,
-        request: CompletionRequest,
-        generation_args: GenerationArguments,
-        body: Dict[str, Any],
-        id: str = "",
-        preparation: Optional[Preparation] = None,
-    ) -> Request:
-        """Tokenise a request on the caller's thread and put it into the inbox.
-
-        Args:
-            request (CompletionRequest): The prompt or the messages.
-            generation_args (GenerationArguments): Sampling parameters and limits.
-            body (Dict[str, Any]): What the client sent.
-            id (str): The id of its answer.
-            preparation (Optional[Preparation]): Says when to give up.
-
-        Raises:
-            ConnectionError: If its client has left.
-            RequestError: If it cannot be served.
-        """
-        self.check_available()
-        model = self.model_provider.describe(generation_args.model)
-        model.name_roles(request)
-        job = Request(
-            id=id,
-            args=generation_args,
-            body=body,
-            arrival=self.policies.clock(),
-            model=model,
-            completion=request,
-            sampler=body.get("sampler", self.cli_args.sampler),
-            clock=self.policies.clock,
-            timeout=self.cli_args.request_timeout,
-            cancellations=self.cancelled,
-            mailbox=Mailbox(self.turnstile),
-        )
-        check_choice("sampler", job.sampler, self.policies.samplers)
-        if not image_parts(request.messages):
-            try:
-                tokenizer = model.bounded_tokenizer(
-                    job.prompt_field, preparation or Preparation()
-                )
-                job.prompt, job.segments, job.segment_types, job.initial_state = (
-                    self.tokenize(tokenizer, request, generation_args)
-                )
-            except (ConnectionError, RequestError):
-                raise
-            except Exception as e:
-                # Templates are code, and can raise anything.
-                name = job.prompt_field
-                raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
-        job.n_prompt = len(job.prompt)
-        job.check_tokens()
-        if job.segments:
-            job.fit_to_context()
-        self.inbox.put(job)
-        return job
-
-    def check_available(self) -> None:
-        """Raise a 503 ``RequestError`` unless requests are served."""
-        if self.stopping or not self.generation_available():
-            raise RequestError(503, "the server is stopping or its engine has failed")
-        if not self.loaded.is_set():
-            raise RequestError(503, "the model is being loaded and warmed up")
-
     @property
-    def is_healthy(self) -> bool:
-        return (
-            self.loaded.is_set() and self.generation_available() and not self.stopping
-        )
+    def loaded(self) -> Event:
+        return self.inbox.loaded
+
+    def start(self) -> None:
+        self.thread.start()
 
     def stop_and_join(self) -> None:
-        """Fail what is unfinished and end the generation thread."""
-        self.stopping = True
-        self.inbox.put(None)
-        self.join()
+        """End all requests that are unfinished, and the generation thread."""
+        self.inbox.close()
+        self.thread.join()
 
     # The generation thread from here on
 
@@ -170,15 +101,15 @@ class Engine(ResponseGeneratorBase):
             self.load()
             self.serve()
         except BaseException as e:
-            # What requests and plugins raise ends in ``recover`` and ``fail``.
-            logging.critical("The generation thread has failed", exc_info=e)
+            # What requests and plugins raise does not come here.
+            logger.critical("The generation thread has failed", exc_info=e)
             self.has_failed = True
-        self.stopping = True
+        self.inbox.is_closed = True
         self.loaded.set()
         try:
             self.end()
         except BaseException:
-            logging.exception("The generation thread could not free what it has")
+            logger.exception("The generation thread could not free what it has")
         self.ended.set()
 
     def load(self) -> None:
@@ -187,176 +118,226 @@ class Engine(ResponseGeneratorBase):
             self.model_provider.switch_to(self.model_provider.default_key)
         except Exception as e:
             self.load_error = e
-            self.stopping = True
-        if self.cli_args.warmup and not self.stopping and self.has_batches:
+            self.inbox.is_closed = True
+        if self.cli_args.warmup and not self.inbox.is_closed and self.has_batches:
             try:
-                warm_up(self.model_provider, lambda: self.stopping)
+                warm_up(self.model_provider, lambda: self.inbox.is_closed)
             except RequestError as e:
-                logging.warning(f"There is no warm-up: {e}")
+                logger.warning(f"There is no warm-up: {e}")
             except Exception:
-                logging.warning("The warm-up failed", exc_info=True)
+                logger.warning("The warm-up failed", exc_info=True)
         self.loaded.set()
 
     def serve(self) -> None:
-        """Serve requests until the server stops."""
-        while not self.stopping:
-            idle = not (self.waiting or self.batch)
-            self.report(idle)
-            self.drain_inbox(block=idle)
-            if idle:
+        """Serve requests until the inbox is closed."""
+        while not self.inbox.is_closed:
+            is_idle = not (self.waiting or self.running)
+            self.report(is_idle)
+            self.take_new(block=is_idle)
+            if is_idle:
                 self.reported = self.policies.clock()
             try:
                 self.drop_unwanted()
                 self.admit()
                 self.step()
-                self.batch.forget_shared(self.waiting)
             except BaseException as e:
                 self.recover(e)
 
     def end(self) -> None:
-        """Fail what is unfinished, and free all arrays on the thread that made them."""
-        self.drain_inbox(block=False)
+        """End all requests, and free all arrays on the thread that has made them."""
+        self.take_new(block=False)
         reason = (
             "the engine has failed" if self.has_failed else "the server is stopping"
         )
-        for request in [*self.waiting, *self.batch.requests]:
+        for request in [*self.waiting, *self.running]:
             request.put(RequestError(503, reason))
-        self.batch.close()
+        self.close_batch()
         self.model_provider.reset()
-        del self.batch, self.prompt_cache
+        del self.alone, self.prompt_cache
         gc.collect()
 
-    def report(self, idle: bool) -> None:
-        """Log what was done, every few seconds and when nothing is left to do."""
+    @property
+    def running(self) -> List[Request]:
+        return self.batch.requests if self.batch else []
+
+    def report(self, is_idle: bool) -> None:
+        """Log what was done: every few seconds, and when nothing is left to do."""
         seconds = self.policies.clock() - self.reported
-        if not idle and seconds < STATISTICS_INTERVAL:
+        if not is_idle and seconds < STATISTICS_INTERVAL:
             return
-        cache, caching = self.prompt_cache, self.batch.caching
-        if caching:
-            cache.expire()
-        n = self.batch.n_generated - self.n_reported
+        if self.prompt_cache is not None:
+            self.prompt_cache.expire()
+        n = self.n_generated - self.n_reported
         if n:
             lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
-            if caching:
-                lines.append(f"Prompt Cache: {cache.stats()}")
-            lines.append(f"{len(self.batch)} running, {len(self.waiting)} waiting")
+            if self.prompt_cache is not None:
+                lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")
+            lines.append(f"{len(self.running)} running, {len(self.waiting)} waiting")
             lines.append(f"time in policies: {self.policies.describe_times()}")
-            logging.info("; ".join(lines))
+            logger.info("; ".join(lines))
         self.n_reported += n
         self.reported += seconds
 
-    def drain_inbox(self, block: bool) -> None:
+    # Requests come and leave
+
+    def take_new(self, block: bool) -> None:
+        """Put new requests into the waiting list.
+
+        Args:
+            block (bool): Wait until there is one, or something else to do.
+        """
         timeout = None
-        if self.batch.caching and self.policies.eviction.has("expired"):
+        if self.prompt_cache is not None and self.policies.eviction.overrides(
+            "expired"
+        ):
             timeout = STATISTICS_INTERVAL
-        try:
-            while True:
-                request = self.inbox.get(block, timeout)
-                if request is not None and not request.cancelled:
-                    self.waiting.append(request)
-                    self.changed = True
-                    self.deadline = min(self.deadline, request.deadline)
-                block = False
-        except Empty:
-            pass
+        for request in self.inbox.take(block, timeout):
+            self.waiting.append(request)
+            self.changed = True
+            self.deadline = min(self.deadline, request.deadline)
 
     def drop_unwanted(self) -> None:
-        """Take out the requests that were cancelled or have taken too long."""
+        """Take out the requests that were cancelled, or have taken too long."""
         if self.policies.clock() >= self.deadline:
-            requests = [*self.waiting, *self.batch.requests]
-            for request in requests:
-                try:
-                    request.check_time()
-                except RequestError as e:
-                    request.put(e)
-                    request.cancel()
-            self.deadline = min((r.deadline for r in requests), default=inf)
-        gone = set()
-        while not self.cancelled.empty():
-            request = self.cancelled.get()
-            # Handlers cancel what has ended as well.
-            if not request.forgotten:
-                gone.add(request)
+            self.end_late()
+        # Handlers also cancel requests that have ended.
+        gone = {r for r in self.inbox.take_cancelled() if not r.forgotten}
         if not gone:
             return
         self.waiting = deque(r for r in self.waiting if r not in gone)
-        self.batch.remove(gone)
+        if self.batch is not None:
+            self.batch.remove(gone)
         for request in gone:
             self.forget(request)
 
+    def end_late(self) -> None:
+        """End the requests that have taken longer than ``--request-timeout``."""
+        requests = [*self.waiting, *self.running]
+        for request in requests:
+            try:
+                request.check_time()
+            except RequestError as e:
+                request.put(e)
+                self.inbox.cancel(request)
+        self.deadline = min((r.deadline for r in requests), default=inf)
+
     def forget(self, request: Request) -> None:
-        """Tell the scheduler policy, once, that a request is no more."""
+        """A request has ended, or left before it started."""
         self.changed = True
+        if self.batch is not None:
+            self.batch.forget(request)
         if not request.forgotten:
             request.forgotten = True
-            self.policies.scheduler.run(lambda policy: policy.on_finish(request))
+            self.policies.scheduler.on_finish(request)
 
-    def step(self) -> None:
-        finished = self.batch.step()
-        for request in finished:
-            self.forget(request)
-        self.limit = min(self.limit + len(finished), self.cli_args.batch_size)
+    def fail(self, request: Request, error: BaseException) -> None:
+        """End a request with an error."""
+        if not isinstance(error, RequestError):
+            logger.error("A request failed", exc_info=error)
+            error = internal_error()
+        request.put(error)
+        self.forget(request)
+
+    # Requests start
 
     def admit(self) -> None:
-        """Start waiting requests in their order, as long as there is room."""
-        if self.changed and self.waiting and len(self.batch) < self.limit:
-            self.order_waiting()
+        """Start waiting requests in their order, as long as there is room.
+
+        What raises here is no failed step: no row is in the middle of one.
+        """
+        try:
+            if self.changed and self.waiting and len(self.running) < self.limit:
+                self.order_waiting()
+            self.start_waiting()
+            if self.batch is not None:
+                self.batch.drop_unneeded()
+        except BaseException:
+            logger.exception("Waiting requests could not be looked after")
+
+    def start_waiting(self) -> None:
         for request in list(self.waiting):
-            if len(self.batch) >= self.limit or self.stopping:
+            if len(self.running) >= self.limit or self.inbox.is_closed:
                 return
-            other_model = request.model.key != self.model_provider.model_key
-            if self.batch and (other_model or not self.is_batchable(request)):
-                return
-            if self.batch and self.batch.must_wait(request):
-                continue
-            if not self.batch.can_start(request):
-                return
-            self.waiting.remove(request)
             try:
-                if other_model:
-                    self.batch.close()
-                    self.model_provider.switch_to(request.model.key)
-                if self.is_batchable(request):
-                    self.batch.add(request)
-                else:
-                    self.serve_alone(request)
+                if not self.is_turn(request):
+                    return
+                if self.batch and self.batch.must_wait(request):
+                    continue
+                if self.batch and not self.batch.can_start(request):
+                    return
+                self.waiting.remove(request)
+                self.begin(request)
             except BaseException as e:
+                if request in self.waiting:
+                    self.waiting.remove(request)
                 self.fail(request, e)
+
+    def is_turn(self, request: Request) -> bool:
+        """Whether a request can run beside the rows of the batch, if there are any."""
+        is_served = request.model.key == self.model_provider.model_key
+        return not self.running or (is_served and self.is_batchable(request))
+
+    def begin(self, request: Request) -> None:
+        """Let a request run.
+
+        Raises:
+            RequestError: If it cannot run.
+        """
+        if request.model.key != self.model_provider.model_key:
+            self.switch_model(request.model.key)
+        if not self.is_batchable(request):
+            self.serve_alone(request)
+            return
+        if self.batch is None:
+            self.batch = self.batch_class(
+                self.model_provider.model,
+                self.model_provider.tokenizer,
+                self.cli_args,
+                self.policies,
+                self.prompt_cache,
+                self.inbox.turnstile,
+            )
+        self.batch.add(request)
 
     def order_waiting(self) -> None:
         """Put the waiting requests in the order of the scheduler policy."""
-
-        def ask(policy):
-            first = policy.order(list(arrived), view)
-            if first is None:
-                return arrived
-            ids = {id(r) for r in first}
-            if len(ids) < len(first) or not ids <= {id(r) for r in arrived}:
-                raise ValueError(
-                    "it ordered a request twice, or one that does not wait"
-                )
-            return [*first, *(r for r in arrived if id(r) not in ids)]
-
         self.changed = False
         scheduler = self.policies.scheduler
-        if scheduler.has("order"):
-            arrived = sorted(self.waiting, key=lambda r: r.arrival)
-            if len(arrived) <= scheduler.run(lambda policy: int(policy.most_known)):
-                for request in arrived:
-                    request.n_known = self.batch.n_known(request)
-            view = self.batch.view
-            self.waiting = deque(scheduler.run(ask))
+        if not scheduler.overrides("order"):
+            return
+        arrived = sorted(self.waiting, key=lambda r: r.arrival)
+        cache = self.prompt_cache if self.batch is None else self.batch.prompt_cache
+        if cache is not None and len(arrived) <= scheduler.most_known:
+            for request in arrived:
+                match = cache.search(request.cache_key, request.prompt)
+                request.n_known = match.n_tokens
+        view = SchedulerView(
+            self.policies.clock(), tuple(self.running), self.cli_args.batch_size
+        )
+        self.waiting = deque(scheduler.order(arrived, view))
 
     @property
     def has_batches(self) -> bool:
-        """Whether upstream can run the model in batches."""
+        """Whether requests to the loaded model can be batched."""
         return self.model_provider.is_batchable and self.cli_args.kv_bits is None
 
     def is_batchable(self, request: Request) -> bool:
-        """Whether upstream can serve a request in a batch. Images it cannot."""
+        """Whether a request to the loaded model can be batched. One with images cannot:
+        its prompt is not tokenised yet."""
         return self.has_batches and bool(request.segments)
 
+    def switch_model(self, key: ModelKey) -> None:
+        """Load another model, when the batch is empty."""
+        self.close_batch()
+        self.model_provider.switch_to(key)
+
+    def close_batch(self) -> None:
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.close()
+
     def serve_alone(self, request: Request) -> None:
+        """Serve a request to its end, as upstream does."""
         tokenizer = self.model_provider.tokenizer
         sampler = self.policies.samplers[request.sampler]
         if sampler.cls is not sampler.default or self.policies.make_logits_processors(
@@ -368,39 +349,42 @@ class Engine(ResponseGeneratorBase):
                 "the samplers and logits processors of plugins",
             )
         request.start()
-        # Stop words are found in the text, on the handler's thread.
-        args = replace(request.args, stop_words=[])
-        stream = mx.default_stream(mx.default_device())
-        queue = SingleQueue(request, args, lambda: self.stopping, self.fail)
-        prompt_cache = self.prompt_cache
-        self.prompt_cache = SingleCache(request, prompt_cache)
-        try:
-            self.serve_single((queue, request.completion, args), stream)
-        finally:
-            self.prompt_cache = prompt_cache
-        if not request.finished:
-            request.put(RequestError(503, "the server is stopping"))
-        self.batch.n_generated += request.n_generated
+        self.policies.scheduler.on_start(request)
+        self.alone.serve(request)
+        self.n_generated += request.n_generated
         self.forget(request)
 
-    # When a step fails
+    # Requests run
+
+    def step(self) -> None:
+        """Run a step of the batch."""
+        if self.batch is None:
+            return
+        ended, n_tokens = self.batch.step()
+        self.n_generated += n_tokens
+        for request in ended:
+            self.forget(request)
+        self.limit = min(self.limit + len(ended), self.cli_args.batch_size)
 
     def recover(self, error: BaseException) -> None:
-        """Fail the requests whose part of a step raises; requeue the others."""
-        suspects = [r for r in self.batch.requests if not r.finished]
-        logging.error(f"A step of {len(suspects)} requests failed", exc_info=error)
+        """After a failed step: fail the requests that make it fail, and let the others start
+        again."""
+        suspects = [r for r in self.running if not r.finished]
+        logger.error(f"A step of {len(suspects)} requests failed", exc_info=error)
         self.isolate(suspects, error)
         innocent = [r for r in suspects if not (r.finished or r.cancelled)]
         if innocent and len(innocent) == len(suspects):
-            # None fails by itself: together they were too many.
+            # None fails by itself: they were too many at a time.
             self.limit = max(1, len(suspects) // 2)
         self.waiting.extendleft(reversed(innocent))
-        # Those that were put back are to be looked at as well.
+        # Those that start again may have taken too long.
         self.deadline = -inf
 
-    def isolate(self, suspects: List[Request], error: BaseException) -> None:
-        """Run ever smaller halves apart until the ones that raise are alone."""
-        self.batch.close()
+    def isolate(self, suspects: Collection[Request], error: BaseException) -> None:
+        """Run ever smaller halves of the suspects, until each that fails is alone."""
+        suspects = list(suspects)
+        if self.batch is not None:
+            self.batch.close()
         if len(suspects) == 1:
             self.fail(suspects[0], error)
             return
@@ -412,10 +396,10 @@ class Engine(ResponseGeneratorBase):
                 self.isolate([r for r in half if not r.finished], e)
 
     def advance(self, requests: List[Request]) -> None:
-        """Serve ``requests`` alone until each has one more token."""
+        """Run only these requests, until each has one more token."""
         goals = [len(r.generated) + 1 for r in requests]
         for request in requests:
-            self.batch.add(request)
+            self.begin(request)
         while any(
             len(r.generated) < goal and not (r.finished or r.cancelled)
             for r, goal in zip(requests, goals)
@@ -423,10 +407,3 @@ class Engine(ResponseGeneratorBase):
             self.drop_unwanted()
             self.step()
         self.batch.close()
-
-    def fail(self, request: Request, error: BaseException) -> None:
-        if not isinstance(error, RequestError):
-            logging.error("A request failed", exc_info=error)
-            error = internal_error()
-        request.put(error)
-        self.forget(request)

@@ -53,20 +53,26 @@ class ModelProviderBase(ModelProvider):
         return self._tokenizer_config
 
 
-class ResponseGeneratorBase(ResponseGenerator):
-    """``ResponseGenerator`` with the steps that a subclass calls or replaces."""
+class SingleGenerator(ResponseGenerator):
+    """``ResponseGenerator`` without its thread: its tokenising, and its way to serve one
+    request at a time.
 
-    def run(self) -> None:
-        """The body of the generation thread."""
-        raise NotImplementedError
+    Args:
+        model_provider (ModelProvider): Holds the model.
+        prompt_cache (Any): Where ``serve_single`` looks for KV and stores it.
+    """
 
-    def _generate(self):
-        self.run()
+    def __init__(self, model_provider: ModelProvider, prompt_cache: Any = None):
+        # Not that of upstream, which starts the thread.
+        self.model_provider = model_provider
+        self.prompt_cache = prompt_cache
+        self._state_machine_cache: Dict[Any, Any] = {}
+        self._is_distributed = False
 
     def tokenize(
         self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments
     ) -> Tuple[List[int], List[List[int]], List[str], str]:
-        """The prompt, its segments, their types, and the initial text state."""
+        """The prompt, its segments, their cache types, and the initial text state."""
         prompt, segments, types, state, _ = self._tokenize(tokenizer, request, args)
         if request.messages and len(segments) == 1 and tokenizer.has_thinking:
             # Upstream cuts before the reasoning only after a message of the user's.
@@ -82,6 +88,13 @@ class ResponseGeneratorBase(ResponseGenerator):
             return request.prompt, [request.prompt], ["assistant"], "normal", None
         return super()._tokenize(tokenizer, request, args)
 
-    def serve_single(self, request: Tuple[Any, Any, Any], stream: mx.Stream) -> None:
-        """Serve ``(queue, request, args)`` alone, on the calling thread."""
-        self._serve_single(request, stream)
+    def serve_single(
+        self,
+        queue: Any,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        stream: mx.Stream,
+    ) -> None:
+        """Serve a request on the calling thread. ``queue.put`` gets what upstream puts
+        into the queue of the response."""
+        self._serve_single((queue, request, args), stream)

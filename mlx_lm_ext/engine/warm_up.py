@@ -1,7 +1,7 @@
 """Runs what the first requests will run, before they come.
 
-Kernels are compiled, and memory is allocated, when they are first needed: some for each
-size of the batch. A request that had to wait for that would wait for seconds.
+MLX compiles kernels and allocates memory when they are first needed, some of them for each
+size of the batch. Without a warm-up, the first requests would wait seconds for that.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from ..request.request import Request
 from ..sampling.penalties import MAX_CONTEXT
 from .models import BatchModelProvider
 
-# One of each kind of row.
+logger = logging.getLogger(__name__)
+
+# A greedy row, a sampled one, and one with log probabilities.
 BODIES = [{}, {"temperature": 0.7, "top_p": 0.95}, {"logprobs": 1}]
 PENALTIES = dict(
     repetition_penalty=1.1,
@@ -31,7 +33,7 @@ PENALTIES = dict(
     frequency_penalty=0.1,
     logit_bias={"0": 1},
 )
-# With CUDA, each of these has kernels that take seconds to make.
+# With CUDA, each of these needs kernels of its own, which take seconds to compile.
 GPU_BODIES = [
     dict(
         temperature=0.7,
@@ -44,7 +46,7 @@ GPU_BODIES = [
     PENALTIES,
     PENALTIES | dict(repetition_context_size=MAX_CONTEXT + 1),
 ]
-# No policy of a plugin hears of it.
+# The policies of plugins take no part in it.
 BUILT_IN = dict(eviction_policy="lru", scheduler="fcfs", sampler="default")
 
 
@@ -54,7 +56,7 @@ def make_request(
     prompt: List[int],
     **body: Any,
 ) -> Request:
-    """A request of nobody's, which only ``max_tokens`` ends."""
+    """A request that no client has sent, and that only ``max_tokens`` ends."""
     generation_args = parse_arguments(body, args)
     model = provider.describe(generation_args.model)
     return Request(
@@ -69,20 +71,22 @@ def make_request(
 
 
 def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Fill a batch step by step, and let its rows leave.
+    """Let rows join a batch, run some steps at each size, and let the rows leave.
 
     Raises:
         RequestError: If not even a short request fits into the memory for KV.
     """
-    logging.info("Warming up")
+    logger.info("Warming up")
     start = time.perf_counter()
     args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
-    batch = Batch(provider, Policies(Plugins(autoload=False), args), None, Turnstile())
+    policies = Policies(Plugins(autoload=False), args)
+    model, tokenizer = provider.model, provider.tokenizer
+    batch = Batch(model, tokenizer, args, policies, None, Turnstile())
 
     def add(n_prompt: int, **body: Any) -> bool:
         i = len(batch)
         body = BODIES[i % len(BODIES)] | body
-        # Prompts of two lengths: padding has kernels of its own.
+        # Prompts of two lengths, because padding needs kernels of its own.
         request = make_request(provider, args, [i % 64] * (n_prompt + i % 2), **body)
         fits = batch.fits(request)
         if fits:
@@ -100,7 +104,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         extras += [(8, body) for body in GPU_BODIES]
     size, n_tokens = 1, 64 + 2 * args.batch_size
     while not is_stopping():
-        # Of as many sizes as fit.
+        # A batch of more rows may not fit into the memory for KV.
         fits = all(add(8, max_tokens=n_tokens) for _ in range(len(batch), size))
         run()
         if size == 1:
@@ -110,11 +114,11 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         if size == args.batch_size or not fits:
             break
         size = min(2 * size, args.batch_size)
-    # On a GPU, the kernels for each size are chosen when it first runs.
+    # On a GPU, kernels are chosen for each size when it first runs.
     n = len(batch)
     for n_left in [n // 2] if on_cpu() else range(n - 1, 0, -1):
         if not is_stopping():
             batch.remove(batch.requests[n_left:])
             batch.step()
     batch.close()
-    logging.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")
+    logger.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")

@@ -2,16 +2,8 @@
 
 from typing import Dict
 
+from ..cache.lru import LRU
 from ..interfaces import Entry, EvictionPolicy
-
-
-class LRU(EvictionPolicy):
-    """Evicts what was not used for the longest time (least recently used)."""
-
-    name = "lru"
-
-    def priority(self, entry):
-        return entry.last_hit
 
 
 class FIFO(EvictionPolicy):

@@ -1,37 +1,59 @@
-"""The policies in use: timed, and replaced when one fails.
+"""The policies in use: each call is timed, and a policy that fails is replaced.
 
 Rules:
-1. Each call of a policy goes through here.
-2. A policy that raises is named in the log once. From then on the built-in one of its
+1. Within a ``try`` that blames a policy are only calls of its methods, and checks of what
+   they return. What the server itself does there would be blamed on the policy.
+2. A policy that raises is named in the log once. From then on the built-in policy of its
    kind does its work.
-3. Whatever is raised counts: ``sys.exit()`` in a plugin ends no thread of the server.
+3. Whatever is raised counts as a failure: ``sys.exit()`` in a plugin ends no thread.
 """
 
 import argparse
 import logging
 import time
 from functools import partial
-from typing import Any, Callable, Dict, List, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, TypeVar
 
 from ..errors import RequestError
-from ..interfaces import Clock, RequestInfo, RequestStats
-from .loading import EVICTION, SAMPLER, SCHEDULER, Kind, PluginError, Plugins, one_line
+from ..interfaces import (
+    Clock,
+    Entry,
+    EvictionPolicy,
+    RequestInfo,
+    RequestStats,
+    SchedulerPolicy,
+    SchedulerView,
+)
+from .guarded_sampler import GuardedSampler
+from .loading import (
+    EVICTION,
+    SAMPLER,
+    SCHEDULER,
+    PluginError,
+    Plugins,
+    PolicyKind,
+    one_line,
+)
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Slot:
-    """A class that was chosen by name, and what its objects have cost.
+class PolicyClass:
+    """A class that a plugin has registered, and the seconds that its objects have taken.
 
     Args:
-        kind (Kind): What it is for.
+        kind (PolicyKind): What it is for.
         name (str): Its name.
-        cls (Type): The class.
-        plugin (str): Where it came from.
-        default (Type): The built-in class that replaces it if it fails.
+        cls (Type): The class. The built-in one takes its place when it fails.
+        plugin (str): The plugin that registered it.
+        default (Type): The built-in class.
     """
 
-    def __init__(self, kind: Kind, name: str, cls: Type, plugin: str, default: Type):
+    def __init__(
+        self, kind: PolicyKind, name: str, cls: Type[Any], plugin: str, default: Any
+    ):
         self.kind = kind
         self.name = name
         self.cls = cls
@@ -40,7 +62,8 @@ class Slot:
         self.seconds = 0.0
 
     def make(self, *args: Any) -> Any:
-        """An object of the class; a request that it refuses is no fault of it."""
+        """An object of the class. A class that raises ``RequestError`` refuses a request,
+        which is no failure of the class."""
         cls = self.cls
         try:
             return cls(*args)
@@ -50,57 +73,152 @@ class Slot:
             self.fail(cls, e)
             return self.cls(*args)
 
-    def fail(self, cls: Type, error: BaseException) -> None:
-        """Use the built-in class from now on, as ``cls`` has failed.
+    def fail(self, cls: Type[Any], error: BaseException) -> None:
+        """Use the built-in class from now on, because ``cls`` has raised ``error``.
 
         Raises:
-            BaseException: ``error`` itself, if that is what failed.
+            BaseException: ``error`` itself, if the built-in class has raised it.
         """
         if cls is self.default:
             raise error
-        # Several objects of one class can fail.
+        # Several objects of one class may fail.
         if self.cls is cls:
             self.cls = self.default
-            logging.error(
+            logger.error(
                 f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
                 f"{self.default.name!r} replaces it",
                 exc_info=error,
             )
 
 
-class Guard:
-    """The object of a slot that there is one of.
+class Guarded:
+    """The one object of a policy class. Subclasses have the methods of its interface.
 
     Args:
-        slot (Slot): Its class.
+        policy_class (PolicyClass): The class.
         args: What the class takes.
     """
 
-    def __init__(self, slot: Slot, *args: Any):
-        self.slot = slot
+    def __init__(self, policy_class: PolicyClass, *args: Any):
+        self.policy_class = policy_class
         self.args = args
-        self.policy = slot.cls(*args)
+        self.policy = policy_class.cls(*args)
 
-    def run(self, use: Callable[[Any], T]) -> T:
-        """The result of ``use(policy)``; what that raises is the policy's fault."""
+    def ask(self, question: Callable[[Any], T]) -> T:
+        """The result of ``question(policy)``, which calls methods of the policy and checks
+        what they return. It does nothing else: if it raises, the built-in policy replaces
+        the policy and is asked again."""
         start = time.perf_counter()
         try:
-            return use(self.policy)
+            return question(self.policy)
         except BaseException as e:
-            self.slot.fail(type(self.policy), e)
-            self.policy = self.slot.cls(*self.args)
-            return use(self.policy)
+            self.policy_class.fail(type(self.policy), e)
+            self.policy = self.policy_class.cls(*self.args)
+            return question(self.policy)
         finally:
-            self.slot.seconds += time.perf_counter() - start
+            self.policy_class.seconds += time.perf_counter() - start
 
-    def has(self, method: str) -> bool:
-        """Whether the policy does something in an optional method."""
-        interface = self.slot.kind.interface
+    def overrides(self, method: str) -> bool:
+        """Whether the policy has an optional method of its own."""
+        interface = self.policy_class.kind.interface
         return getattr(type(self.policy), method) is not getattr(interface, method)
 
 
+class GuardedEviction(Guarded, EvictionPolicy):
+    """An eviction policy whose methods do not raise."""
+
+    # What the policy that ranked it last has given to some entry.
+    ranked: Tuple[Any, ...] = ()
+    ranked_by: Any = None
+    n_rankers = 0
+
+    def on_insert(self, entry: Entry) -> None:
+        self.ask(lambda policy: policy.on_insert(entry))
+
+    def on_hit(self, entry: Entry, n_tokens: int) -> None:
+        self.ask(lambda policy: policy.on_hit(entry, n_tokens))
+
+    def on_split(self, parent: Entry, child: Entry) -> None:
+        self.ask(lambda policy: policy.on_split(parent, child))
+
+    def on_remove(self, entry: Entry, reason: str) -> None:
+        self.ask(lambda policy: policy.on_remove(entry, reason))
+
+    def evictable(self, entry: Entry) -> bool:
+        return self.ask(lambda policy: bool(policy.evictable(entry)))
+
+    def priority(self, entry: Entry) -> Any:
+        return self.rank([entry])[0]
+
+    def rank(self, entries: List[Entry]) -> List[Tuple[Any, ...]]:
+        """Keys that can be compared with each other and with those of other calls, also
+        when the policy was replaced in the meantime."""
+
+        def rank(policy: EvictionPolicy) -> List[Tuple[bool, Any]]:
+            ranks = [(bool(pinned), value) for pinned, value in policy.rank(entries)]
+            if len(ranks) != len(entries):
+                raise ValueError(f"it ranked {len(ranks)} of {len(entries)} entries")
+            if policy is not self.ranked_by:
+                self.ranked, self.ranked_by = (), policy
+                self.n_rankers += 1
+            # Values that cannot be compared are refused here.
+            values = (value for _, value in ranks)
+            self.ranked = (max([*self.ranked, *values]),) if ranks else self.ranked
+            return ranks
+
+        ranks = self.ask(rank)
+        return [(pinned, self.n_rankers, value) for pinned, value in ranks]
+
+    def expired(self, now: float) -> Iterable[Entry]:
+        return self.ask(lambda policy: list(policy.expired(now)))
+
+
+class GuardedScheduler(Guarded, SchedulerPolicy):
+    """A scheduler policy whose methods do not raise."""
+
+    @property
+    def most_known(self) -> int:  # type: ignore[override]
+        return self.ask(lambda policy: int(policy.most_known))
+
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> List[RequestInfo]:
+        """All waiting requests, in the order in which they start."""
+
+        def order(policy: SchedulerPolicy) -> List[RequestInfo]:
+            first = policy.order(list(waiting), view)
+            if first is None:
+                return waiting
+            ids = {id(request) for request in first}
+            if len(ids) < len(first) or not ids <= set(map(id, waiting)):
+                raise ValueError(
+                    "it ordered a request twice, or one that does not wait"
+                )
+            return [*first, *(r for r in waiting if id(r) not in ids)]
+
+        return self.ask(order)
+
+    def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
+        """At least 1, or ``None`` for no limit."""
+
+        def prefill_tokens(policy: SchedulerPolicy) -> Optional[int]:
+            n = policy.prefill_tokens(view)
+            return None if n is None else max(1, int(n))
+
+        return self.ask(prefill_tokens)
+
+    def on_start(self, request: RequestInfo) -> None:
+        self.ask(lambda policy: policy.on_start(request))
+
+    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
+        self.ask(lambda policy: policy.on_tokens(counts))
+
+    def on_finish(self, request: RequestInfo) -> None:
+        self.ask(lambda policy: policy.on_finish(request))
+
+
 class Policies:
-    """All policies in use, and the hooks that fire for a request.
+    """All policies in use, and the hooks that are called for a request.
 
     Args:
         plugins (Plugins): The plugins of this process.
@@ -108,7 +226,8 @@ class Policies:
         clock (Clock): Seconds that never go back.
 
     Raises:
-        PluginError: If there is no policy of a name, or one cannot be made.
+        PluginError: If no policy has a name that the command line gives, or a policy
+          cannot be made.
     """
 
     def __init__(
@@ -117,40 +236,53 @@ class Policies:
         self.plugins = plugins
         self.args = args
         self.clock = clock
-        self.eviction = self.guard(EVICTION, args.eviction_policy)
-        self.scheduler = self.guard(SCHEDULER, args.scheduler)
-        self.samplers = self.slots(SAMPLER, args.sampler)
+        self.eviction = self.make(GuardedEviction, EVICTION, args.eviction_policy)
+        self.scheduler = self.make(GuardedScheduler, SCHEDULER, args.scheduler)
+        self.samplers = self.classes(SAMPLER, args.sampler)
 
-    def slots(self, kind: Kind, name: str) -> Dict[str, Slot]:
-        """The classes of a kind. ``name`` and the default have to be among them."""
+    def classes(self, kind: PolicyKind, name: str) -> Dict[str, PolicyClass]:
+        """The classes of a kind by name. ``name`` has to be one of them."""
         found = self.plugins.registered(kind)
         if kind.default not in found:
             raise PluginError("-p no:builtin: the built-in policies are needed")
         if name not in found:
             names = ", ".join(found)
-            raise PluginError(f"{kind.flag} must be one of {names}, not {name!r}")
+            raise PluginError(
+                f"{kind.flag} must be one of {names}, not {name!r}"
+                f"{self.plugins.hint(kind, name)}"
+            )
         default = found[kind.default].cls
-        return {n: Slot(kind, n, *found[n], default) for n in found}
+        return {n: PolicyClass(kind, n, *found[n], default) for n in found}
 
-    def guard(self, kind: Kind, name: str) -> Guard:
-        slot = self.slots(kind, name)[name]
+    def make(
+        self, guarded: Callable[[PolicyClass, Any, Any], T], kind: PolicyKind, name: str
+    ) -> T:
+        """The guarded object of the class with a name."""
+        policy_class = self.classes(kind, name)[name]
         try:
-            return Guard(slot, self.args, self.clock)
+            return guarded(policy_class, self.args, self.clock)
         except (Exception, SystemExit) as e:
             raise PluginError(
-                f"{slot.plugin}: the {kind.title} {name!r} cannot be made: {one_line(e)}"
+                f"{policy_class.plugin}: the {kind.title} {name!r} cannot be made: "
+                f"{one_line(e)}"
             )
+
+    def make_sampler(
+        self, name: str, request: RequestInfo, tokenizer: Any
+    ) -> GuardedSampler:
+        """The sampler of a request, guarded."""
+        return GuardedSampler(self.samplers[name], self.args, request, tokenizer)
 
     def make_logits_processors(
         self, request: RequestInfo, tokenizer: Any
-    ) -> List[Callable]:
+    ) -> List[Callable[[Any, Any], Any]]:
         """The logits processors of all plugins for a request.
 
         Raises:
             RequestError: If a plugin refuses the request.
-            RuntimeError: If one fails.
+            RuntimeError: If a plugin fails.
         """
-        processors = []
+        processors: List[Callable[[Any, Any], Any]] = []
         hook = "mlx_lm_make_logits_processors"
         for label, call in self.plugins.each(
             hook, request=request, tokenizer=tokenizer, args=self.args
@@ -164,7 +296,7 @@ class Policies:
         return processors
 
     def request_finished(self, request: RequestInfo, stats: RequestStats) -> None:
-        """Tell all observers."""
+        """Tell all plugins that observe requests."""
         hook = "mlx_lm_request_finished"
         for label, call in self.plugins.each(
             hook, request=request, stats=stats, args=self.args
@@ -172,18 +304,24 @@ class Policies:
             try:
                 call()
             except BaseException:
-                logging.exception(f"{label}: {hook} failed")
+                logger.exception(f"{label}: {hook} failed")
 
     def describe_times(self) -> str:
-        """How long each policy has run, for the log."""
-        slots = [self.eviction.slot, self.scheduler.slot, *self.samplers.values()]
+        """How long each policy has taken, for the log."""
+        used = [
+            self.eviction.policy_class,
+            self.scheduler.policy_class,
+            *self.samplers.values(),
+        ]
         return ", ".join(
-            f"{s.kind.title} {s.name} {s.seconds:.3f} s" for s in slots if s.seconds
+            f"{c.kind.title} {c.name} {c.seconds:.3f} s" for c in used if c.seconds
         )
 
 
-def process(label: str, processor: Callable, tokens: Any, logits: Any) -> Any:
-    """Run a plugin's logits processor; what it raises names the plugin."""
+def process(
+    label: str, processor: Callable[[Any, Any], Any], tokens: Any, logits: Any
+) -> Any:
+    """Run a plugin's logits processor. What it raises names the plugin."""
     try:
         return processor(tokens, logits)
     except BaseException as e:

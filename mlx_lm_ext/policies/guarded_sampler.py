@@ -9,12 +9,14 @@ Rules:
 
 import argparse
 import time
-from typing import Any, Callable, List
+from typing import TYPE_CHECKING, Any, Callable, List
 
 import mlx.core as mx
 
 from ..interfaces import RequestInfo
-from .guard import Slot
+
+if TYPE_CHECKING:
+    from .guard import PolicyClass
 
 
 class GuardedSampler:
@@ -23,7 +25,7 @@ class GuardedSampler:
     It is a ``RowSampler`` of ``sampling/groups.py``.
 
     Args:
-        slot (Slot): The registered class.
+        policy_class (PolicyClass): The registered class.
         args (argparse.Namespace): The command line.
         request (RequestInfo): The request of its first row.
         tokenizer (TokenizerWrapper): The model's tokenizer.
@@ -33,9 +35,13 @@ class GuardedSampler:
     """
 
     def __init__(
-        self, slot: Slot, args: argparse.Namespace, request: RequestInfo, tokenizer: Any
+        self,
+        policy_class: "PolicyClass",
+        args: argparse.Namespace,
+        request: RequestInfo,
+        tokenizer: Any,
     ):
-        self.slot = slot
+        self.policy_class = policy_class
         self.args = args
         self.tokenizer = tokenizer
         self.requests = [request]
@@ -44,23 +50,23 @@ class GuardedSampler:
     def make(self) -> None:
         """Make the sampler from the requests of its rows."""
         first, *others = (
-            self.slot.make(self.args, request, self.tokenizer)
+            self.policy_class.make(self.args, request, self.tokenizer)
             for request in self.requests
         )
         for other in others:
             first.extend(other)
         self.sampler = first
-        # The class that made it: its slot may get the built-in one later.
-        self.cls = self.slot.cls
+        # The class that made it: that of ``policy_class`` changes when it fails.
+        self.cls = self.policy_class.cls
 
     @property
-    def group(self) -> Slot:
-        return self.slot
+    def group(self) -> "PolicyClass":
+        return self.policy_class
 
     @property
     def is_current(self) -> bool:
         """Whether the class of the sampler has not failed, here or for other rows."""
-        return self.cls is self.slot.cls
+        return self.cls is self.policy_class.cls
 
     def extend(self, other: "GuardedSampler") -> None:
         self.requests += other.requests
@@ -80,7 +86,7 @@ class GuardedSampler:
         if not self.is_current:
             self.make()
         sampler = self.sampler
-        if self.cls is self.slot.default:
+        if self.cls is self.policy_class.default:
             # Not timed: on the CPU it waits for the logits.
             return sampler(normalise(logits) if sampler.needs_logprobs else logits)
         # MLX computes them only if the sampler uses them.
@@ -103,9 +109,9 @@ class GuardedSampler:
         try:
             return use()
         except BaseException as e:
-            self.slot.fail(self.cls, e)
+            self.policy_class.fail(self.cls, e)
         finally:
-            self.slot.seconds += time.perf_counter() - start
+            self.policy_class.seconds += time.perf_counter() - start
         self.make()
         return None
 

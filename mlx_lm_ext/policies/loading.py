@@ -1,9 +1,9 @@
-"""Finding plugins, and the classes that they register.
+"""Finds plugins, and the classes that they register.
 
 Rules:
 1. Whatever is wrong with a plugin ends the start, with one line that names the plugin
-   and the distribution it came from.
-2. What is built in is registered through the same hooks.
+   and the distribution that it came from.
+2. The built-in policies are a plugin too, which is imported by name like any other.
 """
 
 import importlib
@@ -12,7 +12,17 @@ import os
 import sys
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 from pluggy import PluginManager, PluginValidationError
 
@@ -20,84 +30,64 @@ from .. import __version__, hookimpl, hookspecs
 from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
 GROUP = "mlx_lm_ext"
+# The plugin of what is built in: its name, its module and its distribution.
+BUILTIN, MODULE, DIST = "builtin", "mlx_lm_ext.plugins.builtin", "mlx-lm-ext"
 
 
 class PluginError(Exception):
     """What is wrong with a plugin, in one line."""
 
 
-class Kind(NamedTuple):
+class PolicyKind(NamedTuple):
     """A kind of class that plugins register.
 
     Args:
-        title (str): What one is called.
-        flag (str): The argument that chooses one by name.
-        hook (str): The hook that registers them.
-        interface (Type): What they derive from.
-        default (str): The built-in one that replaces one that fails.
+        title (str): What messages call it.
+        flag (str): The command-line flag that chooses a class by its name.
+        hook (str): The hook that registers the classes.
+        interface (Type): The class that they derive from.
+        default (str): The name of the built-in class, which replaces one that fails.
     """
 
     title: str
     flag: str
     hook: str
-    interface: Type
+    interface: Type[Any]
     default: str
 
 
-EVICTION = Kind(
+EVICTION = PolicyKind(
     "eviction policy",
     "--eviction-policy",
     "mlx_lm_register_eviction_policies",
     EvictionPolicy,
     "lru",
 )
-SCHEDULER = Kind(
+SCHEDULER = PolicyKind(
     "scheduler policy",
     "--scheduler",
     "mlx_lm_register_scheduler_policies",
     SchedulerPolicy,
     "fcfs",
 )
-SAMPLER = Kind(
+SAMPLER = PolicyKind(
     "sampler", "--sampler", "mlx_lm_register_samplers", BatchSampler, "default"
 )
 KINDS = (EVICTION, SCHEDULER, SAMPLER)
 
 
 class Registered(NamedTuple):
-    """A class, and the plugin that it came from."""
+    """A class, and the plugin that registered it."""
 
-    cls: Type
+    cls: Type[Any]
     plugin: str
 
 
-class BuiltIn:
-    """The built-in policies, imported when they are asked for: samplers import MLX."""
-
-    @hookimpl
-    def mlx_lm_register_eviction_policies(self):
-        from .eviction import POLICIES
-
-        return POLICIES
-
-    @hookimpl
-    def mlx_lm_register_scheduler_policies(self):
-        from .scheduling import POLICIES
-
-        return POLICIES
-
-    @hookimpl
-    def mlx_lm_register_samplers(self):
-        from ..sampling.default import DefaultSampler
-
-        return [DefaultSampler]
-
-
 class Manager(PluginManager):
-    """A plugin manager that finds functions that would be passed over in silence."""
+    """A plugin manager that refuses what pluggy would ignore or this server cannot use."""
 
-    def parse_hookimpl_opts(self, plugin, name):
-        options = super().parse_hookimpl_opts(plugin, name)
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        options: Any = super().parse_hookimpl_opts(plugin, name)
         if options is None:
             looks_like_hook = name.startswith("mlx_lm_")
             if looks_like_hook and inspect.isroutine(getattr(plugin, name)):
@@ -111,15 +101,15 @@ class Plugins:
     """The plugins of a process.
 
     Args:
-        options (List[str]): The values of ``-p``: names of modules or entry points to
+        options (Sequence[str]): The values of ``-p``: names of modules or entry points to
           load, and ``no:NAME`` to block the plugin NAME.
-        autoload (bool): Whether to load those that are installed.
+        autoload (bool): Whether to load the plugins that are installed.
 
     Raises:
-        PluginError: If one cannot be loaded, or is not as ``hookspecs.py`` says.
+        PluginError: If a plugin cannot be loaded, or breaks the contract of a hook.
     """
 
-    def __init__(self, options: List[str] = (), autoload: bool = True):
+    def __init__(self, options: Sequence[str] = (), autoload: bool = True):
         self.manager = Manager(GROUP)
         self.manager.add_hookspecs(hookspecs)
         self.sources: Dict[str, Tuple[str, str]] = {}
@@ -128,14 +118,14 @@ class Plugins:
         blocked = [o.removeprefix("no:") for o in options if o.startswith("no:")]
         wanted = dict.fromkeys(o for o in options if not o.startswith("no:"))
         for name in blocked:
-            if name not in {"builtin", *named, *wanted}:
-                known = ", ".join(["builtin", *named])
+            if name not in {BUILTIN, *named, *wanted}:
+                known = ", ".join([BUILTIN, *named])
                 raise PluginError(f"-p no:{name}: there is no such plugin, but {known}")
             self.manager.set_blocked(name)
-        self.add("builtin", BuiltIn, "mlx-lm-ext", __version__)
+        self.add(BUILTIN, partial(importlib.import_module, MODULE), DIST, __version__)
         disabled = os.environ.get("MLX_LM_EXT_DISABLE_AUTOLOAD", "0")
         if autoload and disabled in ("", "0"):
-            # Not by name: two distributions may have the same.
+            # All of them: ``named`` lacks one if two distributions use the same name.
             for entry in entries:
                 self.add_entry_point(entry)
         for name in wanted:
@@ -145,18 +135,19 @@ class Plugins:
                 self.add_entry_point(named[name])
 
     def add_entry_point(self, entry: EntryPoint) -> None:
+        assert entry.dist is not None  # those of ``entry_points`` have one
         self.add(entry.name, entry.load, entry.dist.name, entry.dist.version)
 
     def add_module(self, name: str) -> None:
         if "" not in sys.path and os.getcwd() not in sys.path:
-            # A console script has its own folder there, not the user's.
+            # For a console script, Python puts the script's folder there instead.
             sys.path.append(os.getcwd())
         self.add(name, partial(importlib.import_module, name), "loaded with -p", "")
 
     def add(
         self, name: str, load: Callable[[], Any], distribution: str, version: str
     ) -> None:
-        """Load a plugin and check its hooks, unless it is blocked."""
+        """Load a plugin and check its hooks, unless the plugin is blocked."""
         if self.manager.is_blocked(name):
             return
         label = plugin_label(name, distribution, version)
@@ -177,12 +168,14 @@ class Plugins:
             raise PluginError(f"{label} cannot be loaded: {one_line(e)}")
 
     def label(self, name: str) -> str:
-        """A plugin as messages name it."""
+        """What messages call a plugin."""
         return plugin_label(name, *self.sources[name])
 
-    def each(self, hook: str, **arguments: Any) -> Iterator[Tuple[str, Callable]]:
-        """The label of each plugin that has ``hook``, and its function with what it
-        takes of the arguments, in the order of pluggy's calls."""
+    def each(
+        self, hook: str, **arguments: Any
+    ) -> Iterator[Tuple[str, Callable[[], Any]]]:
+        """For each plugin that has ``hook``, in the order in which pluggy calls them: its
+        label, and its function with those of the arguments that it takes."""
         for impl in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
             values = [arguments[name] for name in impl.argnames]
             yield self.label(impl.plugin_name), partial(impl.function, *values)
@@ -205,9 +198,13 @@ class Plugins:
         for _ in self.start_each("mlx_lm_add_arguments", parser=parser):
             pass
 
-    def registered(self, kind: Kind) -> Dict[str, Registered]:
-        """The classes of a kind by name."""
-        found = {}
+    def registered(self, kind: PolicyKind) -> Dict[str, Registered]:
+        """The classes of a kind by name.
+
+        Raises:
+            PluginError: If a class breaks the contract, or two have the same name.
+        """
+        found: Dict[str, Registered] = {}
         for label, classes in self.start_each(kind.hook):
             if not isinstance(classes, (list, tuple)):
                 raise PluginError(f"{label}: {kind.hook} must return a list of classes")
@@ -222,8 +219,24 @@ class Plugins:
                 found[cls.name] = Registered(cls, label)
         return dict(sorted(found.items()))
 
+    def hint(self, kind: PolicyKind, name: str) -> str:
+        """For a message that no class of a kind is called ``name``: which plugin defines
+        such a class and does not register it. Empty if none does."""
+        for plugin_name, plugin in self.manager.list_name_plugin():
+            for cls in vars(plugin).values() if plugin is not None else ():
+                if (
+                    inspect.isclass(cls)
+                    and issubclass(cls, kind.interface)
+                    and getattr(cls, "name", None) == name
+                ):
+                    return (
+                        f"; {self.label(plugin_name)} defines the class {cls.__name__}, "
+                        f"and its {kind.hook} does not return it"
+                    )
+        return ""
+
     def describe(self) -> str:
-        """A paragraph for each plugin: where it is from, its hooks, what it registers."""
+        """A paragraph for each plugin: its origin, its hooks, what it registers."""
         names: Dict[str, List[str]] = {}
         for kind in KINDS:
             for name, (_, label) in self.registered(kind).items():
@@ -250,14 +263,14 @@ def plugin_label(name: str, distribution: str, version: str) -> str:
     return f"plugin {name!r} ({f'{distribution} {version}'.strip()})"
 
 
-def objection(kind: Kind, cls: Any) -> str:
-    """What is wrong with a registered class, or an empty text."""
+def objection(kind: PolicyKind, cls: Any) -> str:
+    """What is wrong with a class that was registered; empty if nothing is."""
     interface = kind.interface.__name__
     if not (inspect.isclass(cls) and issubclass(cls, kind.interface)):
         return f"{cls!r} does not derive from mlx_lm_ext.interfaces.{interface}"
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name:
         return f"the {kind.title} {cls.__name__} has no name"
-    if missing := sorted(cls.__abstractmethods__):
+    if missing := sorted(getattr(cls, "__abstractmethods__")):
         return f"the {kind.title} {name!r} lacks the method {', '.join(missing)}"
     return ""

@@ -1,13 +1,15 @@
-"""Wakes the handler threads for their tokens, one after the other.
+"""Takes events from the generation thread to the handler threads, and wakes these one after
+the other.
 
 Python runs one thread at a time. If each token woke its handler at once, the generation
-thread would stand behind all handlers for the interpreter lock, several times a step.
+thread would wait for all handlers to give back the interpreter lock, several times a step.
 
 Rules:
-1. Of the handlers that wait, one at a time is woken. It wakes the next.
-2. A handler that is busy, with a slow client for example, keeps nobody waiting.
-3. What has come in the meantime is taken with one wake-up: handlers that cannot keep up
-   with the steps take several tokens at a time.
+1. Of the handlers that wait for an event, one at a time is woken. It wakes the next one.
+2. A handler that does not wait, because it writes to a slow client for example, delays no
+   other.
+3. A handler takes all events that have come since it last took some. One that is slower
+   than the steps takes several tokens at a time.
 """
 
 from collections import deque
@@ -16,34 +18,34 @@ from typing import Any, Deque, Iterable, List, Tuple
 
 
 class Turnstile:
-    """The mailboxes of the handlers of an engine that have something to be taken."""
+    """The line of those mailboxes of an engine whose handlers are to be woken."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = Lock()
         self.line: Deque["Mailbox"] = deque()
-        # Whether a mailbox has been told to go, and has not gone yet.
-        self.taken = False
+        # Whether a handler was woken and has not taken its events yet.
+        self.is_busy = False
 
     def put(self, events: Iterable[Tuple["Mailbox", Any, bool]]) -> None:
         """Put events into their mailboxes.
 
         Args:
-            events (Iterable[Tuple[Mailbox, Any, bool]]): Each with whether it is worth
-              waking the handler.
+            events (Iterable[Tuple[Mailbox, Any, bool]]): Each event with its mailbox, and
+              whether it is worth waking the handler.
         """
         with self.lock:
             for box, event, wakes in events:
                 box.events.append(event)
-                box.due |= wakes
-                if box.due and box.waits:
-                    box.waits = False
+                box.is_due |= wakes
+                if box.is_due and box.is_waiting:
+                    box.is_waiting = False
                     self.line.append(box)
-            if not self.taken:
-                self.next()
+            if not self.is_busy:
+                self.wake_next()
 
-    def next(self) -> None:
-        """Wake the first in the line. The caller holds the lock."""
-        self.taken = bool(self.line)
+    def wake_next(self) -> None:
+        """Wake the handler of the first mailbox in the line. The caller holds the lock."""
+        self.is_busy = bool(self.line)
         if self.line:
             self.line.popleft().turn.release()
 
@@ -58,30 +60,36 @@ class Mailbox:
     def __init__(self, turnstile: Turnstile):
         self.turnstile = turnstile
         self.events: List[Any] = []
-        # Whether there is something that is worth waking the handler.
-        self.due = False
-        # Whether the handler waits, and is not yet in the line.
-        self.waits = False
+        # Whether one of the events is worth waking the handler.
+        self.is_due = False
+        # Whether the handler waits for an event, and the mailbox is not in the line yet.
+        self.is_waiting = False
+        # Released when it is the handler's turn.
         self.turn = Lock()
         self.turn.acquire()
 
     def take(self, timeout: float) -> List[Any]:
-        """All events that have piled up; none if the time runs out."""
+        """Take all events. Blocks until there is one that is due, or until the timeout, after
+        which it gives none.
+
+        Args:
+            timeout (float): Seconds.
+        """
         turnstile = self.turnstile
         with turnstile.lock:
-            self.waits = not self.due
-            if self.due:
+            self.is_waiting = not self.is_due
+            if self.is_due:
                 turnstile.line.append(self)
-                if not turnstile.taken:
-                    turnstile.next()
+                if not turnstile.is_busy:
+                    turnstile.wake_next()
         if not self.turn.acquire(timeout=timeout):
             with turnstile.lock:
-                if self.waits:
-                    self.waits = False
+                if self.is_waiting:
+                    self.is_waiting = False
                     return []
-            # It is in the line: its turn comes soon.
+            # It came into the line just now, so that its turn comes soon.
             self.turn.acquire()
         with turnstile.lock:
-            turnstile.next()
-            events, self.events, self.due = self.events, [], False
+            turnstile.wake_next()
+            events, self.events, self.is_due = self.events, [], False
         return events

@@ -65,7 +65,7 @@ class BatchAPIHandler(HTTPHandler):
             self.parse(raw)
         del raw
         # Not in a turn: it may have to be downloaded.
-        model = engine.model_provider.describe(self.args.model)
+        model = engine.describe(self.args)
         images = image_parts(self.body["messages"]) if self.is_chat else []
         if images:
             with preparation.turn(self.server.preparations.fetches):
@@ -76,7 +76,7 @@ class BatchAPIHandler(HTTPHandler):
             request = self.handle_text_completions()
         with preparation.turn():
             job = engine.generate(
-                request, self.args, self.body, self.request_id, preparation
+                request, self.args, self.body, model, self.request_id, preparation
             )
         job.reads_each = self.stream or bool(self.args.stop_words)
         reason = "error"
@@ -86,8 +86,8 @@ class BatchAPIHandler(HTTPHandler):
             reason = "cancelled"
             raise
         finally:
-            job.cancel()
-            engine.policies.request_finished(job, job.stats(reason))
+            engine.cancel(job)
+            engine.finished(job, job.stats(reason))
 
     def parse(self, raw: bytes) -> None:
         """Check a body, as far as that needs no model."""
@@ -266,7 +266,7 @@ class BatchAPIHandler(HTTPHandler):
         if engine.is_healthy:
             self.send_json(200, {"status": "ok"})
         else:
-            status = "unavailable" if engine.loaded.is_set() else "loading"
+            status = "loading" if engine.is_loading else "unavailable"
             self.send_json(503, {"status": status})
 
     @property

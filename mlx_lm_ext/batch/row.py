@@ -1,0 +1,26 @@
+"""A request that runs, as the rooms of the batch see it."""
+
+from dataclasses import dataclass, field
+from typing import Dict
+
+from ..request.request import Request
+
+
+@dataclass(eq=False)
+class Row:
+    """A row of the batch.
+
+    Args:
+        request (Request): The request that it runs.
+        uid (int): Its number in the ``BatchGenerator``.
+        n_run (int): Tokens of the prompt whose KV it has, while it is prefilling.
+        is_prefilling (bool): Whether a part of the prompt is left to run.
+        to_store (Dict[int, str]): After how many tokens of the prompt the KV is to be
+          stored in the prompt cache, and as which cache type.
+    """
+
+    request: Request
+    uid: int = -1
+    n_run: int = 0
+    is_prefilling: bool = True
+    to_store: Dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,93 @@
+"""What rows take from the prompt cache, and what of them is stored there.
+
+KV that can be cut after any token is stored when a row ends or another request asks for
+it. Other KV, of sliding windows and recurrent layers, is stored at the ends of the segments
+of a prompt, because nothing of it can be cut off later.
+"""
+
+from itertools import accumulate
+from typing import Any, Dict, List, Tuple
+
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from ..cache.kinds import make_segmented_cache
+from ..cache.prompt_cache import RadixPromptCache
+from ..request.request import Request
+from .row import Row
+
+
+class KVStorage:
+    """The prompt cache, as the rows of a model's batch use it.
+
+    Args:
+        model (nn.Module): The model.
+        prompt_cache (RadixPromptCache): The prompt cache.
+    """
+
+    def __init__(self, model: Any, prompt_cache: RadixPromptCache):
+        self.model = model
+        self.prompt_cache = prompt_cache
+        # Whether the KV of the model can be cut after any token.
+        self.can_cut = all(type(c) is KVCache for c in make_prompt_cache(model))
+
+    def n_known(self, request: Request) -> int:
+        """Tokens of a prompt that the prompt cache has."""
+        return self.prompt_cache.search(request.cache_key, request.prompt).n_tokens
+
+    def fetch(self, request: Request) -> Tuple[Row, List[List[int]], List[Any]]:
+        """The row of a request that is about to start.
+
+        A request that goes on after a failed step runs all its tokens again: the prompt
+        cache may have been the cause.
+
+        Returns:
+            Tuple: The row, the segments that are left to run, and the caches of the tokens
+            before them.
+        """
+        prompt, n = request.prompt, request.n_prompt
+        if request.generated:
+            segments = [prompt + request.generated]
+            return Row(request), segments, make_segmented_cache(self.model)
+        key = request.cache_key
+        # Where other prompts branch off, this one stores what the next of them can resume.
+        branch = self.prompt_cache.branch_point(key, prompt)
+        caches, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
+        start = request.n_matched = n - len(rest)
+        row = Row(request, n_run=start)
+        for end, cache_type in zip(
+            accumulate(len(segment) for segment in request.segments),
+            request.segment_types,
+        ):
+            for stop in (branch, end):
+                # The last token of a prompt runs with the rows that decode.
+                if stop is not None and start < min(stop, n - 1) and stop <= end:
+                    start = min(stop, n - 1)
+                    row.to_store[start] = cache_type
+        stops = [n] if self.can_cut else [*row.to_store, n]
+        starts = [request.n_matched, *stops]
+        segments = [prompt[i:j] for i, j in zip(starts, stops)]
+        return row, segments, caches or make_segmented_cache(self.model)
+
+    def store(self, rows: Dict[Row, Tuple[List[Any], List[int]]]) -> None:
+        """Store what rows have run, as far as the prompt cache has room for it.
+
+        Args:
+            rows (Dict[Row, Tuple]): The caches of each row, and the tokens in them.
+        """
+        for row, (caches, tokens) in rows.items():
+            n = len(tokens)
+            if n <= row.request.n_matched:
+                # All of it came from the prompt cache.
+                continue
+            ends, row.to_store = row.to_store, {}
+            for end in sorted({n, *ends}):
+                cache_type = ends.get(
+                    min((e for e in ends if e >= end), default=None), "assistant"
+                )
+                if end > n:
+                    row.to_store[end] = cache_type
+                elif end == n or (self.can_cut and cache_type == "system"):
+                    self.prompt_cache.insert(
+                        row.request.cache_key, tokens[:end], caches, cache_type
+                    )
+        self.prompt_cache.evaluate()

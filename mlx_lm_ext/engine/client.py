@@ -1,0 +1,143 @@
+"""The engine as the threads of connections see it: they tokenise a request, submit it, and
+cancel it."""
+
+import argparse
+from typing import Any, Dict, Optional
+
+from mlx_lm.server import CompletionRequest, GenerationArguments
+
+from ..errors import RequestError
+from ..interfaces import RequestStats
+from ..policies.guard import Policies
+from ..request.fields import check_choice
+from ..request.images import image_parts
+from ..request.mailbox import Mailbox
+from ..request.preparation import Preparation
+from ..request.request import Request
+from ..request.served_model import ServedModel
+from .inbox import Inbox
+from .models import BatchModelProvider
+from .upstream import SingleGenerator
+
+
+class EngineClient:
+    """What handlers call. All methods may be called on any thread.
+
+    Args:
+        model_provider (BatchModelProvider): Finds models, and carries the command line.
+        policies (Policies): The samplers that requests may name, and the observers.
+        inbox (Inbox): Takes requests to the generation thread.
+    """
+
+    def __init__(
+        self, model_provider: BatchModelProvider, policies: Policies, inbox: Inbox
+    ):
+        self.model_provider = model_provider
+        self.policies = policies
+        self.inbox = inbox
+        self.tokenizing = SingleGenerator(model_provider)
+
+    @property
+    def cli_args(self) -> argparse.Namespace:
+        return self.model_provider.cli_args
+
+    @property
+    def is_loading(self) -> bool:
+        return not self.inbox.loaded.is_set()
+
+    @property
+    def is_healthy(self) -> bool:
+        return not self.is_loading and not self.inbox.is_closed
+
+    def check_available(self) -> None:
+        """Raise a 503 ``RequestError`` unless requests are served."""
+        if self.inbox.is_closed:
+            raise RequestError(503, "the server is stopping or its engine has failed")
+        if self.is_loading:
+            raise RequestError(503, "the model is being loaded and warmed up")
+
+    def describe(self, args: GenerationArguments) -> ServedModel:
+        """The model that a request names. It may have to be downloaded.
+
+        Raises:
+            RequestError: If there is none, or the request may not have it.
+        """
+        return self.model_provider.describe(args.model)
+
+    def generate(
+        self,
+        completion: CompletionRequest,
+        args: GenerationArguments,
+        body: Dict[str, Any],
+        model: ServedModel,
+        id: str = "",
+        preparation: Optional[Preparation] = None,
+    ) -> Request:
+        """Tokenise a request on the caller's thread, and submit it.
+
+        Args:
+            completion (CompletionRequest): The prompt or the messages.
+            args (GenerationArguments): Sampling parameters and limits.
+            body (Dict[str, Any]): What the client sent.
+            model (ServedModel): What ``describe`` gave.
+            id (str): The id of its answer.
+            preparation (Optional[Preparation]): Says when to give up.
+
+        Raises:
+            ConnectionError: If its client has left.
+            RequestError: If it cannot be served.
+        """
+        self.check_available()
+        model.name_roles(completion)
+        request = Request(
+            id=id,
+            args=args,
+            body=body,
+            arrival=self.policies.clock(),
+            model=model,
+            completion=completion,
+            sampler=body.get("sampler", self.cli_args.sampler),
+            clock=self.policies.clock,
+            timeout=self.cli_args.request_timeout,
+            mailbox=Mailbox(self.inbox.turnstile),
+        )
+        check_choice("sampler", request.sampler, self.policies.samplers)
+        # Prompts with images are tokenised on the generation thread.
+        if not image_parts(completion.messages):
+            self.tokenize(request, preparation or Preparation())
+        request.check_tokens()
+        if request.segments:
+            request.fit_to_context()
+        self.inbox.put(request)
+        return request
+
+    def tokenize(self, request: Request, preparation: Preparation) -> None:
+        """Make the prompt of a request.
+
+        Raises:
+            ConnectionError: If its client has left.
+            RequestError: If it cannot be tokenised, or is too long.
+        """
+        name = request.prompt_field
+        tokenizer = request.model.bounded_tokenizer(name, preparation)
+        try:
+            (
+                request.prompt,
+                request.segments,
+                request.segment_types,
+                request.initial_state,
+            ) = self.tokenizing.tokenize(tokenizer, request.completion, request.args)
+        except (ConnectionError, RequestError):
+            raise
+        except Exception as e:
+            # Chat templates are code, and can raise anything.
+            raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
+        request.n_prompt = len(request.prompt)
+
+    def cancel(self, request: Request) -> None:
+        """Let a request leave the waiting list or the batch before the next step."""
+        self.inbox.cancel(request)
+
+    def finished(self, request: Request, stats: RequestStats) -> None:
+        """Tell the plugins that observe requests that an answer has ended."""
+        self.policies.request_finished(request, stats)

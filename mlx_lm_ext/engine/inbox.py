@@ -1,0 +1,58 @@
+"""What handlers give to the generation thread, and what it lets them know."""
+
+from queue import Empty, SimpleQueue
+from threading import Event
+from typing import List, Optional
+
+from ..request.mailbox import Turnstile
+from ..request.request import Request
+
+
+class Inbox:
+    """New and cancelled requests, on their way to the generation thread."""
+
+    def __init__(self) -> None:
+        self.requests: "SimpleQueue[Optional[Request]]" = SimpleQueue()
+        self.cancelled: "SimpleQueue[Request]" = SimpleQueue()
+        # Takes the tokens back to the handlers.
+        self.turnstile = Turnstile()
+        # Set when the model is loaded and warmed up, or when that has failed.
+        self.loaded = Event()
+        # Whether no request is served any more.
+        self.is_closed = False
+
+    def put(self, request: Request) -> None:
+        self.requests.put(request)
+
+    def cancel(self, request: Request) -> None:
+        """Let a request leave before the next step. One that has ended may be cancelled."""
+        request.cancelled = True
+        self.cancelled.put(request)
+
+    def close(self) -> None:
+        """Let no request be served any more, and wake the generation thread."""
+        self.is_closed = True
+        self.requests.put(None)
+
+    def take(self, block: bool, timeout: Optional[float] = None) -> List[Request]:
+        """All new requests that were not cancelled.
+
+        Args:
+            block (bool): Wait until something is there.
+            timeout (Optional[float]): Seconds to wait at most.
+        """
+        requests = []
+        try:
+            while True:
+                request = self.requests.get(block, timeout)
+                if request is not None and not request.cancelled:
+                    requests.append(request)
+                block = False
+        except Empty:
+            return requests
+
+    def take_cancelled(self) -> List[Request]:
+        requests = []
+        while not self.cancelled.empty():
+            requests.append(self.cancelled.get())
+        return requests
