@@ -40,6 +40,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_32_prompts_at_once_get_the_text_of_generate(
     architecture, model_folder, start_server
@@ -264,7 +265,7 @@ def test_images_are_served_by_upstream(start_server):
     assert status == 200
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
-    assert engine.batch.n_steps == 0
+    assert engine.batch is None
     # Before tokens are made of it, and after.
     limit = next(iter(provider._served.values())).most_characters
     for n in (limit + 1, 5000):
@@ -879,9 +880,9 @@ class WatchedEngine(Engine):
         return job
 
     def drop_unwanted(self):
-        before = len(self.batch)
+        before = len(self.running)
         super().drop_unwanted()
-        if len(self.batch) < before:
+        if len(self.running) < before:
             self.left.set()
 
 
@@ -939,7 +940,7 @@ def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
     body = chat(max_tokens=4000, stream=True)
     assert send_raw(port, post_whole(body), shut=False) == b""
     complete(port, "after", max_tokens=1)
-    assert len(engine.batch) == 0
+    assert not engine.running
 
 
 def test_failure_in_a_stream_is_an_event(start_server):

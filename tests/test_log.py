@@ -71,6 +71,7 @@ def test_tracebacks_warnings_and_the_lines_of_libraries_are_written(root, capsys
     assert "not this" not in written
 
 
+@pytest.mark.slow
 def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
     read, write = os.pipe()
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]

@@ -63,13 +63,21 @@ def test_every_hook_has_a_test():
         assert f"test_hook_{name.removeprefix('mlx_lm_')}" in globals(), name
 
 
-def test_readme_lists_every_hook_with_its_arguments():
-    rows = re.findall(r"^\| `(mlx_lm_\w+\(.*?\))` \|", README, re.MULTILINE)
-    specs = []
+def hook_table():
+    """The table of hooks for the README, made from their specifications."""
+    rows = ["| hook | called | what it does |", "|---|---|---|"]
     for name, function in HOOKS.items():
-        code = function.__code__
-        specs.append(f"{name}({', '.join(code.co_varnames[: code.co_argcount])})")
-    assert rows == specs
+        first, _, rest = inspect.getdoc(function).partition("\n\n")
+        arguments = ", ".join(inspect.signature(function).parameters)
+        called = re.match(r"Called (.*?)[,.]", " ".join(rest.split()))[1]
+        cells = [f"`{name}({arguments})`", called, " ".join(first.split())]
+        rows.append(f"| {' | '.join(cells)} |".replace("``", "`"))
+    return "\n".join(rows)
+
+
+def test_table_of_hooks_in_the_readme_is_made_from_the_specifications():
+    table = hook_table()
+    assert table in README, f"README.md needs this table of hooks:\n\n{table}\n"
 
 
 def test_every_method_and_field_of_the_interfaces_is_described():

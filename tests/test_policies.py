@@ -21,13 +21,13 @@ from helpers import (
     wait_until_idle,
 )
 
-from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 from mlx_lm_ext.policies import guarded_sampler
-from mlx_lm_ext.policies.guard import PolicyClass
 from mlx_lm_ext.policies.guarded_sampler import GuardedSampler
 from mlx_lm_ext.policies.loading import SAMPLER
+from mlx_lm_ext.policies.policy_class import PolicyClass
 from mlx_lm_ext.sampling.groups import SamplerGroups
 
 # Room for 600 tokens, of which a running request takes 256.
@@ -150,7 +150,9 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     assert len(Counting.calls) <= 3
 
 
-def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine):
+def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(
+    start_engine, monkeypatch
+):
     class Counting(SchedulerPolicy):
         name = "counting"
         ended = []
@@ -158,13 +160,13 @@ def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(start_engine)
         def on_finish(self, request):
             self.ended.append(request)
 
-    class FailingEngine(Engine):
-        def serve_single(self, request, stream):
-            request[0].put(ArithmeticError("a fault of this request"))
+    def serve_single(self, queue, request, args, stream):
+        queue.put(ArithmeticError("a fault of this request"))
 
+    monkeypatch.setattr(SingleGenerator, "serve_single", serve_single)
     hook = plugin(mlx_lm_register_scheduler_policies=lambda: [Counting])
     argv = [*ALONE, "--scheduler", "counting"]
-    engine = start_engine("llama", *argv, make_engine=FailingEngine, plugin=hook)
+    engine = start_engine("llama", *argv, plugin=hook)
     job = submit(engine, "a", max_tokens=2)
     with pytest.raises(RequestError):
         read(job)

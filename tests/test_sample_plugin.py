@@ -60,6 +60,7 @@ def cached(answer):
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.slow
 def test_installed_sample_changes_what_the_server_does(
     environment, model_folder, tmp_path
 ):

@@ -92,8 +92,8 @@ def test_without_a_cache_only_what_is_waited_for_is_kept(
     for job in jobs:
         read(job)
     assert sum(job.n_matched > 0 for job in jobs) > 4
-    # No request holds those before it.
-    assert not any(job.shared_by for job in jobs)
+    # No request keeps those before it in memory.
+    assert not engine.batch.sharing.leaders and not engine.batch.sharing.n_shared
     cached = start_engine(architecture, "--use-prompt-cache")
     for job in jobs:
         read(submit(cached, job.completion.prompt, max_tokens=3))
@@ -144,14 +144,18 @@ def test_next_takes_over_when_the_one_that_runs_the_prefix_leaves(
 
 
 def test_other_salts_do_not_wait(start_together):
-    engine = start_together("llama")
+    def must_wait(self, request):
+        waits.append(Batch.must_wait(self, request))
+        return waits[-1]
+
+    waits = []
+    engine = start_together("llama", must_wait=must_wait)
     jobs = [submit(engine, PREFIX, max_tokens=3, cache_salt=s) for s in "ab"]
     engine.gate.set()
     for job in jobs:
         read(job)
     assert [job.n_matched for job in jobs] == [0, 0]
-    # A wait would have been in vain.
-    assert all(job.shares for job in jobs)
+    assert waits and not any(waits)
 
 
 def test_wait_is_over_when_the_common_prefix_is_run(start_together):
@@ -201,16 +205,22 @@ def test_lpm_knows_what_the_prompt_cache_has(start_engine):
 
 
 def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_together):
+    def add(self, request):
+        gave_up.append(request in self.sharing.gave_up)
+        Batch.add(self, request)
+
+    gave_up = []
     expected = Reference(model_folder()).tokens(PREFIX, 5)
-    engine = start_together("llama", "--radix-cache-size", "1KB")
+    engine = start_together("llama", "--radix-cache-size", "1KB", add=add)
     jobs = [submit(engine, PREFIX, max_tokens=5) for _ in range(4)]
     engine.gate.set()
     for job in jobs:
         assert read(job) == expected
         assert job.n_matched == 0
-    assert [job.shares for job in jobs] == [True, False, False, False]
+    assert gave_up == [False, True, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_equal_those_of_generate_whoever_comes_and_goes(

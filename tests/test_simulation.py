@@ -94,7 +94,7 @@ class Simulation:
             self.jobs.append(submit(self.engine, prompt, **body))
         for i, when in self.cancels.items():
             if i < len(self.jobs) and when <= self.now:
-                self.jobs[i].cancel()
+                self.engine.client.cancel(self.jobs[i])
         if idle:
             self.over.set()
 
@@ -129,6 +129,7 @@ def random_arrivals(rng, n=60):
     return arrivals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 @pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]])
 def test_every_request_ends_once_with_its_tokens(policy, cache, start_engine):
@@ -164,6 +165,7 @@ def test_a_prompt_and_the_streams_beside_it_both_go_on(start_engine):
     assert all(job.first_token < late.started for job in done.jobs[:4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sjf", "priority"])
 def test_no_load_keeps_a_request_waiting_beyond_the_bound(name, start_engine):
     rng = random.Random(0)

@@ -109,15 +109,6 @@ SIGNATURES = [
     "server:Response(text, token, logprob, finish_reason, top_tokens)",
 ]
 
-# Private members of what upstream's classes give their subclasses.
-PRIVATE = {
-    name
-    for file in ("generate.py", "server.py")
-    for name in re.findall(
-        r"self\.(_[a-z]\w*)", (Path(mlx_lm.__file__).parent / file).read_text()
-    )
-}
-
 
 def private_names(path):
     """The private names of others that a file imports, reads, writes or overrides."""
@@ -131,12 +122,6 @@ def private_names(path):
         else:
             continue
         yield from (name for name in names if re.match("_[^_]", name))
-
-
-def test_only_the_doors_use_private_names_of_upstream():
-    for path in set(FILES) - set(DOORS):
-        found = set(private_names(path)) & PRIVATE
-        assert not found, f"{path.relative_to(PACKAGE)}: {found}"
 
 
 # What mlx-lm has to be like

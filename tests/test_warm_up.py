@@ -10,6 +10,7 @@ from mlx_lm_ext.batch import batch as batching
 from mlx_lm_ext.batch import generator as _upstream
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.engine import warm_up
+from mlx_lm_ext.engine.client import EngineClient
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.interfaces import SchedulerPolicy
 from mlx_lm_ext.policies import loading as plugins
@@ -42,7 +43,7 @@ def test_batches_of_all_sizes_run_before_the_first_request(
     assert list(dict.fromkeys(sizes)) == [1, 2, 4, 8, 12, 6]
     assert "Warmed up in" in caplog.text
     # Nothing is left of it.
-    assert len(engine.batch) == engine.batch.n_generated == 0
+    assert engine.batch is None and engine.n_generated == 0
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
@@ -173,8 +174,10 @@ def test_server_is_not_healthy_until_it_is_warm(start_engine, monkeypatch):
             super().__init__(*args)
 
     def warm_up(provider, is_stopping):
-        healthy.append(engines[0].is_healthy)
+        (engine,) = engines
+        client = EngineClient(engine.model_provider, engine.policies, engine.inbox)
+        healthy.append(client.is_healthy)
 
     monkeypatch.setattr("mlx_lm_ext.engine.loop.warm_up", warm_up)
     engine = start_engine("llama", "--warmup", make_engine=WatchedEngine)
-    assert healthy == [False] and engine.is_healthy
+    assert healthy == [False] and engine.client.is_healthy

@@ -1,1 +1,1 @@
-"""What measures this server and others; needs the ``bench`` extra."""
+"""Tools that measure this server and others. They need the ``bench`` extra."""

@@ -17,23 +17,25 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """An argument type: a file to write when all is done."""
+    """An argument type: a file to write at the end."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file in an existing folder")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a file in an existing folder"
+        )
     return path
 
 
 def plot_file(text: str) -> Path:
-    """An argument type: the file of a picture."""
+    """An argument type: an image file to write at the end."""
     path = output_file(text)
     if path.suffix not in (".png", ".svg"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
     return path
 
 
-def names(known: Dict[str, Any]) -> Callable[[str], List[str]]:
-    """An argument type: names with commas between them, ``all`` or ``none``."""
+def some_of(known: Dict[str, Any]) -> Callable[[str], List[str]]:
+    """An argument type: known names, separated by commas, or ``all`` or ``none``."""
 
     def parse(text: str) -> List[str]:
         if text in ("all", "none"):
@@ -41,7 +43,7 @@ def names(known: Dict[str, Any]) -> Callable[[str], List[str]]:
         chosen = text.split(",")
         if unknown := set(chosen) - set(known):
             raise argparse.ArgumentTypeError(
-                f"{', '.join(sorted(unknown))} is none of {', '.join(known)}"
+                f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}"
             )
         return chosen
 
@@ -49,5 +51,5 @@ def names(known: Dict[str, Any]) -> Callable[[str], List[str]]:
 
 
 def counts(text: str) -> List[int]:
-    """An argument type: numbers of clients with commas between them."""
+    """An argument type: numbers of clients, separated by commas."""
     return [number(int, 1)(part) for part in text.split(",")]

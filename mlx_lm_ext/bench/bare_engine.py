@@ -1,6 +1,6 @@
-"""What mlx-lm's ``BatchGenerator`` makes of short chats with no server around it.
+"""Measure mlx-lm's ``BatchGenerator`` on short chats, without a server.
 
-Run as a process of its own, which ends with its result as JSON on standard output.
+Runs as a process of its own, which prints its result as JSON on standard output.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def bytes_per_token(model: Any) -> float:
     """KV bytes that a token adds to the cache of a long prompt."""
     cache = make_prompt_cache(model)
     held = []
-    # Caches grow by 256 tokens.
+    # Caches allocate memory for 256 tokens at a time.
     for _ in range(2):
         model(mx.zeros((1, 256), mx.int32), cache=cache)
         mx.eval([c.state for c in cache])

@@ -1,4 +1,4 @@
-"""A client that sends chats and costs little beside a server on the same machine."""
+"""A client that sends chats and takes little time from a server on the same machine."""
 
 import json
 import time
@@ -17,7 +17,7 @@ GREEDY = {"temperature": 0.0}
 
 
 class Client:
-    """Asks one model of one server."""
+    """Sends chats to one model of one server."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str):
         self.session = session

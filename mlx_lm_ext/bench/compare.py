@@ -1,12 +1,12 @@
-"""Compare this server with another one, on the same model, in the same hour.
+"""Compare this server with another one on the same model.
 
     mlx_lm.batch_compare --plot comparison.svg
 
 Rules:
-1. The two take turns on the same requests: A B A B. Each workload gets a fresh server.
-2. What counts is the ratio within a turn; it is printed with its spread.
-3. A workload in which a request failed, or the answers differed in length, has no
-   figures.
+1. The servers take turns with the same requests, A B A B, so that a change of the
+   machine's speed affects both. Each is started anew for each workload.
+2. The result is the ratio within a turn. It is printed with its spread.
+3. A workload has no figures if a request failed or the answers differed in length.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Option
 from mlx_lm_ext import demo_model
 from mlx_lm_ext.arguments import ArgumentParser, number
 from mlx_lm_ext.bench import servers, timings
-from mlx_lm_ext.bench.arguments import counts, names, output_file, plot_file
+from mlx_lm_ext.bench.arguments import counts, output_file, plot_file, some_of
 from mlx_lm_ext.bench.chat_client import Client
 from mlx_lm_ext.bench.servers import Server
 from mlx_lm_ext.bench.workloads import (
@@ -66,48 +66,62 @@ def make_parser() -> argparse.ArgumentParser:
         "--server",
         default=servers.OURS,
         metavar="COMMAND",
-        help="command of this server; it gets --model and --port as well",
+        help="command of this server; --model and --port are added to it",
     )
     add(
         "--other",
         default=servers.THEIRS,
         metavar="COMMAND",
-        help="command of the other server; it gets them too, unless {model} and {port} "
-        "in it say where they go",
+        help="command of the other server; --model and --port are added to it, unless "
+        "{model} and {port} in it are their places",
     )
     add(
         "--against",
         metavar="URL",
-        help="compare with a server that runs already, at this base URL",
+        help="compare with a server that runs already at this base URL",
     )
     add("--other-model", default="default_model", help="model to ask the other for")
     add("--api-key", default="EMPTY", help="key that the other server asks for")
     add(
         "--workloads",
-        type=names(WORKLOADS),
+        type=some_of(WORKLOADS),
         default="all",
         help=f"all, none, or some of {','.join(WORKLOADS)}",
     )
     add(
         "--sweeps",
-        type=names(SWEEPS),
+        type=some_of(SWEEPS),
         default="none",
-        help=f"all, none, or some of {','.join(SWEEPS)}: how cost grows, in one turn",
+        help=f"all, none, or some of {','.join(SWEEPS)}: how the figures change with a "
+        "size, in one turn",
     )
     add(
         "--rounds",
         type=number(int, 1),
         default=2,
-        help="turns of each server with a workload",
+        help="turns of each server with each workload",
     )
-    add("--clients", type=counts, default="1,8,32", help="clients with short chats")
-    add("--max-tokens", type=number(int, 2), default=64, help="tokens of their answers")
-    add("--seed", type=int, default=0, help="decides all prompts")
     add(
-        "--markdown", type=output_file, metavar="FILE", help="write the table there too"
+        "--clients",
+        type=counts,
+        default="1,8,32",
+        help="numbers of clients that send short chats",
+    )
+    add("--max-tokens", type=number(int, 2), default=64, help="length of their answers")
+    add("--seed", type=int, default=0, help="determines all prompts")
+    add(
+        "--markdown",
+        type=output_file,
+        metavar="FILE",
+        help="write the table to this file too",
     )
     add("--json", type=output_file, metavar="FILE", help="write all figures")
-    add("--plot", type=plot_file, metavar="FILE", help="draw them as .png or .svg")
+    add(
+        "--plot",
+        type=plot_file,
+        metavar="FILE",
+        help="plot the figures as .png or .svg",
+    )
     return parser
 
 
@@ -115,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 async def check(url: str, key: str) -> None:
-    """Leave with one line if no server is at ``url``."""
+    """Exit with one line if no server answers at ``url``."""
     try:
         async with session(key) as s, s.get(f"{url}/models") as response:
             if response.status in (401, 403):
@@ -137,13 +151,13 @@ def session(key: str) -> aiohttp.ClientSession:
 async def measure(
     server: Server, model: str, key: str, plan: Plan, run: Run, seed: str
 ) -> Outcome:
-    """Run one workload on a server that is up."""
+    """Run one workload on a server that is ready."""
     async with session(key) as s:
         client = Client(s, server.url, model)
         hello = [{"role": "user", "content": "Hello"}]
         await client.chat(hello, 2)  # the model may still be loading
         outcome = await run(plan, client, Random(seed))
-        # Upstream logs the size of its cache when a request comes.
+        # mlx_lm.server logs the size of its cache when a request arrives.
         await client.chat(hello, 2)
         outcome.cache_bytes = server.cache_bytes()
         return outcome
@@ -152,10 +166,10 @@ async def measure(
 def take_turns(
     contenders: List[Contender], key: str, plan: Plan, run: Run, seed: str
 ) -> List[Outcome]:
-    """The outcomes of one workload, for each contender on a fresh server.
+    """Run one workload on each contender, which is started for it.
 
     Raises:
-        RuntimeError: If they cannot be compared.
+        RuntimeError: If the outcomes cannot be compared.
     """
     outcomes = []
     for contender in contenders:
@@ -194,7 +208,7 @@ def run_bare(model: str, clients: List[int], max_tokens: int, seed: str) -> Dict
 
 
 def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Contender):
-    """Run all that was asked for; gives the report as plain values for JSON.
+    """Run the chosen workloads and sweeps, and return the report as plain values for JSON.
 
     Raises:
         RuntimeError: If the model cannot be run.
@@ -219,14 +233,14 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
         "workloads": [],
         "sweeps": [],
     }
-    # A server that runs on may have seen the prompts of an earlier comparison.
+    # A server that was running before may have cached the prompts of an earlier run.
     salt = time.time_ns() if args.against else ""
     n_sizes = sum(len(SWEEPS[name].sizes) for name in args.sweeps)
     n_turns = len(args.workloads) * args.rounds + n_sizes
     bar = tqdm(total=n_turns, unit="turn", file=sys.stderr)
 
     def show(title: str, part: Dict[str, Any]) -> None:
-        """Print a turn, which is there if the rest is given up."""
+        """Print a turn when it ends, so that it is not lost if the rest is interrupted."""
         for line in [header(report), *table_rows(title, part)]:
             bar.write(line, file=sys.stderr)
 
@@ -282,7 +296,7 @@ def tabulate(
     rows = []
     for figure in figures:
         ours, theirs = ([figure.of(o) for o in side] for side in zip(*turns))
-        row = {"figure": figure.name, "unit": figure.unit}
+        row: Dict[str, Any] = {"figure": figure.name, "unit": figure.unit}
         row |= {"ours": ours, "theirs": theirs}
         row["gain"] = [
             timings.gain(a, b, figure.higher_is_better) for a, b in zip(ours, theirs)
@@ -295,7 +309,7 @@ def tabulate(
 
 
 def markdown(report: Dict[str, Any]) -> str:
-    """The tables of a comparison, and below them what they were made with."""
+    """The tables of a comparison, and how they were measured."""
     head = [header(report), "|---|---|---|---|---|"]
     lines = list(head) if report["workloads"] else []
     for part in report["workloads"]:

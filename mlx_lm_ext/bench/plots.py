@@ -1,4 +1,4 @@
-"""The pictures of a run and of a comparison."""
+"""Plots of a run and of a comparison."""
 
 from pathlib import Path
 from textwrap import fill
@@ -12,7 +12,7 @@ try:
 except ImportError as e:
     raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
 
-matplotlib.use("agg")  # needs no screen
+matplotlib.use("agg")  # works without a screen
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -20,7 +20,7 @@ OURS, THEIRS = "tab:blue", "tab:orange"
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    # The same figures give the same file.
+    # Makes the file depend on the figures only.
     plt.rcParams["svg.hashsalt"] = "mlx-lm-ext"
     figure.savefig(
         path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else {}
@@ -29,7 +29,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def save_run(run: List[Timing], path: Path) -> None:
-    """Draw throughput and running requests over time, and how TTFT and ITL vary."""
+    """Plot throughput and running requests over time, and histograms of TTFT and ITL."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     (speed, ttft), (running, itl) = axes
 
@@ -52,13 +52,13 @@ def save_run(run: List[Timing], path: Path) -> None:
         if values:
             axis.hist(values, bins=20, color=OURS)
         else:
-            axis.text(0.5, 0.5, "not seen without --stream", ha="center")
+            axis.text(0.5, 0.5, "not known without --stream", ha="center")
             axis.set(xticks=[], yticks=[])
     save(figure, path)
 
 
 def save_comparison(report: Dict[str, Any], path: Path) -> None:
-    """Draw the gains of all figures as bars, and each sweep as a column of curves."""
+    """Plot the gains of all figures as bars, and each sweep as a column of curves."""
     rows = [
         (fill(f"{part['title']}: {row['figure']}", 48), timings.spread(row["gain"]))
         for part in report["workloads"]
@@ -105,7 +105,7 @@ def draw_sweeps(figure: Any, sweeps: List[Any], servers: Dict[str, str]) -> None
             axis = axes[row][column]
             curves = [p["figures"][row] for p in points]
             for side, color in (("theirs", THEIRS), ("ours", OURS)):
-                # An unknown value leaves a hole in the curve.
+                # An unknown value leaves a gap in the curve.
                 values = [
                     np.median([np.nan if v is None else v for v in c[side]])
                     for c in curves

@@ -1,17 +1,18 @@
-"""What an ideal prompt cache would have."""
+"""An ideal prompt cache, which counts tokens and holds no KV."""
 
 from typing import Any, Dict, List
 
 
 class Prefixes:
-    """The token sequences that some request has computed, as a tree."""
+    """A tree of all token sequences that were computed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.root: Dict[int, Any] = {}
         self.n_tokens = 0
 
     def match(self, tokens: List[int]) -> int:
-        """How many of the first ``tokens`` need no computing; one has to run."""
+        """How many of the first tokens of a prompt were computed before, without its last
+        token: at least one token has to run."""
         node, n = self.root, 0
         while n < len(tokens) - 1 and tokens[n] in node:
             node = node[tokens[n]]

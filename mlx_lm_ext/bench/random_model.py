@@ -1,6 +1,6 @@
-"""Models of random weights, for measurements and tests.
+"""Models with random weights, for measurements and tests.
 
-Run as a script, it writes one with the tokenizer of a real model. Of two layers::
+Run as a script, it writes a model with the tokenizer of a real one, here of two layers::
 
     python -m mlx_lm_ext.bench.random_model two_layers --config num_hidden_layers=2
 """
@@ -35,7 +35,7 @@ LLAMA = dict(COMMON, model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5)
 
 
 def make_model(architecture: str, config: Dict[str, Any], seed: int) -> Any:
-    """The model of a ``config.json``."""
+    """Make a model from the contents of a ``config.json``."""
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
     mx.random.seed(seed)
     return module.Model(module.ModelArgs.from_dict(config))
@@ -62,9 +62,10 @@ def write_model(
     Args:
         folder (Path): A folder that does not exist.
         architecture (str): A module of ``mlx_lm.models``.
-        config (Dict[str, Any]): Its ``config.json``, but for the tokens.
-        seed (int): Of the weights.
-        special (Sequence[str]): The tokens before those of the 256 bytes.
+        config (Dict[str, Any]): Its ``config.json``. ``vocab_size`` and ``eos_token_id`` are
+          added.
+        seed (int): Seed of the weights.
+        special (Sequence[str]): The tokens that come before those of the 256 bytes.
         chat_template (str): A Jinja template.
     """
     tokens = [*special, *sorted(ByteLevel.alphabet())]
@@ -72,7 +73,7 @@ def write_model(
         vocab_size=len(tokens), eos_token_id=tokens.index("<|im_end|>")
     )
     model = make_model(architecture, config, seed)
-    # Larger than the default, so that the likely tokens stand apart.
+    # Larger than MLX's default weights, so that the logits differ clearly.
     weights = [
         (k, v * 3 if v.ndim > 1 else v) for k, v in tree_flatten(model.parameters())
     ]
@@ -91,15 +92,16 @@ def write_model(
 def write_like(
     folder: Path, source: Path, changes: Dict[str, Any], dtype: str, seed: int = 0
 ) -> Path:
-    """Write a model with the tokenizer of the one in ``source``, without the token that
-    ends texts: it might be drawn at any time.
+    """Write a model with random weights and the tokenizer of the model in ``source``.
+
+    It has no end-of-text token, which could otherwise end an answer at any time.
 
     Args:
         folder (Path): A folder that does not exist.
         source (Path): The folder of a model.
-        changes (Dict[str, Any]): What is other than in its ``config.json``.
-        dtype (str): Of the weights.
-        seed (int): Of the weights.
+        changes (Dict[str, Any]): Values to change in its ``config.json``.
+        dtype (str): Type of the weights.
+        seed (int): Seed of the weights.
     """
     config = json.loads((source / "config.json").read_text()) | changes
     config.pop("eos_token_id", None)
@@ -117,22 +119,24 @@ def write_like(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a model of random weights.")
-    parser.add_argument("folder", type=Path, help="where to; it must not exist")
+    parser = argparse.ArgumentParser(description="Write a model with random weights.")
+    parser.add_argument(
+        "folder", type=Path, help="folder to write to; it must not exist"
+    )
     parser.add_argument(
         "--like",
         type=Path,
         metavar="FOLDER",
-        help="a model for its tokenizer and config (default: SmolLM2-135M-Instruct)",
+        help="model whose tokenizer and config to use (default: SmolLM2-135M-Instruct)",
     )
     parser.add_argument(
         "--config",
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="numbers to change in its config",
+        help="values to change in the config, as JSON",
     )
-    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--dtype", default="float32", help="type of the weights")
     args = parser.parse_args()
     changes = {
         name: json.loads(value)

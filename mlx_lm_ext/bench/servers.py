@@ -22,7 +22,7 @@ START_TIMEOUT = 600  # a large model takes minutes to load
 OURS = f"{shlex.quote(sys.executable)} -m mlx_lm_ext.batch_server --use-prompt-cache"
 THEIRS = f"{shlex.quote(sys.executable)} -m mlx_lm server"
 
-# The line that both servers log, and its units.
+# The size of the prompt cache in the log of both servers, and its units.
 CACHE_LINE = re.compile(r"Prompt Cache: .*?([\d.]+) (GB|MB)")
 UNITS = {"GB": 1e9, "MB": 1e6}
 
@@ -33,14 +33,14 @@ class Server:
 
     Args:
         url (str): Its base URL, with ``/v1``.
-        log (Optional[Path]): What it has printed, if it was started here.
+        log (Optional[Path]): The file with its output, if it was started here.
     """
 
     url: str
     log: Optional[Path] = None
 
     def cache_bytes(self) -> Optional[int]:
-        """What its prompt cache holds by the log, or ``None`` if that is not said."""
+        """Bytes in its prompt cache by its log, or ``None`` if the log does not say."""
         found = CACHE_LINE.findall(self.log.read_text()) if self.log else []
         return round(float(found[-1][0]) * UNITS[found[-1][1]]) if found else None
 
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Whether a server at ``url`` takes requests."""
+    """Whether a server at ``url`` accepts requests."""
     try:
         urllib.request.urlopen(url, timeout=10).close()
     except urllib.error.HTTPError as e:
@@ -68,11 +68,11 @@ def start(command: str, model: str) -> Iterator[Server]:
 
     Args:
         command (str): Its command line. ``--model`` and ``--port`` are added, unless
-          ``{model}`` and ``{port}`` in it say where they go.
+          ``{model}`` and ``{port}`` in it are their places.
         model (str): Path or repository of the model.
 
     Raises:
-        RuntimeError: If it ends before it answers, or never does.
+        RuntimeError: If it ends before it answers, or does not answer in time.
     """
     port = free_port()
     if "{model}" not in command:
@@ -83,7 +83,7 @@ def start(command: str, model: str) -> Iterator[Server]:
     ]
     environment = dict(os.environ)
     if library := blas.find():
-        # Every server gets the BLAS that this one finds for itself.
+        # Let every server use the BLAS library that this one would find.
         environment["LD_PRELOAD"] = library
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

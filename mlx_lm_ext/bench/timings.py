@@ -1,9 +1,9 @@
-"""What a client saw of its requests, and every figure that is made of it.
+"""The timings of a client's requests, and the figures computed from them.
 
 Rules:
 1. Times are seconds on one clock that never goes back.
-2. Tokens are what the server counts in ``usage``, never pieces of a stream.
-3. A request that failed counts as a failure and is in no other figure.
+2. Tokens are those that the server counts in ``usage``, not pieces of a stream.
+3. A request that failed is counted as a failure and is in no other figure.
 """
 
 import time
@@ -21,12 +21,12 @@ class Timing:
     """One request.
 
     Args:
-        label (str): What tells it from others in the same run.
-        streamed (bool): The answer came in pieces.
+        label (str): The group of requests that it belongs to.
+        streamed (bool): Whether the answer was streamed.
         start (float): When it was sent.
-        arrivals (List[float]): When each piece of the answer came; one without
+        arrivals (List[float]): When each piece of the answer arrived; one piece without
           streaming.
-        end (float): When it was over.
+        end (float): When it ended.
         error (Optional[str]): Why it failed.
     """
 
@@ -42,7 +42,7 @@ class Timing:
     text: str = field(default="", repr=False)
 
     def read(self, event: Dict[str, Any]) -> None:
-        """Take in an answer, or one event of a streamed one, that came just now."""
+        """Record an answer, or an event of a streamed one, that has just arrived."""
         now = time.perf_counter()
         if event.get("error"):
             self.error = str(event["error"])
@@ -53,13 +53,13 @@ class Timing:
             self.cached_tokens = details.get("cached_tokens") or 0
         for choice in event.get("choices", ()):
             piece = choice.get("delta") or choice.get("message") or choice
-            # The end counts as well: an answer may have no text at all.
+            # The end counts as a piece, because an answer may have no text.
             if choice.get("finish_reason") or any(piece.get(f) for f in TEXT_FIELDS):
                 self.arrivals.append(now)
                 self.text += piece.get("content") or piece.get("text") or ""
 
     def close(self, error: Optional[str] = None) -> None:
-        """The request is over, and failed if there is an ``error``."""
+        """Record the end of the request, which failed if there is an ``error``."""
         self.end = time.perf_counter()
         self.error = self.error or error
         if self.error is None and not self.completion_tokens:
@@ -73,25 +73,25 @@ class Timing:
 
     @property
     def ttft(self) -> Optional[float]:
-        """Time to the first token; only a stream shows it."""
+        """Time to the first token, which is known of a stream only."""
         return self.arrivals[0] - self.start if self.streamed else None
 
     @property
     def itl(self) -> Optional[float]:
         """Inter-token latency: the mean time from one token to the next.
 
-        Without streaming the start of the answer is not seen, and this is the whole
-        latency for each token.
+        Without streaming, the start of the answer is not known: this is then the latency
+        divided by the tokens.
         """
         if not self.streamed:
             return self.latency / self.completion_tokens
-        # All in one piece shows no time between tokens.
+        # An answer in one piece shows no time between tokens.
         if self.completion_tokens < 2 or len(self.arrivals) < 2:
             return None
         return (self.arrivals[-1] - self.arrivals[0]) / (self.completion_tokens - 1)
 
     def longest_gap(self, since: float = 0.0) -> float:
-        """The longest time without a new piece that ended after ``since``."""
+        """The longest time between two pieces, of which the second came after ``since``."""
         gaps = zip(self.arrivals, self.arrivals[1:])
         return max((b - a for a, b in gaps if b > since), default=0.0)
 
@@ -115,7 +115,7 @@ def throughput(timings: List[Timing]) -> float:
 
 
 def distribution(values: Iterable[Optional[float]]) -> Optional[Dict[str, float]]:
-    """The mean and percentiles of what is known; ``None`` if nothing is."""
+    """The mean and percentiles of the known values; ``None`` if there are none."""
     known = [v for v in values if v is not None]
     if not known:
         return None
@@ -146,7 +146,8 @@ def summarize(timings: List[Timing]) -> Dict[str, Any]:
 
 
 def running_over_time(timings: List[Timing]) -> Tuple[List[float], List[int]]:
-    """When the number of running requests changed, from 0 on, and what it became."""
+    """The times at which the number of running requests changed, in seconds from the start,
+    and the number from then on."""
     origin = min(t.start for t in timings)
     changes = [(t.start - origin, 1) for t in timings]
     changes += [(t.end - origin, -1) for t in timings]
@@ -157,7 +158,7 @@ def running_over_time(timings: List[Timing]) -> Tuple[List[float], List[int]]:
 def throughput_over_time(
     timings: List[Timing], n_bins: int = 60
 ) -> Tuple[List[float], List[float]]:
-    """The edges of equal spans of the run, and the tokens per second in each.
+    """The edges of ``n_bins`` equal parts of the run, and the tokens per second in each.
 
     The pieces of an answer share its tokens equally.
     """
@@ -176,7 +177,7 @@ def gain(
 ) -> Optional[float]:
     """How many times better ``ours`` is; below 1 it is worse.
 
-    ``None`` if one is unknown, or if there is nothing to measure the better one by.
+    ``None`` if one of them is unknown, or the ratio would have a divisor of 0.
     """
     better, base = (ours, theirs) if higher_is_better else (theirs, ours)
     return None if better is None or not base else better / base

@@ -1,6 +1,7 @@
-"""Prompts made of common words, from a random generator."""
+"""Prompts of common words, made with a random generator."""
 
 import random
+from typing import List
 
 NOUNS = """apple baker bird boat book bridge captain castle city cloud coat corn desert
 dog door dream farm field fire fish forest garden ghost girl gold harbor hat hill horse
@@ -23,13 +24,13 @@ def phrase(rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """A question of about ten words; the answer to it is long."""
+    """A request of about ten words whose answer is long."""
     return f"Tell me a long story about {phrase(rng)} and {phrase(rng)}."
 
 
 def text(rng: random.Random, n_words: int) -> str:
     """``n_words`` words of simple sentences."""
-    words = []
+    words: List[str] = []
     while len(words) < n_words:
         words += f"{phrase(rng)} {rng.choice(VERBS)} {phrase(rng)}.".split()
     return " ".join(words[:n_words])

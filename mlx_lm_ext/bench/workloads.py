@@ -1,8 +1,8 @@
-"""What is asked of a server to compare it: the workloads and their figures.
+"""The workloads of a comparison, and the figures computed from their outcomes.
 
 Rules:
-1. A workload asks the same of every server: its generator of prompts decides all.
-2. Answers are streamed, and of a length that no end of text cuts short.
+1. All servers get the same requests, which depend on the random generator only.
+2. Answers are streamed. Prompts ask for long texts, so that ``max_tokens`` ends an answer.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ SAMPLING = {"greedy": GREEDY, "sampled": SAMPLED}
 
 @dataclass
 class Outcome:
-    """What a workload has shown of one server.
+    """The outcome of a workload on one server.
 
     Args:
         timings (List[Timing]): Its measured requests.
-        ideal_cached_tokens (int): Prompt tokens that an earlier request had computed.
-        distinct_tokens (int): All that were computed, shared prefixes once.
-        cache_bytes (Optional[int]): What the server's prompt cache holds at the end.
+        ideal_cached_tokens (int): Prompt tokens that an ideal cache would have had.
+        distinct_tokens (int): Tokens that an ideal cache would hold at the end.
+        cache_bytes (Optional[int]): Bytes in the server's prompt cache at the end.
     """
 
     timings: List[Timing] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def cached_share(self) -> float:
-        """Cached prompt tokens / those that an ideal cache would have had."""
+        """Prompt tokens from the cache / those that an ideal cache would have had."""
         cached = sum(t.cached_tokens for t in timings.succeeded(self.timings))
         return cached / self.ideal_cached_tokens
 
@@ -75,12 +75,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of the workloads and what is known of the model.
+    """The sizes of the workloads, and the model.
 
     Args:
-        clients (List[int]): How many clients send short chats at a time.
+        clients (List[int]): How many clients send short chats, for each run.
         max_tokens (int): The length of the answers to short chats.
-        tokenizer: The model's Hugging Face tokenizer.
+        tokenizer (Any): The model's Hugging Face tokenizer.
         bytes_per_token (float): KV bytes of one token.
     """
 
@@ -103,8 +103,8 @@ class Figure:
     """One number of a workload's outcome.
 
     Args:
-        of (Callable): Gives it, in ``unit``; ``None`` if the server does not say.
-        bare (Optional[str]): Which run of the bare engine bounds it.
+        of (Callable): Computes it, in ``unit``; ``None`` if it is not known.
+        bare (Optional[str]): The run of the bare engine to compare it with.
     """
 
     name: str
@@ -119,7 +119,7 @@ Run = Callable[[Plan, Client, Random], Awaitable[Outcome]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests to send to a server, and the figures to make of the answers."""
+    """Requests to send to a server, and the figures to compute from the answers."""
 
     title: str
     run: Run
@@ -132,7 +132,7 @@ class Sweep:
 
     title: str
     sizes: List[int]
-    run: Run
+    run: Callable[..., Awaitable[Outcome]]
 
 
 async def at_most(n: int, requests: Iterable[Awaitable[Timing]]) -> List[Timing]:
@@ -147,7 +147,7 @@ async def at_most(n: int, requests: Iterable[Awaitable[Timing]]) -> List[Timing]
 
 
 def short_chats(rng: Random, n: int) -> List[Messages]:
-    """Short chats with nothing in common, so that no cache helps with them."""
+    """Short chats without a common prefix, so that no cache helps."""
     return [
         [
             {"role": "system", "content": f"You are {words.phrase(rng)}."},
@@ -165,10 +165,10 @@ async def wave(
     label: str = "",
     sampling: Dict[str, float] = GREEDY,
 ) -> Outcome:
-    """``n`` clients ask at the same time. They do so once before, to warm up."""
+    """``n`` clients ask at the same time, once to warm up and once to measure."""
 
     async def ask(i, chat, max_tokens):
-        # Upstream resets some connections of many that come at one moment.
+        # mlx_lm.server resets some of many connections that open at the same moment.
         await asyncio.sleep(i * 0.002)
         return await client.chat(chat, max_tokens, Timing(label), **sampling)
 
@@ -240,10 +240,10 @@ async def conversations(
     turns: int = 2,
     system_words: int = 100,
 ) -> Outcome:
-    """``n`` chats over one system prompt, 8 requests at a time.
+    """``n`` chats with the same system prompt, 8 requests at a time.
 
-    All have their first turn, then all their second: between two turns of a chat come
-    those of all others. Each turn sends the whole chat again.
+    All chats have their first turn, then all have their second, and so on. Each turn sends
+    the whole chat again.
     """
     known, outcome = Prefixes(), Outcome()
     system = {"role": "system", "content": words.text(rng, system_words)}
@@ -256,11 +256,11 @@ async def conversations(
         timing = await client.chat(chat, 16)
         outcome.timings.append(timing)
         answer = plan.tokenizer.encode(timing.text, add_special_tokens=False)
-        # The last token of an answer is never run.
+        # The model never processes the last token of an answer.
         known.add(prompt + answer[: max(0, timing.completion_tokens - 1)])
         chat.append({"role": "assistant", "content": timing.text})
 
-    # The first goes ahead, so that the others find the system prompt.
+    # The first runs alone, so that the others find the system prompt in the cache.
     await turn(chats[0], words.story(rng))
     for i in range(turns):
         waiting = chats[1:] if i == 0 else chats
@@ -283,8 +283,8 @@ async def turns(
 
 
 async def mixed(plan: Plan, client: Client, rng: Random, n: int = 32) -> Outcome:
-    """``n`` clients ask at the same time: prompts from 20 to 2,000 words, each length as
-    likely as its double."""
+    """``n`` clients ask at the same time, with prompts of 20 to 2,000 words whose lengths
+    are spread evenly on a logarithmic scale."""
     sizes = [round(20 * 100 ** (i / (n - 1))) for i in range(n)]
     rng.shuffle(sizes)
     chats = [
@@ -299,7 +299,7 @@ async def mixed(plan: Plan, client: Client, rng: Random, n: int = 32) -> Outcome
 async def late_prompt(
     plan: Plan, client: Client, rng: Random, n_words: int = 3000
 ) -> Outcome:
-    """A long prompt comes while 4 streams run."""
+    """A long prompt arrives while 4 streams run."""
     streams = [Timing("stream") for _ in range(4)]
     running = [
         asyncio.ensure_future(client.chat(chat, 128, timing))

@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from math import inf
 from threading import Event, Thread
-from typing import Collection, Deque, List, Optional
+from typing import Deque, List, Optional
 
 from ..batch.batch import Batch
 from ..cache.prompt_cache import RadixPromptCache
@@ -307,7 +307,7 @@ class Engine:
             return
         arrived = sorted(self.waiting, key=lambda r: r.arrival)
         cache = self.prompt_cache if self.batch is None else self.batch.prompt_cache
-        if cache is not None and len(arrived) <= scheduler.most_known:
+        if len(arrived) <= scheduler.most_known and cache is not None:
             for request in arrived:
                 match = cache.search(request.cache_key, request.prompt)
                 request.n_known = match.n_tokens
@@ -380,13 +380,13 @@ class Engine:
         # Those that start again may have taken too long.
         self.deadline = -inf
 
-    def isolate(self, suspects: Collection[Request], error: BaseException) -> None:
+    def isolate(self, suspects: List[Request], error: BaseException) -> None:
         """Run ever smaller halves of the suspects, until each that fails is alone."""
-        suspects = list(suspects)
         if self.batch is not None:
             self.batch.close()
-        if len(suspects) == 1:
-            self.fail(suspects[0], error)
+        if len(suspects) <= 1:
+            for request in suspects:
+                self.fail(request, error)
             return
         middle = len(suspects) // 2
         for half in (suspects[:middle], suspects[middle:]):

@@ -1,1 +1,1 @@
-"""Two tools that are started by path, and a sample plugin."""
+"""Two tools that users run against a server, and a sample plugin."""

@@ -4,8 +4,8 @@
     mlx_lm.batch_benchmark --concurrency 8 --requests 40 --stream --plot run.png
 
 Rules:
-1. The seed alone decides what is asked; the server decides how long it takes.
-2. Nothing is tried twice: a request that fails is reported.
+1. The seed alone determines the requests, so that two servers get the same ones.
+2. No request is retried: one that fails is reported.
 """
 
 import argparse
@@ -29,7 +29,7 @@ except ImportError as e:
 
 
 class Question(NamedTuple):
-    """What one request asks, and how long its user waits before the next."""
+    """One request, and how long its user waits before the next one."""
 
     prompt: str
     max_tokens: int
@@ -50,9 +50,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--min-delay",
         type=number(float, 0, 3600),
         default=0.1,
-        help="least seconds that a user waits between two requests",
+        help="least time that a user waits between two requests, in seconds",
     )
-    add("--max-delay", type=number(float, 0, 3600), default=2.0, help="most seconds")
+    add(
+        "--max-delay",
+        type=number(float, 0, 3600),
+        default=2.0,
+        help="longest time, in seconds",
+    )
     add(
         "--min-tokens",
         type=number(int, 1),
@@ -60,19 +65,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="least max_tokens of a request, which is drawn anew for each",
     )
     add("--max-tokens", type=number(int, 1), default=512, help="most max_tokens")
-    add("--seed", type=int, default=0, help="decides prompts, max_tokens and delays")
+    add("--seed", type=int, default=0, help="determines prompts, max_tokens and delays")
     add(
         "--json",
         type=output_file,
         metavar="FILE",
         help="write all figures and timings, in seconds",
     )
-    add("--plot", type=plot_file, metavar="FILE", help="draw the run as .png or .svg")
+    add("--plot", type=plot_file, metavar="FILE", help="plot the run as .png or .svg")
     return parser
 
 
 def draw(args: argparse.Namespace) -> List[Question]:
-    """What to ask, decided by the seed."""
+    """The requests to send, which depend on the seed only."""
     rng = random.Random(args.seed)
     return [
         Question(
@@ -86,10 +91,10 @@ def draw(args: argparse.Namespace) -> List[Question]:
 
 @asynccontextmanager
 async def connect(args: argparse.Namespace) -> AsyncIterator[openai.AsyncOpenAI]:
-    """A client of a server that answers.
+    """Connect to the server.
 
     Raises:
-        SystemExit: If it does not.
+        SystemExit: If it does not answer.
     """
     async with openai.AsyncOpenAI(
         base_url=args.base_url, api_key=args.api_key, max_retries=0
@@ -149,7 +154,7 @@ async def ask(
 
 
 async def run(args: argparse.Namespace) -> List[Timing]:
-    """Let ``--concurrency`` users ask one question after the other."""
+    """Let ``--concurrency`` users send one request after the other."""
     questions = iter(draw(args))
     done: List[Timing] = []
 
@@ -194,7 +199,7 @@ def report(summary: Dict[str, Any], streamed: bool) -> str:
             )
             note = ""
             if name == "itl" and not streamed:
-                note = " latency / tokens, as nothing was streamed"
+                note = " latency / tokens, because nothing was streamed"
             lines.append(
                 f"{f'Average {title}:':<23} {values['mean'] * scale:.2f} {unit} "
                 f"({percentiles}){note}"

@@ -1,10 +1,10 @@
-"""See whether an OpenAI-compatible server reuses the KV of shared prefixes.
+"""Show whether an OpenAI-compatible server reuses the KV of shared prefixes.
 
     mlx_lm.batch_server --use-prompt-cache &
     python mlx_lm_ext/examples/test_prompt_cache.py
 
-Each of ``--concurrency`` threads of chat sends a prompt of its own, then the same
-with a suffix, then the same with another. This is a tool: pytest has no part in it.
+Each of ``--concurrency`` users sends a long prompt of its own, then the same prompt with a
+suffix, then the same prompt with another suffix. This is a tool, which pytest does not run.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from mlx_lm_ext.bench.arguments import add_server_arguments
 from mlx_lm_ext.bench.timings import Timing
 from mlx_lm_ext.examples.benchmark_client import ask, connect
 
-N_WORDS = 1270  # some 1,500 tokens, as tokenizers go
+N_WORDS = 1270  # about 1,500 tokens with most tokenizers
 MAX_TOKENS = 16
 ROUNDS = {
     "1: a unique prompt": "",
-    "2: the same and a suffix": " Who is the hero of this story?",
-    "3: the same and another": " Where does this story take place?",
+    "2: with a suffix": " Who is the hero of this story?",
+    "3: with another suffix": " Where does this story take place?",
 }
 
 
@@ -38,8 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 async def run(args: argparse.Namespace) -> List[List[Timing]]:
-    """The timings of each round; all threads end a round before the next begins."""
-    # A prompt that an earlier run has sent would be in the cache.
+    """The timings of each round. All users end a round before the next one begins."""
+    # No fixed seed: a prompt that an earlier run has sent could be in the cache.
     rng = random.Random()
     prompts = [words.text(rng, N_WORDS) for _ in range(args.concurrency)]
     rounds = []
@@ -68,12 +68,12 @@ def report(rounds: List[List[Timing]]) -> str:
 
 
 def token_counts(done: List[Timing]) -> Tuple[int, int]:
-    """Cached tokens of a round, and tokens of its prompts."""
+    """Cached tokens and prompt tokens of a round."""
     return sum(t.cached_tokens for t in done), sum(t.prompt_tokens for t in done)
 
 
 def speed_ups(rounds: List[List[Timing]]) -> List[float]:
-    """How many times sooner the median first token came than in the first round."""
+    """How many times shorter the median TTFT is than in the first round."""
     ttfts = [timings.median(done, lambda t: t.ttft) for done in rounds]
     return [ttfts[0] / ttft for ttft in ttfts]
 
@@ -88,7 +88,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     for error in {t.error for done in rounds for t in done if t.error}:
         raise SystemExit(f"error: a request failed with {error}")
     print(report(rounds))
-    # Without a cache, what prompts of one round share may still count as cached.
+    # Prompts of one round that share their first words may have cached tokens without a
+    # prompt cache too, so more than half of the tokens are asked for.
     counts = [token_counts(done) for done in rounds[1:]]
     reused = all(2 * cached > prompt for cached, prompt in counts)
     if not reused or min(speed_ups(rounds)[1:]) <= 1:

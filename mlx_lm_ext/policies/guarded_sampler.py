@@ -9,14 +9,12 @@ Rules:
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any, Callable, List
+from typing import Any, Callable, List
 
 import mlx.core as mx
 
 from ..interfaces import RequestInfo
-
-if TYPE_CHECKING:
-    from .guard import PolicyClass
+from .policy_class import PolicyClass
 
 
 class GuardedSampler:
@@ -36,7 +34,7 @@ class GuardedSampler:
 
     def __init__(
         self,
-        policy_class: "PolicyClass",
+        policy_class: PolicyClass,
         args: argparse.Namespace,
         request: RequestInfo,
         tokenizer: Any,
@@ -60,7 +58,7 @@ class GuardedSampler:
         self.cls = self.policy_class.cls
 
     @property
-    def group(self) -> "PolicyClass":
+    def group(self) -> PolicyClass:
         return self.policy_class
 
     @property

@@ -26,7 +26,7 @@ from typing import (
 
 from pluggy import PluginManager, PluginValidationError
 
-from .. import __version__, hookimpl, hookspecs
+from .. import __version__, hookspecs
 from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
 GROUP = "mlx_lm_ext"

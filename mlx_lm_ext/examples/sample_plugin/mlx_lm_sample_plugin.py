@@ -1,4 +1,4 @@
-"""A plugin with one of everything: take what you need of it."""
+"""A plugin that implements every hook. Copy what you need."""
 
 import json
 from threading import Lock
@@ -19,9 +19,11 @@ def mlx_lm_add_arguments(parser):
         "--cost-weight",
         type=float,
         default=0.5,
-        help="0 keeps what is used often, 1 also what takes long to prefill",
+        help="0 keeps entries that are used often, 1 also those that take long to prefill",
     )
-    group.add_argument("--request-log", help="file to add a JSON line to a request")
+    group.add_argument(
+        "--request-log", help="file that gets a line of JSON for each request"
+    )
 
 
 @hookimpl
@@ -40,10 +42,10 @@ def mlx_lm_register_samplers():
 
 
 class CostAware(EvictionPolicy):
-    """Keeps what was used often and takes long to make again.
+    """Keeps entries that were used often and take long to compute again.
 
-    What was not used since counts less for each eviction, as in GreedyDual (Young,
-    1994): otherwise an entry that was once useful would never leave.
+    As in GreedyDual (Young, 1994), the worth of new hits rises with each eviction. Otherwise
+    an entry that was once used often would never leave.
     """
 
     name = "cost"
@@ -72,10 +74,10 @@ class CostAware(EvictionPolicy):
 
 
 class StreamsFirst(SchedulerPolicy):
-    """Somebody reads a stream: it goes before answers that are waited for."""
+    """Starts streamed requests first, because somebody reads them as they are made."""
 
     name = "streams-first"
-    max_wait = 30.0
+    max_wait = 30.0  # seconds after which a request counts as a stream
 
     def order(self, waiting, view):
         return sorted(
@@ -85,7 +87,7 @@ class StreamsFirst(SchedulerPolicy):
 
 
 class Mirostat(BatchSampler):
-    """Keeps the surprise of the tokens near a target (Basu et al., 2021, version 2).
+    """Mirostat 2.0 (Basu et al., 2021): keeps the surprise of tokens near a target.
 
     A request sets the target, in bits, with ``"mirostat_tau"``.
     """
@@ -122,7 +124,7 @@ class Mirostat(BatchSampler):
 
 @hookimpl
 def mlx_lm_make_logits_processors(request, tokenizer):
-    """Keep the words in ``"banned_words"`` of a request out of its answer."""
+    """Ban the words in ``"banned_words"`` of a request from its answer."""
     words = request.body.get("banned_words") or []
     if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
         message = "banned_words must be an array of words"

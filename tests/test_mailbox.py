@@ -15,7 +15,7 @@ class Waiting(Mailbox):
 
     def __init__(self, turnstile):
         super().__init__(turnstile)
-        self.waits = True
+        self.is_waiting = True
 
     @property
     def is_woken(self):
@@ -63,9 +63,9 @@ def test_each_handler_wakes_the_next():
         assert [b.is_woken for b in boxes[i:]] == [True] + [False] * (2 - i)
         assert box.turn.acquire(timeout=0)
         with turnstile.lock:
-            turnstile.next()
+            turnstile.wake_next()
         assert box.events == ["a", "b"]
-    assert not turnstile.taken
+    assert not turnstile.is_busy
 
 
 def test_busy_handler_keeps_nobody_waiting():
@@ -76,7 +76,7 @@ def test_busy_handler_keeps_nobody_waiting():
     turnstile.put([(busy, "b", True)])
     assert idle.turn.acquire(timeout=0)
     with turnstile.lock:
-        turnstile.next()
+        turnstile.wake_next()
     assert busy.take(timeout=0) == ["a", "b"]
 
 
