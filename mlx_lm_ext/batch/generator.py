@@ -190,6 +190,8 @@ class LeanGenerationBatch(GenerationBatch):
         *args, **kwargs: See ``GenerationBatch``.
     """
 
+    _next_logprobs: List[Optional[Callable]]
+
     def __init__(
         self,
         model: Any,
@@ -299,6 +301,8 @@ class LeanGenerationBatch(GenerationBatch):
 class LeanBatchGenerator(BatchGenerator):
     """``BatchGenerator`` on lean batches, whose step has two parts: ``decode`` and
     ``prefill``. Each sampler that it is given is a ``RowSampling``."""
+
+    _currently_processing: List[List[Any]]
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model, **kwargs)
@@ -413,9 +417,9 @@ class LeanBatchGenerator(BatchGenerator):
     def segment_lengths(self) -> List[int]:
         """Tokens left of the current segment of each prompt, without the prompts of which
         only the last token is left."""
-        prompts = [*self.prompts_in_progress, *self.unprocessed_prompts]
-        left = [p.segments for p in prompts if not is_at_last_token(p.segments)]
-        return [len(segments[0]) for segments in left]
+        segments = [p.segments for p in self.prompts_in_progress]
+        segments += [p.segments for p in self.unprocessed_prompts]
+        return [len(left[0]) for left in segments if not is_at_last_token(left)]
 
     @property
     def kv_shape(self) -> Tuple[int, int]:

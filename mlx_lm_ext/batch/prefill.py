@@ -42,7 +42,10 @@ def chunk_width(lengths: List[int], budget: int) -> int:
     # Padded to a width, the k shortest prompts have k * width - total tokens of padding.
     totals = enumerate(accumulate(sorted(lengths)), 1)
     widths = [*lengths, *((FREE_PADDING + total) // k for k, total in totals)]
-    for width in sorted({min(width, widest) for width in widths}, reverse=True):
+
+    def fits(width: int) -> bool:
         padding = sum(max(0, width - length) for length in lengths)
-        if padding <= max(FREE_PADDING, width * n // 4):
-            return width
+        return padding <= max(FREE_PADDING, width * n // 4)
+
+    # At least the shortest length, which needs no padding.
+    return max(width for width in {min(w, widest) for w in widths} if fits(width))

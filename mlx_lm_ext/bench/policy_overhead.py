@@ -81,7 +81,7 @@ def main() -> None:
         )
     # The interface itself: each method does nothing.
     without.policies.scheduler = SchedulerPolicy(args, time.monotonic)
-    without.generator.generation_batch.sampler_groups = Greedy()
+    without.generator.generation_batch.sampler_groups = Greedy()  # type: ignore[assignment]
     pairs = []
     for i in range(options.rounds):
         # The one that goes first is slower, so they take turns at that.

@@ -1,9 +1,10 @@
 """Built-in eviction policies: which entry is evicted from a full prompt cache."""
 
-from typing import Dict
+import argparse
+from typing import Any, Dict, List
 
 from ..cache.lru import LRU
-from ..interfaces import Entry, EvictionPolicy
+from ..interfaces import Clock, Entry, EvictionPolicy
 
 
 class FIFO(EvictionPolicy):
@@ -11,7 +12,7 @@ class FIFO(EvictionPolicy):
 
     name = "fifo"
 
-    def priority(self, entry):
+    def priority(self, entry: Entry) -> Any:
         return entry.created
 
 
@@ -21,7 +22,7 @@ class LFU(EvictionPolicy):
 
     name = "lfu"
 
-    def priority(self, entry):
+    def priority(self, entry: Entry) -> Any:
         return entry.hits, entry.last_hit
 
 
@@ -36,7 +37,7 @@ class SLRU(EvictionPolicy):
 
     name = "slru"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.max_protected_bytes = 0.8 * args.radix_cache_size
         self.protected_bytes = 0
@@ -44,7 +45,7 @@ class SLRU(EvictionPolicy):
         # an entry's own ``nbytes`` can change later.
         self.protected: Dict[Entry, int] = {}
 
-    def on_hit(self, entry, n_tokens):
+    def on_hit(self, entry: Entry, n_tokens: int) -> None:
         self.release(entry)
         self.protected[entry] = entry.nbytes
         self.protected_bytes += entry.nbytes
@@ -54,19 +55,19 @@ class SLRU(EvictionPolicy):
             # It competes as if it had been used now.
             oldest.data = self.clock()
 
-    def on_split(self, parent, child):
+    def on_split(self, parent: Entry, child: Entry) -> None:
         if child in self.protected:
             self.on_hit(child, 0)
             self.on_hit(parent, 0)
 
-    def on_remove(self, entry, reason):
+    def on_remove(self, entry: Entry, reason: str) -> None:
         self.release(entry)
 
     def release(self, entry: Entry) -> None:
         """Take away the protection of an entry, if it has it."""
         self.protected_bytes -= self.protected.pop(entry, 0)
 
-    def priority(self, entry):
+    def priority(self, entry: Entry) -> Any:
         return entry in self.protected, max(entry.last_hit, entry.data or 0)
 
 
@@ -81,22 +82,22 @@ class GDSF(EvictionPolicy):
 
     name = "gdsf"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.floor = 0.0
 
-    def on_insert(self, entry):
+    def on_insert(self, entry: Entry) -> None:
         self.on_hit(entry, 0)
 
-    def on_hit(self, entry, n_tokens):
+    def on_hit(self, entry: Entry, n_tokens: int) -> None:
         cost = entry.recompute_cost / entry.nbytes if entry.nbytes else 0
         entry.data = self.floor + (1 + entry.hits) * cost
 
-    def on_remove(self, entry, reason):
+    def on_remove(self, entry: Entry, reason: str) -> None:
         if reason == "evicted":
             self.floor = max(self.floor, entry.data)
 
-    def priority(self, entry):
+    def priority(self, entry: Entry) -> Any:
         return entry.data, entry.last_hit
 
 
@@ -106,21 +107,21 @@ class TTL(LRU):
 
     name = "ttl"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.seconds = args.cache_ttl
         self.entries: Dict[Entry, None] = {}
 
-    def on_insert(self, entry):
+    def on_insert(self, entry: Entry) -> None:
         self.entries[entry] = None
 
-    def on_split(self, parent, child):
+    def on_split(self, parent: Entry, child: Entry) -> None:
         self.entries[parent] = None
 
-    def on_remove(self, entry, reason):
+    def on_remove(self, entry: Entry, reason: str) -> None:
         del self.entries[entry]
 
-    def expired(self, now):
+    def expired(self, now: float) -> List[Entry]:
         return [e for e in self.entries if e.last_hit + self.seconds <= now]
 
 

@@ -4,12 +4,13 @@ Rule: under any load, a request that has waited for ``--max-wait`` seconds start
 that came later. So it waits no longer than that plus the time to serve those before it.
 """
 
+import argparse
 import heapq
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
 
-from ..interfaces import RequestInfo, SchedulerPolicy
+from ..interfaces import Clock, RequestInfo, SchedulerPolicy, SchedulerView
 
 
 def default_prefill_budget() -> int:
@@ -23,11 +24,11 @@ class FCFS(SchedulerPolicy):
 
     name = "fcfs"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.budget = args.prefill_budget or default_prefill_budget()
 
-    def prefill_tokens(self, view):
+    def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
         """The budget while a running request has tokens already. Before that, nobody waits
         for a next token, and there is no limit."""
         return self.budget if any(r.n_generated for r in view.running) else None
@@ -36,7 +37,7 @@ class FCFS(SchedulerPolicy):
 class Ageing(FCFS):
     """Orders by a key. Requests that have waited for ``--max-wait`` seconds go first."""
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.max_wait = args.max_wait
 
@@ -45,7 +46,9 @@ class Ageing(FCFS):
         first."""
         raise NotImplementedError
 
-    def order(self, waiting, view):
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
         late = [r for r in waiting if view.now - r.arrival >= self.max_wait]
         return late + sorted(waiting[len(late) :], key=self.key)
 
@@ -60,10 +63,12 @@ class LPM(Ageing):
     name = "lpm"
     most_known = 128
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return -request.n_known
 
-    def order(self, waiting, view):
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
         # To look up more prompts than that would take longer than it saves.
         return None if len(waiting) > self.most_known else super().order(waiting, view)
 
@@ -73,7 +78,7 @@ class SJF(Ageing):
 
     name = "sjf"
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return request.n_prompt + request.max_tokens
 
 
@@ -82,7 +87,7 @@ class Priority(Ageing):
 
     name = "priority"
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return request.priority
 
 
@@ -98,19 +103,21 @@ class Fair(FCFS):
 
     name = "fair"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.served: Dict[Optional[str], float] = {}
         self.users: Set[Optional[str]] = set()
 
-    def on_tokens(self, counts):
+    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
         for request, n in counts:
             first = request.n_generated == 0
             prompt = request.n_prompt - request.n_matched if first else 0
             served = self.served.get(request.user, 0)
             self.served[request.user] = served + prompt + 2 * n
 
-    def order(self, waiting, view):
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
         users = {r.user for r in (*waiting, *view.running)}
         served = self.served
         stayed = [served[user] for user in users & self.users]
@@ -130,15 +137,15 @@ class Fair(FCFS):
         heapq.heapify(turns)
         ordered = []
         while turns:
-            served, arrival, i, queue = turns[0]
-            request = next(queue, None)
-            if request is None:
+            n, _, i, queue = turns[0]
+            following = next(queue, None)
+            if following is None:
                 heapq.heappop(turns)
                 continue
-            ordered.append(request)
+            ordered.append(following)
             # The next request of this user is placed as if this one had been served.
-            served += request.n_prompt + 2 * request.max_tokens
-            heapq.heapreplace(turns, (served, request.arrival, i, queue))
+            n += following.n_prompt + 2 * following.max_tokens
+            heapq.heapreplace(turns, (n, following.arrival, i, queue))
         return ordered
 
 

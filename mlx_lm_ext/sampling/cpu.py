@@ -7,7 +7,7 @@ Here ``relative`` are the probabilities of a row at temperature 1, as multiples 
 highest. They need no division by their sum.
 """
 
-from typing import List
+from typing import List, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +30,7 @@ def below_highest(logits: np.ndarray) -> np.ndarray:
     return np.nan_to_num(logits, nan=0.0, neginf=-np.inf)
 
 
-def find(values: np.ndarray, share: float, side: str) -> int:
+def find(values: np.ndarray, share: float, side: Literal["left", "right"]) -> int:
     """Where the running sum of values reaches a share of the total.
 
     Args:

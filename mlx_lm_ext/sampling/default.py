@@ -7,27 +7,28 @@ Rules:
    on other rows, on streaming, or on the prompt cache.
 """
 
+import argparse
 from typing import Any, List, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..device import on_cpu
-from ..interfaces import BatchSampler
+from ..interfaces import BatchSampler, RequestInfo
 from . import cpu, gpu
 from .parameters import SamplingParameters, make_key
 
 
 class Backend(Protocol):
-    """What the modules ``cpu`` and ``gpu`` do: draw the tokens of rows whose temperature is
-    not 0."""
+    """What the modules ``cpu`` and ``gpu`` do with their functions: draw the tokens of rows
+    whose temperature is not 0."""
 
-    def prepare(rows: List[SamplingParameters]) -> Any:
+    def prepare(self, rows: List[SamplingParameters]) -> Any:
         """Put the parameters of the rows into the form that ``sample`` takes. Called once
         after the rows of the batch have changed."""
 
     def sample(
-        logits: mx.array, parameters: Any, keys: mx.array, exempt: List[int]
+        self, logits: mx.array, parameters: Any, keys: mx.array, exempt: List[int]
     ) -> mx.array:
         """Draw a token for each row.
 
@@ -51,7 +52,7 @@ class DefaultSampler(BatchSampler):
     name = "default"
     needs_logprobs = False
 
-    def __init__(self, args, request, tokenizer):
+    def __init__(self, args: argparse.Namespace, request: RequestInfo, tokenizer: Any):
         sampling = request.args.sampling
         a, b = make_key(request.args.seed)
         self.rows = [
@@ -90,18 +91,18 @@ class DefaultSampler(BatchSampler):
             row.key = a, b + self.n_calls
         self.n_calls = 0
 
-    def extend(self, other):
+    def extend(self, other: "DefaultSampler") -> None:  # type: ignore[override]
         self.advance_keys()
         other.advance_keys()
         self.rows += other.rows
         self.exempt = self.exempt or other.exempt
         self.is_stale = True
 
-    def filter(self, keep):
+    def filter(self, keep: List[int]) -> None:
         self.rows = [self.rows[i] for i in keep]
         self.is_stale = True
 
-    def __call__(self, logits):
+    def __call__(self, logits: mx.array) -> mx.array:
         if self.is_stale:
             self.prepare()
         if not self.sampled:

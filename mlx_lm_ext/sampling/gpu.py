@@ -131,7 +131,7 @@ def prepare(rows: List[SamplingParameters]) -> Dict[str, mx.array]:
     if any(row.min_p for row in rows):
         # A min_p of 0 becomes -inf, which drops nothing.
         with np.errstate(divide="ignore"):
-            columns["log_min_p"] = np.log([row.min_p for row in rows])
+            columns["log_min_p"] = np.log([row.min_p for row in rows]).tolist()
     if any(row.has_xtc for row in rows):
         columns["xtc_probability"] = [row.xtc_probability for row in rows]
         columns["xtc_threshold"] = [row.xtc_threshold for row in rows]

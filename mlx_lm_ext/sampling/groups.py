@@ -4,22 +4,21 @@ the rows.
 Rule: nothing is evaluated here.
 """
 
-from typing import Dict, Hashable, List, Protocol
+from typing import Any, Dict, Hashable, List, Protocol
 
 import mlx.core as mx
 
 
 class RowSampler(Protocol):
-    """Chooses the next tokens of some rows of a batch.
+    """Chooses the next tokens of some rows of a batch."""
 
-    Args:
-        group (Hashable): Samplers whose groups are equal can be joined with ``extend``.
-    """
+    @property
+    def group(self) -> Hashable:
+        """Samplers whose groups are equal can be joined with ``extend``."""
 
-    group: Hashable
-
-    def extend(self, other: "RowSampler") -> None:
-        """Take over the rows of ``other``, after its own. ``other`` is not used again."""
+    def extend(self, other: Any) -> None:
+        """Take over the rows of another sampler of the group, after its own. ``other`` is not
+        used again."""
 
     def filter(self, keep: List[int]) -> None:
         """Keep only the rows of these indices, in this order."""
