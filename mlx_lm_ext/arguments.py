@@ -1,6 +1,9 @@
-"""What arguments of the command line may be.
+"""The command line of ``mlx_lm.batch_server``, and the argument types that it shares with
+the tools.
 
-Rule: an argument that is wrong ends the start with one line that says what would be right.
+Rules:
+1. A wrong argument ends the start with one line that names it and says what is right.
+2. Nothing here imports MLX: wrong arguments are reported at once.
 """
 
 import argparse
@@ -8,13 +11,16 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from . import __version__, demo_model
+from .policies.loading import KINDS, PluginError, Plugins
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Reports an error in one line, without the usage text."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -23,11 +29,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def number(
     kind: type, minimum: float, maximum: float = math.inf
 ) -> Callable[[str], Any]:
-    """An argument type: a number in a range, its ends included."""
+    """Make an argument type: a number from ``minimum`` to ``maximum``, both included."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        # Written so that NaN fails too.
+        # Not ``value < minimum or ...``: NaN must fail too.
         if not minimum <= value <= maximum:
             limit = f"at most {maximum}" if value > maximum else f"at least {minimum}"
             raise argparse.ArgumentTypeError(f"{text} must be {limit}")
@@ -38,12 +44,12 @@ def number(
 
 
 def size(text: str) -> int:
-    """An argument type: bytes, as ``1073741824``, ``512MB`` or ``2GB``."""
+    """An argument type: a number of bytes, as ``1073741824``, ``512MB`` or ``2GB``."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; write bytes, or 512MB, or 2GB"
+            f"{text!r} is not a size; write 1073741824, 512MB or 2GB"
         )
     if len(text) > 20:
         raise argparse.ArgumentTypeError(f"{text[:20]}... is too large")
@@ -51,7 +57,7 @@ def size(text: str) -> int:
 
 
 def names(text: str) -> List[str]:
-    """An argument type: names with commas between them."""
+    """An argument type: names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -71,18 +77,313 @@ def chat_template(text: str) -> str:
     try:
         is_file = text and Path(text).is_file()
     except (OSError, ValueError):
-        is_file = False  # a text that can be no path
+        is_file = False  # the text cannot be a path: it is too long, for example
     try:
         if is_file:
             text = Path(text).read_text(encoding="utf-8")
-        # Every template has a {{ }} or a {% %}.
+        # Without this check a misspelled path would be taken for a template.
         elif text and "{" not in text:
-            raise argparse.ArgumentTypeError(f"{text!r} is no file and no template")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither a file nor a template"
+            )
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except (OSError, UnicodeDecodeError) as e:
         raise argparse.ArgumentTypeError(f"the file cannot be read: {e}")
     except TemplateSyntaxError as e:
-        # Transformers has tags of its own.
+        # Transformers defines tags that this environment does not know.
         if "unknown tag" not in str(e):
             raise argparse.ArgumentTypeError(f"the template is wrong: {e}")
     return text
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        help=f"path or Hugging Face repository of an MLX model; without it, "
+        f"{demo_model.NAME} is fetched once and served",
+    )
+    add("--adapter-path", help="path of LoRA adapter weights and their config")
+    add(
+        "--draft-model",
+        help="model for speculative decoding; requests are then served one at a time",
+    )
+    add(
+        "--num-draft-tokens",
+        type=number(int, 1),
+        default=3,
+        help="tokens to draft at a time",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the model or its tokenizer",
+    )
+    add(
+        "--chat-template",
+        type=chat_template,
+        default="",
+        help="chat template to use instead of the model's: its text, or a file's path",
+    )
+    add(
+        "--use-default-chat-template",
+        action="store_true",
+        help="use the tokenizer's default chat template if the model has none",
+    )
+    add(
+        "--chat-template-args",
+        type=json_object,
+        default="{}",
+        help="""JSON object of arguments for the chat template,
+        e.g. '{"enable_thinking": false}'""",
+    )
+    add(
+        "--allow-models",
+        nargs="*",
+        metavar="NAME",
+        help="other models, adapters and draft models that requests may name: paths or "
+        "repositories, * stands for any characters but slashes; any allows all; unset, "
+        "what the Hugging Face cache holds",
+    )
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add(
+        "--port",
+        type=number(int, 0, 65535),
+        default=8080,
+        help="port to listen on; 0 takes a free one",
+    )
+    add(
+        "--allowed-origins",
+        type=names,
+        default="loopback",
+        help="origins of the web pages that may call, with commas between them: "
+        "https://chat.example, https://*.example, loopback for pages of this machine, * "
+        "for all; others are refused",
+    )
+    add(
+        "--allowed-hosts",
+        type=names,
+        help="names that clients may call the server by, with commas between them; "
+        "unset, those of this machine if --host is one, else all",
+    )
+    add(
+        "--max-body-bytes",
+        type=size,
+        default=8 << 20,
+        help="bytes of a request's body, without its images; also 512KB, 8MB",
+    )
+    add(
+        "--allow-image-urls",
+        action="store_true",
+        help="fetch images that requests name by http(s) URLs, from public addresses; "
+        "else they must be data URLs",
+    )
+    add(
+        "--log-level",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR"],
+        default="INFO",
+        help="least severity of what is logged",
+    )
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("batch").add_argument
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=32,
+        help="requests to decode at a time",
+    )
+    add(
+        "--prompt-concurrency",
+        type=number(int, 1),
+        default=256,
+        help="prompts to process at a time, if so many fit into --batch-size and "
+        "--prefill-step-size",
+    )
+    add(
+        "--prefill-step-size",
+        type=number(int, 1),
+        default=2048,
+        help="tokens of all prompts to process in one step; on a CPU, which is slower with "
+        "more, 256 at most",
+    )
+    add(
+        "--prefill-budget",
+        type=number(int, 1),
+        help="tokens of all prompts to process between two decode steps of streams that "
+        "have begun: fewer make shorter gaps in those, more a shorter wait for new ones; "
+        "unset, 256, and 2048 with CUDA",
+    )
+    add(
+        "--max-kv-bytes",
+        type=size,
+        help="bytes of the running batch's KV, each answer at its max_tokens; also "
+        "512MB, 2GB; unset, nine tenths of the memory beside the model",
+    )
+    add(
+        "--max-wait",
+        type=number(float, 0),
+        default=30.0,
+        help="seconds after which a request goes before those that came later, whatever "
+        "--scheduler prefers",
+    )
+    add(
+        "--request-timeout",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="end a request that takes longer, waiting included, with HTTP 408; unset, "
+        "it may take any time",
+    )
+    add(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run batches of all sizes that fit before the first request, which then need "
+        "not wait until kernels are compiled",
+    )
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--use-prompt-cache",
+        action="store_true",
+        help="keep the KV of prompts and answers for requests that share a prefix",
+    )
+    add(
+        "--radix-cache-size",
+        type=size,
+        default=1 << 30,
+        help="bytes that the prompt cache and the running batch may take; "
+        "also 512MB, 2GB",
+    )
+    add(
+        "--cache-ttl",
+        type=number(float, 0),
+        default=3600.0,
+        help="seconds without use after which --eviction-policy ttl drops KV",
+    )
+    add(
+        "--cache-salt-required",
+        action="store_true",
+        help="refuse requests without a cache_salt, in the body or in the header "
+        "X-Cache-Salt: no two with different ones share KV",
+    )
+    add(
+        "--kv-bits",
+        type=int,
+        choices=[2, 3, 4, 5, 6, 8],
+        help="quantize the KV; requests are then served one at a time",
+    )
+    add(
+        "--kv-group-size",
+        type=int,
+        choices=[32, 64, 128],
+        default=64,
+        help="group size of quantized KV",
+    )
+    add(
+        "--quantized-kv-start",
+        type=number(int, 0),
+        default=5000,
+        help="tokens of a sequence after which its KV is quantized",
+    )
+
+
+def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("plugins").add_argument
+    add(
+        "-p",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="plugins",
+        help="load a plugin, the module NAME; no:NAME blocks one that is installed",
+    )
+    add(
+        "--list-plugins",
+        action="store_true",
+        help="print the plugins and what they register, and exit",
+    )
+    for kind in KINDS:
+        add(kind.flag, default=kind.default, metavar="NAME", help=kind.title)
+
+
+def add_request_defaults(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("defaults of requests").add_argument
+    add(
+        "--max-tokens",
+        type=number(int, 1),
+        default=512,
+        help="tokens to generate",
+    )
+    add(
+        "--temp",
+        type=number(float, 0, 1e9),
+        default=0.0,
+        help="sampling temperature; 0 takes the most likely token",
+    )
+    add("--top-p", type=number(float, 0, 1), default=1.0, help="nucleus sampling")
+    add("--top-k", type=number(int, 0), default=0, help="top-k sampling; 0 is off")
+    add(
+        "--min-p",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="min-p sampling; 0 is off",
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the server. An argument that ``mlx_lm.server`` has too means the
+    same there."""
+    parser = ArgumentParser(
+        prog="mlx_lm.batch_server",
+        description="Serve a model over an OpenAI-compatible HTTP API, in batches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}"
+    )
+    add_model_arguments(parser)
+    add_server_arguments(parser)
+    add_batch_arguments(parser)
+    add_cache_arguments(parser)
+    add_plugin_arguments(parser)
+    add_request_defaults(parser)
+    return parser
+
+
+def parse_arguments(
+    argv: Optional[List[str]] = None,
+) -> Tuple[argparse.Namespace, Plugins]:
+    """Parse the command line, with the flags that plugins add.
+
+    Args:
+        argv (Optional[List[str]]): The arguments; those of the process if not given.
+
+    Returns:
+        The parsed arguments, and the plugins that are installed or named by ``-p``.
+
+    Raises:
+        SystemExit: With 2 if an argument or a plugin is wrong, with 0 after ``--help``,
+          ``--version`` or ``--list-plugins``.
+    """
+    parser = make_parser()
+    # The plugins have to be known before the rest can be parsed.
+    first = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("-p", action="append", default=[])
+    try:
+        plugins = Plugins(first.parse_known_args(argv)[0].p)
+        plugins.add_arguments(parser)
+        args = parser.parse_args(argv)
+        if args.list_plugins:
+            print(plugins.describe())
+            parser.exit()
+    except PluginError as e:
+        parser.error(str(e))
+    return args, plugins

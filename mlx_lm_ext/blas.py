@@ -1,8 +1,8 @@
 """A fast BLAS for MLX's CPU build on Linux.
 
-MLX's Linux CPU wheels carry the reference BLAS, whose float32 products are some
-25 times slower than OpenBLAS's. A library loaded with RTLD_GLOBAL before MLX is
-searched first, so its ``cblas_*`` symbols serve MLX too.
+MLX's CPU wheels for Linux contain the reference BLAS, which multiplies float32 matrices
+about 25 times slower than OpenBLAS. If OpenBLAS is loaded with RTLD_GLOBAL before MLX, the
+dynamic linker finds its ``cblas_*`` symbols first, and MLX uses them.
 """
 
 import ctypes
@@ -10,17 +10,17 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Optional
 
-# Debian and most others; Fedora's threaded build; a development link.
+# The names on Debian and most others, of Fedora's threaded build, and of development files.
 LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
 
 ADVICE = (
-    "CPU BLAS: the slow reference BLAS of the mlx-cpu wheel. For up to 25 times the "
-    "speed install OpenBLAS (Debian and Ubuntu: apt-get install libopenblas0)."
+    "CPU BLAS: the slow reference BLAS of the mlx-cpu wheel. OpenBLAS is up to 25 times "
+    "faster; to install it on Debian or Ubuntu: apt-get install libopenblas0."
 )
 
 
 def is_needed() -> bool:
-    """Whether MLX computes on the reference BLAS of its Linux CPU wheel."""
+    """Whether MLX would use the reference BLAS of its CPU wheel for Linux."""
     if sys.platform != "linux":
         return False
     try:
@@ -30,10 +30,10 @@ def is_needed() -> bool:
 
 
 def find() -> Optional[str]:
-    """Load a better BLAS than MLX's own, and give the name of its library.
+    """Load OpenBLAS where MLX needs it.
 
     Returns:
-        ``None`` where MLX needs none, and where there is none.
+        The name of the library; None if MLX does not need it, or it is not installed.
     """
     if is_needed():
         for name in LIBRARIES:
@@ -49,10 +49,10 @@ def load() -> str:
     """Load OpenBLAS where MLX needs it. Call this before ``mlx`` is imported.
 
     Returns:
-        A line for the log that says which BLAS serves; empty on macOS and with a GPU.
+        A line for the log that says which BLAS is used; empty on macOS and with a GPU.
 
     Raises:
-        RuntimeError: If ``mlx`` is imported already, when it would be too late.
+        RuntimeError: If ``mlx`` has been imported already, which is too late.
     """
     if not is_needed():
         return ""

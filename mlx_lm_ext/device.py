@@ -1,4 +1,4 @@
-"""What MLX runs on, and how much memory the place gives it."""
+"""The device that MLX runs on, and the memory that this process may use."""
 
 import ctypes
 import os
@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from .errors import RequestError
 
-# Bytes of the address space that a step may need beside the KV.
+# Bytes of address space that a step may need in addition to the KV.
 MIN_LEFT = 256 << 20
-# That of glibc's malloc.h.
+# The constant of this name in glibc's malloc.h.
 M_ARENA_MAX = -8
 
 
@@ -21,43 +21,47 @@ def on_cpu() -> bool:
 
 
 def device_memory() -> int:
-    """Bytes that MLX may use: those of the GPU, or of the machine and of what limits this
-    process there."""
+    """Bytes that MLX may use: the memory of the GPU, or without one the memory of the
+    machine, as far as this process may use it."""
     info = mx.device_info()
     for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if name in info:
             return int(info[name])
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Half of the address space is for threads, and for what a step makes and drops.
+    # The other half of the address space is for threads and for temporary arrays.
     limits = [total, cgroup_limit(), address_space_limit(share=0.5)]
     return min(limit for limit in limits if limit is not None)
 
 
 def process_limit() -> Optional[int]:
-    """Bytes beyond which the place ends this process, if it does."""
+    """Bytes beyond which the system ends this process; None if there is no limit."""
     limits = (cgroup_limit(), address_space_limit())
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def cgroup_limit(root: Path = Path("/")) -> Optional[int]:
-    """Bytes that the control groups of this process (Linux, versions 1 and 2) may have.
+    """Bytes that the control groups of this process may use (Linux, versions 1 and 2).
 
     Args:
-        root (Path): Where ``proc`` and ``sys`` are.
+        root (Path): The folder of ``proc`` and ``sys``.
+
+    Returns:
+        The lowest limit of its groups and of those above them, or None without any.
     """
     limits = []
     for file in cgroup_files(root):
         try:
             text = file.read_text().strip()
         except OSError:
-            continue  # the group is another's, seen from outside a container
+            continue  # in a container, paths of groups outside of it do not exist
         if text.isdigit():
             limits.append(int(text))
     return min(limits, default=None)
 
 
 def cgroup_files(root: Path) -> Iterator[Path]:
-    """The files that may hold a limit: of the process's groups and of those above."""
+    """The files that may contain a limit: those of the process's groups and of all groups
+    above them."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -76,34 +80,39 @@ def cgroup_files(root: Path) -> Iterator[Path]:
 
 
 def address_space_left() -> Optional[int]:
-    """Bytes of the address space that are left, if it is limited (``ulimit -v``)."""
+    """Bytes of address space that are not used yet; None if it is not limited
+    (``ulimit -v``)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
     try:
         n_pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
-        return None  # where there is no proc, the limit is not enforced
+        return None  # there is no /proc on macOS, which does not enforce the limit
     return max(0, limit - n_pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def address_space_limit(share: float = 1.0) -> Optional[int]:
-    """Bytes of the address space that MLX has, and a share of what is left."""
+    """Bytes that MLX uses, plus a share of the address space that is left; None if the
+    address space is not limited."""
     left = address_space_left()
     return None if left is None else mx.get_active_memory() + int(left * share)
 
 
 def check_address_space() -> None:
-    """Raise a 503 ``RequestError`` if a step might run out of address space, for MLX ends
-    the process then."""
+    """Check that a step cannot run out of address space: MLX would end the process.
+
+    Raises:
+        RequestError: A 503 if less than ``MIN_LEFT`` is left.
+    """
     left = address_space_left()
     if left is not None and left < MIN_LEFT:
         raise RequestError(503, "the server has too little memory left (ulimit -v)")
 
 
-def reserve_little() -> None:
-    """Let threads share glibc's arenas if the address space is limited: each arena
-    reserves 64 MB of it."""
+def share_arenas() -> None:
+    """Let all threads share one of glibc's arenas if the address space is limited: each
+    arena reserves 64 MB of it."""
     if address_space_left() is not None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -111,7 +120,7 @@ def reserve_little() -> None:
 
 
 def give_back_freed() -> None:
-    """Give freed memory back to the device, unless it is little beside what is in use:
-    a server that runs short prompts would only have to ask for it again."""
+    """Give memory that MLX has freed back to the device, if it is more than a quarter of
+    what is in use. Less is kept, because the next prompts need it again."""
     if mx.get_cache_memory() > mx.get_active_memory() // 4:
         mx.clear_cache()

@@ -9,8 +9,8 @@ class RequestError(Exception):
 
     Args:
         status (int): The HTTP status.
-        message (str): One sentence: what is wrong and what would be right.
-        param (Optional[str]): The field at fault.
+        message (str): One sentence that says what is wrong and what would be right.
+        param (Optional[str]): The field that is wrong.
         code (Optional[str]): OpenAI's error code, where it has one.
         headers (Optional[Dict[str, str]]): Headers of the response.
     """
@@ -43,7 +43,13 @@ class RequestError(Exception):
 
 
 def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
-    """The 400 for more tokens than the model takes. Clients know OpenAI's words."""
+    """The 400 for more tokens than the model can take. Clients recognise OpenAI's words.
+
+    Args:
+        limit (Optional[int]): Tokens that the model can take, if that is known.
+        reason (str): What is too long.
+        param (str): The field that is too long.
+    """
     message = reason
     if limit is not None:
         message = f"this model's maximum context length is {limit} tokens: {reason}"
@@ -51,5 +57,5 @@ def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
 
 
 def internal_error() -> RequestError:
-    """The 500 for what a client neither caused nor may read."""
+    """The 500 for an error of the server. Its text may be confidential and is not sent."""
     return RequestError(500, "the server failed; its log says why")

@@ -1,10 +1,11 @@
-"""Log lines are written by a thread of their own.
+"""The log, which a thread of its own writes.
 
-A pipe that nobody reads stops who writes to it: all threads, one after the other.
+A write to a pipe that is full blocks until somebody reads from it. Threads that wrote log
+lines themselves would be blocked one after the other.
 
 Rules:
-1. Who logs never waits. Lines that find the queue full are dropped and counted.
-2. The process ends, whether the lines can be written or not.
+1. To log never blocks. If the queue of lines is full, new lines are dropped and counted.
+2. The process can end even if the lines cannot be written.
 """
 
 import logging
@@ -14,20 +15,20 @@ from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
 
 FORMAT = "%(asctime)s - %(levelname)s - %(message)s"
-# Lines that wait to be written.
+# Lines that may wait to be written.
 MAX_LINES = 10_000
-# Seconds between two times that lines are written: a thread that is woken for each line
-# keeps those from running that serve.
+# Seconds for which lines are collected before they are written. If each line woke the
+# writing thread, it would often take the interpreter lock from threads that serve.
 INTERVAL = 0.05
 
 
 class BoundedQueueHandler(QueueHandler):
-    """Puts lines into a queue as long as there is room."""
+    """Puts lines into a queue, and drops them if it is full."""
 
     n_dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        # Under the lock of the handler.
+        # ``logging`` calls this under the handler's lock, so the count is right.
         try:
             self.queue.put_nowait(record)
         except Full:
@@ -38,25 +39,30 @@ class LogWriter(QueueListener):
     """Writes the root logger's lines to stderr.
 
     Args:
-        level (str): The least severity of what is written.
-        max_lines (int): How many may wait.
+        level (str): The lowest level that is written.
+        max_lines (int): How many lines may wait to be written.
     """
 
     def __init__(self, level: str, max_lines: int = MAX_LINES):
         self.source = BoundedQueueHandler(Queue(max_lines))
+        # Dropped lines that a line of the log has reported.
         self.n_told = 0
-        # The lines are formatted by who logs them.
+        # No formatter here: lines are formatted by the thread that logs them.
         super().__init__(self.source.queue, logging.StreamHandler())
         self.source.setFormatter(logging.Formatter(FORMAT))
         logging.getLogger().setLevel(level)
         logging.getLogger().addHandler(self.source)
         logging.captureWarnings(True)
-        # Upstream's tool parsers compile what models write.
+        # Upstream's tool parsers compile text that a model has written.
         warnings.simplefilter("ignore", SyntaxWarning)
         self.start()
 
     def take_over(self, *names: str) -> None:
-        """Write the lines of libraries that write their own."""
+        """Let the lines of libraries go through this log.
+
+        Args:
+            names (str): Names of loggers that have handlers of their own.
+        """
         for name in names:
             logger = logging.getLogger(name)
             logger.handlers.clear()
@@ -77,7 +83,14 @@ class LogWriter(QueueListener):
         super().handle(record)
 
     def drain(self, timeout: float) -> bool:
-        """Wait until all lines are written; gives False if the time runs out."""
+        """Wait until all lines are written.
+
+        Args:
+            timeout (float): Seconds to wait at most.
+
+        Returns:
+            Whether all are written.
+        """
         with self.queue.all_tasks_done:
             return self.queue.all_tasks_done.wait_for(
                 lambda: not self.queue.unfinished_tasks, timeout

@@ -19,7 +19,7 @@ from functools import partial
 import pytest
 import tiny_models
 
-from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.engine.client import EngineClient
 from mlx_lm_ext.engine.loop import Engine
@@ -27,7 +27,7 @@ from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.connection import BatchHTTPServer
+from mlx_lm_ext.server.http_server import BatchHTTPServer
 
 
 @pytest.fixture(scope="session")

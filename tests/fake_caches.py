@@ -13,13 +13,13 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlx_lm_ext.cache.kinds import Layout, leaves
+from mlx_lm_ext.cache.kinds import Layout, flatten
 from mlx_lm_ext.cache.lru import LRU
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 
 WINDOW = 6
 
-# The caches of models: what each layer has.
+# The caches that models of each kind make.
 MODELS = {
     "KVCache": lambda: [KVCache(), KVCache()],
     "RotatingKVCache": lambda: [RotatingKVCache(WINDOW)],
@@ -43,7 +43,7 @@ def kv(tokens, start, stop):
 def feed(caches, tokens, start, stop):
     """Run the tokens from ``start`` to ``stop`` through the caches, as a model does."""
     keys, values = kv(tokens, start, stop)
-    for cache in leaves(caches):
+    for cache in flatten(caches):
         if isinstance(cache, ArraysCache):
             for i in range(len(cache.cache)):
                 cache[i] = keys[:, 0, -1] + i
@@ -54,7 +54,8 @@ def feed(caches, tokens, start, stop):
 
 
 def make(model, tokens, n_prompt=None):
-    """The caches of a model after ``tokens``, of which ``n_prompt`` came at once."""
+    """The caches of a model that has run ``n_prompt`` tokens at once and the others one by
+    one."""
     caches = MODELS[model]()
     n_prompt = len(tokens) if n_prompt is None else n_prompt
     if n_prompt:
@@ -69,7 +70,7 @@ def contents(caches, n):
     layout = Layout(caches)
     return [
         [x.tolist() for x in kind.arrays(cache)]
-        for kind, cache in zip(layout.kinds, leaves(caches))
+        for kind, cache in zip(layout.kinds, flatten(caches))
     ]
 
 

@@ -1,7 +1,6 @@
-"""Proof that a prompt cache is what its rules and those of its trees say.
+"""Checks that a prompt cache and its trees obey their rules.
 
-Rules:
-1. Nothing is changed, and no array is evaluated.
+Rule: the checks change nothing and evaluate no array.
 """
 
 from typing import Any
@@ -11,7 +10,7 @@ from mlx_lm_ext.cache.tree import Node
 
 
 def check(cache: Any, is_evaluated: bool = True) -> None:
-    """Prove the rules of a ``RadixPromptCache``.
+    """Check the rules of a ``RadixPromptCache``.
 
     Args:
         cache (RadixPromptCache): The cache.
@@ -31,15 +30,15 @@ def check(cache: Any, is_evaluated: bool = True) -> None:
                     assert cache.nodes.get(node.entry) is node, "an unknown entry"
                     assert node.entry.model_key == model, "another model's entry"
     assert len(seen) == len(cache.nodes), "an entry that is in no tree"
-    assert sum(entry.nbytes for entry in seen) == cache.held, "wrong bytes in all"
+    assert sum(entry.nbytes for entry in seen) == cache.nbytes, "wrong bytes in all"
     assert len(cache) <= cache.max_size, "more entries than the bound"
-    bytes_fit = cache.held + cache.active <= cache.max_bytes
+    bytes_fit = cache.nbytes + cache.reserved <= cache.max_bytes
     assert bytes_fit or not cache.nodes, "more bytes than the bound"
-    assert not (is_evaluated and cache.lazy), "copies that were not made"
+    assert not (is_evaluated and cache.unevaluated), "copies that were not made"
 
 
 def check_node(node: Node) -> None:
-    """Prove the rules of a node and its place.
+    """Check the rules of a node and of its place in the tree.
 
     Raises:
         AssertionError: If one is broken.
@@ -53,18 +52,18 @@ def check_node(node: Node) -> None:
         return
     assert entry.n_tokens == len(node.tokens) > 0, "a wrong number of tokens"
     assert entry.depth == parent.end + entry.n_tokens, "a wrong depth"
-    held = nbytes_of_layers(node.segments) + node.frozen_nbytes
+    held = nbytes_of_layers(node.segments) + node.snapshot_nbytes
     assert entry.nbytes == held, "wrong bytes"
     assert node.children or node.is_resumable, "a leaf of no use"
     if parent.entry:
         assert parent.entry.last_hit >= entry.last_hit, "used after its parent"
-    frozen = node.frozen or [None] * len(kinds)
-    for kind, above, own, state in zip(kinds, parent.segments, node.segments, frozen):
+    snapshot = node.snapshot or [None] * len(kinds)
+    for kind, above, own, state in zip(kinds, parent.segments, node.segments, snapshot):
         assert own is None or above is not None, "a segment without one above"
         for x in own or ():
             assert x.shape[-2] == entry.n_tokens, "a segment of a wrong length"
-        if node.frozen is not None:
-            assert (own is None) != (state is None), "not either cut or frozen"
+        if node.snapshot is not None:
+            assert (own is None) != (state is None), "not either a segment or a state"
         for x in state or ():
             kept = kind.n_kept(entry.depth)
             assert kept in (None, x.shape[-2]), "a state of a wrong length"

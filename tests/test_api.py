@@ -4,17 +4,21 @@ import base64
 import http.client
 import io
 import json
+import queue
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import conftest
 import mlx.core as mx
 import pytest
 from helpers import (
     JSON,
+    Always,
     Reference,
     call,
     complete,
@@ -30,11 +34,13 @@ from tiny_models import CONFIGS
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
 from mlx_lm_ext.request.served_model import ServedModel
-from mlx_lm_ext.server import connection as http_server
+from mlx_lm_ext.server import api, bodies, http_server
 from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.connection import BatchHTTPServer, Incoming
+from mlx_lm_ext.server.bodies import Incoming
+from mlx_lm_ext.server.http_server import BatchHTTPServer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -85,7 +91,7 @@ def test_only_the_first_chunk_has_the_role(start_server):
     roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
     assert len(roles) > 1
     assert roles == ["assistant"] + [None] * (len(roles) - 1)
-    # Where there is no text, clients want some to add to.
+    # The first chunk has a content even if it is empty: clients append to it.
     text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
     (chunk,) = stream(port, CHAT, messages=HELLO, max_tokens=6, stop=text[:1])
     assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -101,7 +107,7 @@ def test_answer_without_text_has_an_empty_content(start_server):
 
 
 @pytest.mark.parametrize("knows, role", [(False, "system"), (True, "developer")])
-def test_developer_is_a_system_to_a_template_that_knows_no_developers(
+def test_developer_message_becomes_a_system_message_if_the_template_lacks_developers(
     knows, role, start_server
 ):
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -118,7 +124,7 @@ def test_developer_is_a_system_to_a_template_that_knows_no_developers(
 @pytest.mark.parametrize(
     "mapped, role", [("user", "system"), ("developer", "developer")]
 )
-def test_developer_may_be_one_of_the_role_mapping(mapped, role):
+def test_role_mapping_may_define_the_developer(mapped, role):
     model = ServedModel(
         None, SimpleNamespace(chat_template=None), 0, None, 0, False, None
     )
@@ -181,7 +187,7 @@ def test_logprobs_are_the_same_streamed_and_not(start_server):
     streamed = [
         entry for e in events for entry in e["choices"][0]["logprobs"]["content"]
     ]
-    # Batches of other sizes give other roundings.
+    # The rounding errors depend on the size of the batch.
     assert [e["id"] for e in streamed] == [e["id"] for e in content]
     assert [e["logprob"] for e in streamed] == pytest.approx(
         [e["logprob"] for e in content], abs=1e-4
@@ -234,7 +240,7 @@ def test_stop_word_ends_the_answer_before_it(streamed, start_server):
     _, port = start_server("deepseek_v2")
     answer = streamed_text if streamed else complete
     whole = answer(port, "hello", max_tokens=40)
-    # Two tokens of the middle: no token of its own.
+    # The text of two tokens, so that no single token is the stop word.
     word = whole[len(whole) // 2 :][:2]
     text = answer(port, "hello", max_tokens=40, stop=["never", word])
     assert text == whole[: whole.index(word)]
@@ -242,7 +248,7 @@ def test_stop_word_ends_the_answer_before_it(streamed, start_server):
 
 def test_images_are_served_by_upstream(start_server):
     class Processor:
-        """Adds one token for the images; they change nothing."""
+        """Adds one token for the images, which does not change the answer."""
 
         image_token = "<|endoftext|>"
 
@@ -253,6 +259,8 @@ def test_images_are_served_by_upstream(start_server):
     engine, port = start_server()
     provider = engine.model_provider
     provider.processor = Processor()
+    (model,) = provider._served.values()
+    provider._served[model.key] = replace(model, takes_images=True)
     provider.model.embed_inputs = lambda tokens, pixel_values: (
         provider.model.model.embed_tokens(tokens)
     )
@@ -266,8 +274,8 @@ def test_images_are_served_by_upstream(start_server):
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
     assert engine.batch is None
-    # Before tokens are made of it, and after.
-    limit = next(iter(provider._served.values())).most_characters
+    # The first is refused before it is tokenised, the second after.
+    limit = model.most_characters
     for n in (limit + 1, 5000):
         text = {"type": "text", "text": "x" * n}
         long = {"messages": [{"role": "user", "content": [text, image]}]}
@@ -302,6 +310,22 @@ def test_health_tells_whether_the_engine_serves(start_server):
     engine.stop_and_join()
     assert call(port, "GET", "/health") == (503, {"status": "unavailable"})
     assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
+
+
+def test_answer_of_a_server_that_cannot_serve_yet_says_when_to_come_back(start_server):
+    engine, port = start_server()
+    engine.loaded.clear()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for method, path in (("POST", CHAT), ("GET", "/health")):
+        connection.request(method, path, chat() if method == "POST" else None, JSON)
+        response = connection.getresponse()
+        response.read()
+        assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    engine.loaded.set()
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    assert (response.status, response.getheader("Retry-After")) == (200, None)
+    connection.close()
 
 
 def test_answer_shrinks_to_the_context_unless_more_was_asked_for(start_server):
@@ -525,7 +549,7 @@ def test_unknown_route_is_an_error_object(method, path, status, start_server):
 
 
 def wait_until(condition):
-    """Ask until it is so."""
+    """Evaluate a condition again and again until it is true."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -576,6 +600,110 @@ def test_broken_body_is_an_error_and_the_next_request_is_served(
 CHUNKED = "Transfer-Encoding: chunked"
 
 
+class Endless(BatchSampler):
+    """Chooses the same token for ever."""
+
+    name = "endless"
+
+    def __call__(self, logprobs):
+        return mx.full(logprobs.shape[0], 65)
+
+
+@pytest.fixture
+def observe(start_server):
+    """Starts a server whose plugin observes requests and has two samplers: "always", which
+    answers "_`abcdefgh...", and "endless". Gives the engine, the port, and the queue of
+    the observed statistics."""
+
+    def start(*argv):
+        seen = queue.SimpleQueue()
+        observer = plugin(
+            mlx_lm_register_samplers=lambda: [Always, Endless],
+            mlx_lm_request_finished=lambda stats: seen.put(stats),
+        )
+        return *start_server("llama", *argv, plugin=observer), seen
+
+    return start
+
+
+def ask(port, streamed, **body):
+    """The last part of an answer, which has its usage."""
+    body["messages"] = HELLO
+    if streamed:
+        return stream(port, CHAT, stream_options={"include_usage": True}, **body)[-1]
+    return call(port, "POST", CHAT, body)[1]
+
+
+def assert_counts(stats, usage):
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert stats.prompt_tokens == usage["prompt_tokens"] > 0
+    assert stats.cached_tokens == cached
+    assert stats.completion_tokens == usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_observer_gets_the_counts_of_usage_of_an_answer_that_a_stop_word_ends(
+    streamed, observe
+):
+    _, port, seen = observe("--use-prompt-cache")
+    for body, n in (({}, 10), ({"stop": "bc"}, 5)):
+        answer = ask(port, streamed, sampler="always", max_tokens=10, **body)
+        stats = seen.get(timeout=60)
+        assert_counts(stats, answer["usage"])
+        assert stats.completion_tokens == n
+        assert stats.finish_reason == ("stop" if body else "length")
+    assert stats.cached_tokens > 0
+
+
+class CallingTokenizer:
+    """The tokenizer of a model whose tool calls are between "a" and "d"."""
+
+    has_thinking, has_tool_calling = False, True
+    tool_call_start, tool_call_end = "a", "d"
+    structural_markers, response_transitions = (), {}
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    @staticmethod
+    def tool_parser(text, tools):
+        return {"name": text, "arguments": {}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_observer_gets_the_counts_of_usage_of_an_answer_that_a_tool_call_ends(
+    streamed, observe
+):
+    engine, port, seen = observe()
+    (model,) = engine.model_provider._served.values()
+    calling = replace(model, tokenizer=CallingTokenizer(model.tokenizer))
+    engine.model_provider._served[model.key] = calling
+    body = {"tools": [{"function": {"name": "bc"}}], "parallel_tool_calls": False}
+    answer = ask(port, streamed, sampler="always", max_tokens=10, **body)
+    stats = seen.get(timeout=60)
+    assert_counts(stats, answer["usage"])
+    assert stats.completion_tokens == len("_`abcd")
+    assert stats.finish_reason == "tool_calls"
+
+
+def test_observer_of_a_stream_whose_client_has_left_gets_the_tokens_so_far(observe):
+    _, port, seen = observe()
+    raw = chat(max_tokens=4000, stream=True, sampler="endless", logprobs=True)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+        s.sendall(post_whole(raw))
+        answer = b""
+        while answer.count(b'"token"') < 3:
+            answer += s.recv(1000)
+    stats = seen.get(timeout=60)
+    assert stats.finish_reason == "cancelled"
+    assert stats.prompt_tokens > 0
+    # There is a log probability for each token.
+    assert answer.count(b'"token"') <= stats.completion_tokens < 4000
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_that_is_too_large_is_answered_before_it_is_read(chunked, start_server):
     _, port = start_server("llama", "--max-body-bytes", "1000")
@@ -591,7 +719,7 @@ def test_body_that_is_too_large_is_answered_before_it_is_read(chunked, start_ser
     assert "1000" in answer["error"]["message"]
 
 
-def test_images_are_no_part_of_the_size_of_a_text():
+def test_images_do_not_count_in_the_size_of_a_body():
     image = b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,%b"}}'
     raw = b'{"x": [' + image % (b"A" * 1000) + b", " + image % (b"A" * 1000) + b"]}"
     check_size(raw, 200)
@@ -609,7 +737,7 @@ def test_biases_are_bounded():
         parse_logit_bias({"logit_bias": biases | {"x": 1}})
 
 
-def test_what_goes_with_chunks_counts_as_body(start_server):
+def test_extensions_of_chunks_count_as_part_of_the_body(start_server):
     _, port = start_server("llama", "--max-body-bytes", "10000")
     chunks = b"1;" + b"x" * 4000 + b"\r\n{\r\n"
     answer = send_raw(port, post(CHUNKED, chunks * 4), shut=False)
@@ -624,7 +752,7 @@ def test_what_goes_with_chunks_counts_as_body(start_server):
         ("Content-Length: 5\r\nOrigin: http://evil.example", b"HTTP/1.1 403 "),
     ],
 )
-def test_client_that_asks_is_told_to_send_only_what_will_be_read(
+def test_client_is_told_to_continue_only_if_its_body_will_be_read(
     headers, first, start_server
 ):
     _, port = start_server()
@@ -650,7 +778,7 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
     small = {"prompt": "x" * 100, "max_tokens": 1}
     large = json.dumps(small).encode() + b" " * 80_000
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
-        # Room is for what has come, not for what is announced.
+        # Only bytes that have arrived take room.
         s.sendall(post("Expect: 100-continue\r\nContent-Length: 90000", b""))
         assert s.recv(1000).startswith(b"HTTP/1.1 100 ")
         assert call(port, "POST", "/v1/completions", large)[0] == 200
@@ -659,7 +787,7 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
         assert call(port, "POST", "/v1/completions", small)[0] == 200
         s.sendall(b" " * 1000)
         assert s.recv(1000).startswith(b"HTTP/1.1 400 ")
-    # What a request has is given back after its answer.
+    # The room of a request is free again after its answer.
     for _ in range(10):
         wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 200)
 
@@ -682,7 +810,9 @@ def test_client_that_sends_more_and_leaves_is_gone(start_server):
     assert engine.left.wait(60)
 
 
-def test_request_that_has_no_body_is_not_told_to_send_it_with_the_next(start_server):
+def test_continue_that_a_request_without_body_expects_is_not_sent_to_the_next(
+    start_server,
+):
     _, port = start_server()
     get = b"GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"
     last = post(f"Connection: close\r\nContent-Length: {len(BODY)}", BODY)
@@ -692,7 +822,7 @@ def test_request_that_has_no_body_is_not_told_to_send_it_with_the_next(start_ser
 
 
 class Socket:
-    """A connection on which one byte comes at a time."""
+    """A connection that receives one byte at a time."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -705,9 +835,9 @@ class Socket:
 
 
 @pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
-def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
-    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", seconds)
-    monkeypatch.setattr(http_server, "BYTES_A_SECOND", 1e12)
+def test_request_that_arrives_too_slowly_runs_out_of_time(seconds, n, monkeypatch):
+    monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", seconds)
+    monkeypatch.setattr(bodies, "BYTES_A_SECOND", 1e12)
     here, there = socket.socketpair()
     with here, there:
         there.sendall(b"a line\n and more")
@@ -719,13 +849,13 @@ def test_request_that_trickles_in_runs_out_of_time(seconds, n, monkeypatch):
             with pytest.raises(TimeoutError):
                 incoming.readline()
         assert incoming.n == n
-        # The next request has its own time.
+        # The time of the next request starts anew.
         incoming.begin()
         assert len(incoming.read(1)) == 1
 
 
-def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
-    monkeypatch.setattr(http_server, "ARRIVAL_SECONDS", 0.2)
+def test_body_that_arrives_too_slowly_is_a_408(start_server, monkeypatch):
+    monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", 0.2)
     _, port = start_server()
     answer = send_raw(port, post("Content-Length: 100", b"{"), shut=False)
     head, _, content = answer.partition(b"\r\n\r\n")
@@ -733,7 +863,7 @@ def test_slow_body_is_told_that_it_was_too_slow(start_server, monkeypatch):
     assert_is_error(json.loads(content), None)
 
 
-def test_connection_that_does_not_end_keeps_the_server_for_a_while_only(
+def test_connection_that_does_not_end_delays_the_end_of_the_server_for_a_limited_time(
     start_server, monkeypatch, caplog
 ):
     monkeypatch.setattr(http_server, "CLOSE_TIMEOUT", 0.1)
@@ -867,8 +997,74 @@ def test_client_of_http_1_0_gets_a_stream_without_chunks(start_server):
     assert answer.endswith(b"data: [DONE]\n\n")
 
 
+def test_stream_without_a_new_token_has_keep_alive_comments(start_server, monkeypatch):
+    monkeypatch.setattr(api, "HEARTBEAT", 0.01)
+    goes_on = threading.Event()
+
+    def wait():
+        assert goes_on.wait(60)
+
+    _, port = start_server(plugin=plugin(mlx_lm_make_logits_processors=wait))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", CHAT, chat(stream=True), JSON)
+    response = connection.getresponse()
+    for _ in range(3):
+        assert response.readline() == b": keepalive\n"
+        assert response.readline() == b"\n"
+    goes_on.set()
+    events = [e for e in response.read().split(b"\n\n") if e and e[:1] != b":"]
+    assert all(event.startswith(b"data: ") for event in events)
+    assert events[-1] == b"data: [DONE]"
+    connection.close()
+
+
+def test_events_are_not_held_back_by_the_system(start_server, monkeypatch):
+    def get(self):
+        value = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        self.send_json(200, {"value": value})
+
+    monkeypatch.setattr(BatchAPIHandler, "get", get)
+    _, port = start_server()
+    assert call(port, "GET", "/health")[1]["value"]
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as s:
+            s.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_server_may_listen_on_ipv6(start_engine):
+    engine = start_engine()
+    make = partial(BatchAPIHandler, engine, system_fingerprint="")
+    httpd = BatchHTTPServer(("::1", 0), make)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    try:
+        port = httpd.server_address[1]
+        connection = http.client.HTTPConnection("::1", port, timeout=60)
+        connection.request("POST", CHAT, chat(), JSON)
+        assert connection.getresponse().status == 200
+        connection.close()
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+def test_connection_that_sends_nothing_is_closed(start_server, monkeypatch):
+    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
+    _, port = start_server()
+    assert send_raw(port, b"", shut=False) == b""
+    assert send_raw(port, b"GET /hea", shut=False) == b""
+
+
 class WatchedEngine(Engine):
-    """Tells when a request came, was cancelled, and when its row was free."""
+    """Sets ``came`` when a request has come, and ``left`` when the row of one is free."""
 
     def __init__(self, *args):
         self.came, self.left = threading.Event(), threading.Event()
@@ -897,6 +1093,25 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
             s.recv(1000)
     assert engine.left.wait(60)
     assert complete(port, "hello", max_tokens=2)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_client_that_takes_nothing_frees_its_row(start_server, monkeypatch, caplog):
+    class Handler(BatchAPIHandler):
+        def setup(self):
+            # Too small for the events of the answer.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().setup()
+
+    monkeypatch.setattr(conftest, "BatchAPIHandler", Handler)
+    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
+    engine, port = start_server(make_engine=WatchedEngine)
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.settimeout(60)
+        s.connect(("127.0.0.1", port))
+        s.sendall(post_whole(chat(max_tokens=4000, stream=True)))
+        assert engine.left.wait(60)
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 

@@ -1,4 +1,4 @@
-"""The command line: defaults, and one line for whatever is wrong."""
+"""The command line: defaults, errors of one line, and what ends the process."""
 
 import argparse
 import http.client
@@ -16,7 +16,7 @@ from conftest import server_process
 from helpers import JSON, complete
 from mlx_lm.server import ModelDescription
 
-from mlx_lm_ext.batch_server import make_parser
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL
 from mlx_lm_ext.request.fields import FIELDS
 
@@ -61,7 +61,8 @@ def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
     monkeypatch.undo()
     (upstream,) = parsed.value.args
     ours = vars(make_parser().parse_args([]))
-    # Ours is bounded by the tokens of a step instead, and browsers are kept out.
+    # These two differ: prompts are bounded by the tokens of a step, and web pages of other
+    # sites may not call.
     shared = set(upstream) & set(ours) - {"prompt_concurrency", "allowed_origins"}
     assert {"kv_bits", "prefill_step_size", "adapter_path"} < shared
     assert {n: ours[n] for n in shared} == {n: upstream[n] for n in shared}
@@ -193,8 +194,19 @@ def test_too_few_open_files_are_one_line(model_folder):
     assert "1000" in line and "4096" in line
 
 
+@pytest.fixture
+def child_takes_sigint():
+    """Lets processes start with the default action of SIGINT. They would ignore it if
+    this process does, as under ``nohup`` or in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_ends_the_server_with_0_after_requests(name, model_folder):
+def test_signal_ends_the_server_with_0_after_requests(
+    name, model_folder, child_takes_sigint
+):
     with server_process("--model", str(model_folder())) as (port, lines, process):
         assert complete(port, "hello", max_tokens=3)
         process.send_signal(getattr(signal, name))
@@ -206,7 +218,7 @@ def test_signal_tells_the_client_of_a_running_stream(model_folder):
     with server_process("--model", str(model_folder())) as (port, _, process):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
-        # Not before the signal: no end-of-text token.
+        # Without the end-of-text token the answer cannot end before the signal.
         body["logit_bias"] = {SPECIAL.index("<|im_end|>"): -1000}
         connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         response = connection.getresponse()

@@ -1,4 +1,4 @@
-"""The embedded default model: made once, and only from the right file."""
+"""The default model: converted once, and only from the expected file."""
 
 import json
 import zipfile
@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_wheel(monkeypatch):
-    """A wheel of another content, as if pip had fetched it."""
+    """A wheel with another content, as if pip had fetched it."""
 
     def download(folder):
         wheel = folder / demo_model.WHEEL
@@ -37,7 +37,7 @@ def test_cache_folder_honours_xdg(cache):
     assert demo_model.cache_directory() == cache
 
 
-def test_wheel_of_another_content_is_refused_and_leaves_nothing(cache, small_wheel):
+def test_wheel_with_another_content_is_refused_and_leaves_nothing(cache, small_wheel):
     with pytest.raises(RuntimeError, match="SHA-256"):
         demo_model.ensure(quantized=False)
     assert left_in(cache) == ["lock"]

@@ -1,4 +1,4 @@
-"""How much memory the place gives: control groups, and the limit of address space."""
+"""The memory that this process may use: control groups, and the limit of address space."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ GB = 1 << 30
 
 @pytest.fixture
 def place(tmp_path):
-    """Makes the files of a place's control groups; gives its root."""
+    """Makes the files of control groups; gives their root."""
 
     def make(groups, files):
         (tmp_path / "proc/self").mkdir(parents=True)
@@ -52,17 +52,17 @@ def test_limit_of_the_control_groups(groups, files, limit, place):
     assert cgroup_limit(place(groups, files)) == limit
 
 
-def test_place_without_control_groups_has_no_limit(tmp_path):
+def test_without_control_groups_there_is_no_limit(tmp_path):
     assert cgroup_limit(tmp_path) is None
 
 
-def test_memory_of_the_device_is_what_the_place_gives(monkeypatch):
+def test_memory_of_the_device_is_bounded_by_the_limits(monkeypatch):
     monkeypatch.setattr(device, "cgroup_limit", lambda: 5 * GB)
     monkeypatch.setattr(device.mx, "device_info", lambda: {})
     assert device_memory() == 5 * GB
     monkeypatch.setattr(device, "address_space_limit", lambda share: GB)
     assert device_memory() == GB
-    # A GPU's own memory is no part of that.
+    # The limits do not apply to the memory of a GPU.
     monkeypatch.setattr(device.mx, "device_info", lambda: {"memory_size": 9 * GB})
     assert device_memory() == 9 * GB
 
@@ -87,11 +87,11 @@ def test_model_for_which_there_is_no_room_is_not_loaded(
     monkeypatch.setattr(model_provider, "process_limit", lambda: 1000)
     with pytest.raises(RequestError, match="weights take .* GB, .* leaves 0.0 GB"):
         read(submit(engine, "x", model=str(model_folder("lfm2"))))
-    # It was not given up for that.
+    # The model that was loaded before still serves.
     assert read(submit(engine, "x", max_tokens=1))
 
 
-def test_prompt_cache_holds_no_more_than_the_place_gives(start_engine, monkeypatch):
+def test_prompt_cache_is_bounded_by_the_limits(start_engine, monkeypatch):
     monkeypatch.setattr("mlx_lm_ext.batch.kv_memory.device_memory", lambda: 3_000_000)
     engine = start_engine("llama", "--use-prompt-cache")
     read(submit(engine, "hello", max_tokens=2))

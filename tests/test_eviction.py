@@ -1,4 +1,4 @@
-"""What leaves the prompt cache: what policies are told, and the built-in ones."""
+"""What the prompt cache evicts: what it tells policies, and what the built-in ones do."""
 
 import integrity
 import pytest
@@ -8,7 +8,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm_ext.interfaces import EvictionPolicy
 from mlx_lm_ext.policies.eviction import FIFO, GDSF, LFU, LRU, POLICIES, SLRU, TTL
 
-# Of "KVCache": two layers with keys and values of 32 floats.
+# Bytes of a token in "KVCache": two layers with keys and values of 32 floats.
 TOKEN = 2 * 2 * 32 * 4
 
 
@@ -19,13 +19,13 @@ def insert(cache, tokens, model="m", cache_type="assistant", kind="KVCache"):
 
 
 def n_found(cache, tokens, model="m"):
-    """How many tokens a request for ``tokens`` and one more takes."""
+    """How many tokens are found for a prompt of ``tokens`` and one more token."""
     tokens = [*tokens, 255]
     return len(tokens) - len(cache.fetch_nearest_cache(model, tokens)[1])
 
 
 class Recorder(EvictionPolicy):
-    """First in, first out, and remembers what it was told."""
+    """Evicts what is oldest, and records the calls of its methods."""
 
     name = "recorder"
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_resumed_leaves_with_what_needed_it():
     cache = make_cache(LRU)
     insert(cache, b"chat one", kind="hybrid")
     insert(cache, b"chat two", kind="hybrid")
-    # The common start has a segment, and no state to resume from.
+    # The common prefix has a segment, but no snapshot to resume from.
     assert len(cache) == 3
     cache.trim_to(n_sequences=2)
     assert sorted(e.depth for e in cache.nodes) == [5, 8]
@@ -171,7 +171,7 @@ def test_known_sequence_that_is_stored_again_is_used_and_takes_the_new_type():
 def test_room_made_for_a_branch_takes_what_it_would_branch_from():
     one = make_cache()
     insert(one, b"aaaa", kind="ArraysCache")
-    # Room for one state: the start that both had is of no use without theirs.
+    # Room for one snapshot: the common prefix is of no use once both prompts have left.
     cache = make_cache(FIFO, one.nbytes)
     insert(cache, b"aaaa", kind="ArraysCache")
     insert(cache, b"aaab", kind="ArraysCache")
@@ -286,7 +286,7 @@ def test_branch_that_would_save_little_is_not_worth_a_state():
     insert(cache, prompt, kind="ArraysCache")
     assert cache.branch_point("m", list(prompt[:15]) + [0, 0]) is None
     assert cache.branch_point("m", list(prompt[:16]) + [0, 0]) == 16
-    # A segment can be cut: there is nothing to leave.
+    # A segment can be cut at any token, so that no snapshot is needed.
     cache = make_cache()
     insert(cache, prompt)
     assert cache.branch_point("m", list(prompt[:16]) + [0, 0]) is None
@@ -303,13 +303,13 @@ def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
     cache.trim_to(n_bytes=cache.nbytes - 1)
     integrity.check(cache)
     assert n_found(cache, other) == len(other)
-    # The first of the seven states has left; the system prompt's stays.
+    # The first of the seven snapshots has left; that of the system prompt stays.
     assert n_found(cache, turns[0]) == 6
     assert n_found(cache, turns[1]) == len(turns[1])
     cache.trim_to(n_bytes=cache.nbytes - 1)
     cache.trim_to(n_bytes=cache.nbytes - 1)
     cache.trim_to(n_bytes=cache.nbytes - 1)
-    # Three that follow each other stay for the next turn.
+    # The last three snapshots stay for the next turn.
     assert [n_found(cache, t) for t in turns[3:]] == [6, *map(len, turns[4:])]
     assert cache.stats().evictions == {"evicted": 0, "expired": 0, "superseded": 4}
 
@@ -317,7 +317,7 @@ def test_superseded_states_of_a_chat_leave_before_what_is_of_use():
 def test_chat_whose_states_do_not_fit_together_goes_on():
     one = make_cache()
     insert(one, b"turn one", kind="ArraysCache")
-    # Room for one state.
+    # Room for one snapshot.
     cache = make_cache(LRU, one.nbytes)
     for n in range(1, 6):
         insert(cache, b"turn one" * n, kind="ArraysCache")
@@ -347,7 +347,7 @@ def test_stats_count_what_was_found_and_saved():
         insert(cache, text)
     assert n_found(cache, b"nothing") == 0
     stats = cache.stats()
-    # "system", " ", "one", "t" ... : each once.
+    # The tokens of "system", " ", "one", "t" and so on are each stored once.
     assert (stats.tokens, stats.bytes) == (16, cache.nbytes)
     assert stats.bytes == 16 * TOKEN
     assert stats.bytes_saved == 3 * 10 * TOKEN - stats.bytes
@@ -400,7 +400,7 @@ def test_slru_resists_a_scan(policy, survives):
 
 
 def slru_with_used_entries(n_tokens):
-    """Room for so many tokens, and five sequences of 8 that were used once."""
+    """A cache with room for ``n_tokens``, and five texts of 8 tokens that were used once."""
     cache = make_cache(SLRU, n_tokens * TOKEN)
     texts = [bytes([65 + i]) * 8 for i in range(5)]
     for text in texts:
@@ -411,7 +411,7 @@ def slru_with_used_entries(n_tokens):
 
 def test_slru_protects_four_fifths_at_most():
     cache, texts = slru_with_used_entries(40)
-    # 40 tokens are wanted, 32 can be protected: the oldest has to go.
+    # 40 tokens were used and 32 can be protected: the oldest text is evicted.
     insert(cache, b"new one.")
     assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
     assert n_found(cache, b"new one.") == 8
@@ -419,7 +419,7 @@ def test_slru_protects_four_fifths_at_most():
 
 def test_slru_gives_what_lost_its_protection_another_chance():
     cache, texts = slru_with_used_entries(48)
-    # It is older than what comes now, and no more protected.
+    # The first text is older than these two, and is no longer protected.
     insert(cache, b"newer...")
     insert(cache, b"newest..")
     assert [n_found(cache, text) for text in texts] == [0, 8, 8, 8, 8]
@@ -440,7 +440,7 @@ def test_slru_follows_a_split():
 
 def test_gdsf_prefers_what_is_used_and_costs_much_for_its_bytes():
     cache = make_cache(GDSF)
-    # A state of the same size is worth more after more tokens.
+    # Snapshots have one size: that of more tokens costs more to make again.
     insert(cache, b"short", kind="ArraysCache")
     insert(cache, b"a long prompt", kind="ArraysCache")
     cache.trim_to(n_sequences=1)

@@ -1,11 +1,17 @@
-"""What is raised that is no ``Exception``, and what ends the generation thread."""
+"""Errors that are not an ``Exception``, and what ends the generation thread or the process."""
 
+import http.client
+import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from conftest import server_process
-from helpers import Reference, call, complete, plugin, read, submit, texts
+from helpers import JSON, Reference, call, complete, plugin, read, submit, texts
 
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
@@ -154,3 +160,77 @@ def mlx_lm_make_logits_processors(request):
         assert process.wait(60) == 1
     assert "The generation thread has failed" in "".join(lines)
     assert lines[-1].startswith("mlx_lm.batch_server: error: the generation thread")
+
+
+# A plugin that makes a method of the model provider block for ever: when it is called for
+# another model than the default one, or at its first call if ``where`` is "start".
+BLOCKING = """
+import __main__, sys, threading
+from mlx_lm_ext import hookimpl
+
+def block(method, where):
+    def run(self, model):
+        if where == "start" or model not in (self.default_key, DEFAULT):
+            print("blocked", file=sys.stderr, flush=True)
+            threading.Event().wait()
+        return method(self, model)
+    return run
+
+@hookimpl
+def mlx_lm_register_samplers():
+    from mlx_lm.server import ModelDescription
+    from mlx_lm_ext.engine.models import BatchModelProvider
+    from mlx_lm_ext.server import http_server
+
+    global DEFAULT
+    DEFAULT = ModelDescription("default_model", "default_model", None)
+    __main__.STOP_TIMEOUT = http_server.CLOSE_TIMEOUT = 0.1
+    method = "{method}"
+    blocked = block(getattr(BatchModelProvider, method), "{where}")
+    setattr(BatchModelProvider, method, blocked)
+    return []
+"""
+
+
+@pytest.mark.parametrize(
+    "method, where",
+    [
+        # The generation thread, before the server serves.
+        ("switch_to", "start"),
+        # The generation thread, for a request that names another model.
+        ("switch_to", "request"),
+        # The handler thread of such a request, which may download the model.
+        ("describe", "request"),
+    ],
+)
+def test_signal_ends_a_server_that_is_loading_or_downloading(
+    method, where, tmp_path, model_folder
+):
+    source = BLOCKING.replace("{method}", method).replace("{where}", where)
+    (tmp_path / "blocking.py").write_text(source)
+    shutil.copytree(model_folder(), tmp_path / "other")
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
+    command += ["--model", str(model_folder()), "--no-warmup", "-p", "blocking"]
+    command += ["--allow-models", "any"]
+    with ExitStack() as opened:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        opened.enter_context(process)
+        opened.callback(process.kill)
+        lines, is_serving = [], False
+        for line in process.stderr:
+            lines.append(line)
+            if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
+                is_serving = True
+                client = http.client.HTTPConnection("127.0.0.1", int(match[1]))
+                opened.callback(client.close)
+                body = {"prompt": "x", "model": str(tmp_path / "other")}
+                client.request("POST", "/v1/completions", json.dumps(body), JSON)
+            if line == "blocked\n":
+                break
+        else:
+            pytest.fail("".join(lines))
+        assert is_serving == (where == "request")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""Images of requests: what is looked at, what is fetched, and what a client is told."""
+"""Images of requests: checks, what is fetched, and what a client is told."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from test_api import CHAT
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import images
 from mlx_lm_ext.request.images import fetch, inline_images, is_public
-from mlx_lm_ext.request.preparation import Preparation, Preparations
+from mlx_lm_ext.request.preparation import Preparations
 
 
 def png(width=3, height=2):
@@ -35,12 +35,12 @@ def data_url(raw):
 
 def inline(*urls, allow_urls=False, preparation=None):
     parts = [part(url) for url in urls]
-    inline_images(parts, allow_urls, preparation or Preparation())
+    inline_images(parts, allow_urls, preparation or Preparations().begin())
     return [p["image_url"]["url"] for p in parts]
 
 
 class Site(BaseHTTPRequestHandler):
-    """A server with images, and with what is none."""
+    """A web site with an image and other answers."""
 
     seen = []
 
@@ -75,7 +75,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """The URL of a site on an address that is taken for a public one."""
+    """The URL of a site whose address counts as public."""
     monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     monkeypatch.setattr(Site, "seen", [])
     server = HTTPServer(("127.0.0.1", 0), Site)
@@ -107,7 +107,7 @@ def test_data_url_is_an_image():
         [],
     ],
 )
-def test_what_is_no_image_in_the_request_is_refused(url):
+def test_part_that_is_not_an_image_is_refused(url):
     with pytest.raises(RequestError) as error:
         inline(url)
     assert (error.value.status, error.value.param) == (400, "messages")
@@ -122,7 +122,7 @@ def test_image_that_would_fill_the_memory_is_refused():
         inline(
             data_url(bomb + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
         )
-    with pytest.raises(RequestError, match="in all"):
+    with pytest.raises(RequestError, match="all images together"):
         inline(*[data_url(png(2000, 2000))] * 11)
     with pytest.raises(RequestError, match="64"):
         inline(*[data_url(png())] * 65)
@@ -183,7 +183,7 @@ def test_image_is_not_fetched_unless_that_is_allowed(site):
 
 
 def test_image_is_fetched_from_where_that_is_allowed(site):
-    assert fetch(f"{site}/image", Preparation()) == png()
+    assert fetch(f"{site}/image", Preparations().begin()) == png()
     (url,) = inline(f"{site}/to?{site}/image", allow_urls=True)
     assert base64.b64decode(url.partition(",")[2]) == png()
 
@@ -196,7 +196,9 @@ def test_name_of_which_one_address_is_private_is_not_connected_to(monkeypatch):
         inline("http://both.example/", allow_urls=True)
 
 
-def test_fetch_tells_nothing_of_the_other_side(site, monkeypatch, caplog):
+def test_error_of_a_fetch_does_not_depend_on_the_answer_of_the_site(
+    site, monkeypatch, caplog
+):
     with socket.create_server(("127.0.0.1", 0)) as banner, socket.socket() as closed:
 
         def greet():

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
-from mlx_lm_ext.cache.kinds import make_segmented_cache, tidy
+from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.device import device_memory, give_back_freed
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
@@ -27,7 +27,7 @@ def test_size_is_that_of_the_caches(architecture, n_tokens, model_folder):
     rows = [make_segmented_cache(model) for _ in range(3)]
     caches = [row[0].merge(list(row)) for row in zip(*rows)]
     for n in (n_tokens - 1, 1):
-        tidy(caches)
+        prepare_step(caches)
         model(mx.zeros((3, n), dtype=mx.int32), cache=caches)
     held, size = sum(c.nbytes for c in caches), KVMemory(model).nbytes(3, n_tokens)
     if n_tokens > 256 and architecture == "gemma3_text":

@@ -1,4 +1,4 @@
-"""The log: lines never stop who writes them."""
+"""The log: it never blocks a thread that writes lines."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from mlx_lm_ext.log import LogWriter
 
 @pytest.fixture
 def root():
-    """The root logger, which is as it was after the test."""
+    """The root logger, restored after the test."""
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     yield logger
@@ -37,7 +37,7 @@ def test_lines_that_find_the_queue_full_are_dropped_and_counted(root, capsys):
 
     handler.emit = wait
     logging.info("first")
-    # It is with the writer, and not in the queue.
+    # The first line has left the queue.
     assert entered.wait(60)
     for i in range(10):
         logging.info(f"line {i}")

@@ -5,17 +5,16 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 from helpers import call, complete, submit
+from huggingface_hub import constants
 from mlx_lm.server import ModelDescription
 from tiny_models import make_adapter
 
 from mlx_lm_ext.engine import models as model_provider
 from mlx_lm_ext.engine.models import MAX_DESCRIBED
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.server import api
 
 MODELS = "--allow-models"
 
@@ -114,6 +113,18 @@ def test_model_of_the_cache_is_loaded_from_there_alone(
     assert call(port, "POST", "/v1/completions", body)[0] == 404
 
 
+def cache_repository(cache, name, files, links=()):
+    """Make a repository in a Hugging Face cache."""
+    snapshot = cache / name / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / name / "refs").mkdir()
+    (cache / name / "refs" / "main").write_text("0123")
+    for file in files:
+        (snapshot / file).touch()
+    for file in links:
+        (snapshot / file).symlink_to("nowhere")
+
+
 @pytest.mark.parametrize(
     "argv, listed",
     [
@@ -123,10 +134,17 @@ def test_model_of_the_cache_is_loaded_from_there_alone(
         ([MODELS, "any"], ["a/model", "b/model"]),
     ],
 )
-def test_models_that_may_be_named_are_listed(argv, listed, start_server, monkeypatch):
-    repos = [SimpleNamespace(repo_id=f"{x}/model") for x in "ba"]
-    monkeypatch.setattr(api, "scan_cache_dir", lambda: SimpleNamespace(repos=repos))
-    monkeypatch.setattr(api, "holds_mlx_model", lambda repo: True)
+def test_models_that_may_be_named_are_listed(
+    argv, listed, start_server, monkeypatch, tmp_path
+):
+    files = ["config.json", "tokenizer_config.json", "model.safetensors"]
+    cache_repository(tmp_path, "models--b--model", files)
+    cache_repository(tmp_path, "models--a--model", files)
+    cache_repository(tmp_path, "datasets--a--set", files)
+    cache_repository(tmp_path, "models--a--tokenizer", files[:2])
+    cache_repository(tmp_path, "models--a--half", files[:2], links=files[2:])
+    (tmp_path / "models--a--nothing").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     engine, port = start_server("llama", *argv)
     _, answer = call(port, "GET", "/v1/models")
     names = [model["id"] for model in answer["data"]]

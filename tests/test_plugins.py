@@ -16,7 +16,7 @@ import pytest
 from helpers import ALONE, JSON, Always, call, complete, plugin, read, stream, submit
 
 from mlx_lm_ext import hookimpl, hookspecs
-from mlx_lm_ext.batch_server import make_parser, parse_arguments
+from mlx_lm_ext.arguments import make_parser, parse_arguments
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import (
     BatchSampler,

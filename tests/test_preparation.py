@@ -1,4 +1,4 @@
-"""What is done for a request before the engine has it, and what ends that."""
+"""The preparation of a request before the engine has it, and what ends it."""
 
 import json
 import socket
@@ -12,11 +12,11 @@ from test_api import CHAT, HELLO, post_whole
 
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import tokenizing
-from mlx_lm_ext.request.preparation import Interrupted, Preparation, Preparations
+from mlx_lm_ext.request.preparation import Interrupted, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
-from mlx_lm_ext.server import connection as http_server
+from mlx_lm_ext.server import http_server
 
-# Takes hours, and writes nothing.
+# For one content, a template that runs for hours and writes nothing.
 ENDLESS = (
     "{% if messages[0].content == 'endless' %}"
     "{% for i in range(99999) %}{% for j in range(99999) %}"
@@ -35,7 +35,7 @@ def loop():
 
 @pytest.fixture
 def watch():
-    """Lets a thread look after preparations, as the server does."""
+    """Starts a thread that checks the preparations of a server again and again."""
     stop, threads = threading.Event(), []
 
     def start(server):
@@ -54,7 +54,7 @@ def watch():
 
 @pytest.fixture
 def limit_preparing(monkeypatch):
-    """Bounds what the servers of this test prepare; gives their preparations."""
+    """Sets the limits of preparations in this test; gives the ``Preparations``."""
 
     def limit(n, seconds):
         made = Preparations(n, seconds)
@@ -93,7 +93,7 @@ def test_step_is_interrupted(reason, error, text, watch):
     # The turn was given back.
     server.stopping = False
     running.clear()
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         pass
 
 
@@ -110,14 +110,14 @@ def test_step_that_catches_everything_is_interrupted_again(watch):
         loop()
 
     watch(server)
-    preparation = server.begin(lambda: False)
+    preparation = server.begin()
     with pytest.raises(RequestError), preparation.turn():
         preparation.run(step)
     assert caught == [Interrupted] * 2
 
 
 def test_interruption_never_comes_after_the_step():
-    """Whenever another thread looks, ``run`` gives the result or raises the reason."""
+    """Whenever it is interrupted, ``run`` returns the result or raises the reason."""
     server = Preparations(seconds=60)
     stop = threading.Event()
     current = []
@@ -133,7 +133,7 @@ def test_interruption_never_comes_after_the_step():
     results = {"done": 0, "ended": 0}
     try:
         for i in range(3000):
-            preparation = server.begin(lambda: False)
+            preparation = server.begin()
             current.append(preparation)
             try:
                 preparation.run(lambda: sum(range(i % 300)))
@@ -149,12 +149,12 @@ def test_interruption_never_comes_after_the_step():
 
 def test_only_so_many_are_prepared_at_once():
     server = Preparations(n=1, seconds=0.1)
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         with pytest.raises(RequestError) as error:
-            with server.begin(lambda: False).turn():
+            with server.begin().turn():
                 pass
     assert error.value.status == 503
-    with server.begin(lambda: False).turn():
+    with server.begin().turn():
         pass
 
 
@@ -172,7 +172,7 @@ def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
     _, port = start_server("llama", "--chat-template", ENDLESS)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(ENDLESS_CHAT)
-    # It needs the one turn that there is.
+    # This needs the only turn, so the endless template has ended.
     assert complete(port, "hello", max_tokens=2)
 
 
@@ -270,7 +270,7 @@ def test_text_of_which_a_part_does_not_fit_is_not_tokenised_as_a_whole(
 def test_bounded_prompt_is_that_of_the_tokenizer(start_engine):
     engine = start_engine()
     (model,) = engine.model_provider._served.values()
-    bounded = model.bounded_tokenizer("messages", Preparation())
+    bounded = model.bounded_tokenizer("messages", Preparations().begin())
     for arguments in ({}, {"add_generation_prompt": True}, {"tokenize": False}):
         expected = model.tokenizer.apply_chat_template(HELLO, **arguments)
         assert bounded.apply_chat_template(HELLO, **arguments) == expected

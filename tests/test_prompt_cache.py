@@ -24,8 +24,8 @@ from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 from tiny_models import CONFIGS, UNBATCHABLE, make_adapter, make_model
 
 from mlx_lm_ext import demo_model
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.batch.batch import Batch
-from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL, write_model
 from mlx_lm_ext.cache import prompt_cache as radix_cache
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache

@@ -1,4 +1,4 @@
-"""The radix prompt cache against a plain dictionary, and what it promises beside."""
+"""The radix prompt cache, compared with a dictionary of whole sequences."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def common(a, b):
 
 
 class Dictionary:
-    """What was inserted, each sequence whole."""
+    """Keeps each inserted sequence whole, for a model whose KV can be cut or not."""
 
     def __init__(self, is_cut):
         self.is_cut = is_cut
@@ -32,7 +32,7 @@ class Dictionary:
         self.sequences.append((model, tokens))
 
     def longest(self, model, tokens):
-        """How many tokens of a prompt are known, if one of them has to run."""
+        """How many tokens of a prompt are known, without its last one."""
         best = 0
         for owner, known in self.sequences:
             n = min(common(known, tokens), len(tokens) - 1)
@@ -41,7 +41,7 @@ class Dictionary:
         return best
 
 
-# Prompts that share their beginnings: some tokens of a known one, and a few others.
+# Prompts that share prefixes: the first tokens of one of these, and up to two others.
 BASES = [[0] * 14, [0, 0, 0, 1] * 4]
 TOKENS = st.builds(
     lambda base, n, end: (base[:n] + end) or [0],
@@ -65,14 +65,14 @@ EXPIRE = st.tuples(st.just("expire"))
 
 
 def insert(cache, known, name, model, tokens, n_prompt, cache_type):
-    """Into the cache and into the dictionary."""
+    """Insert a sequence into the cache and into the dictionary."""
     caches = make(name, tokens, min(n_prompt, len(tokens)))
     cache.insert_cache(model, tokens, caches, cache_type=cache_type)
     known.insert(model, tokens)
 
 
 def check_fetch(cache, name, model, tokens):
-    """A hit holds the KV of just those tokens, and goes on as from cold."""
+    """Check that a hit holds the KV of exactly its tokens, and goes on as from cold."""
     caches, rest = cache.fetch_nearest_cache(model, tokens)
     n = len(tokens) - len(rest)
     assert rest and tokens[n:] == rest

@@ -11,8 +11,8 @@ from helpers import Reference, call, read, stream, submit, texts
 from mlx_lm import sample_utils
 from tiny_models import CONFIGS
 
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.batch.batch import Batch
-from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.request.fields import parse_arguments
 from mlx_lm_ext.sampling import cpu as cpu_sampling

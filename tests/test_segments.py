@@ -1,4 +1,4 @@
-"""What is cut from upstream's caches and joined again."""
+"""How upstream's caches become segments and caches again, and batches of these."""
 
 import random
 import re
@@ -21,16 +21,26 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_lm_ext.bench import join_and_leave
-from mlx_lm_ext.cache.kinds import Layout, leaves, make_segmented_cache, tidy
+from mlx_lm_ext.cache.kinds import (
+    Layout,
+    copy_arrays,
+    flatten,
+    make_segmented_cache,
+    prepare_step,
+)
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
-from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache, SegmentedKVCache, moves
+from mlx_lm_ext.cache.segmented import (
+    BatchSegmentedKVCache,
+    SegmentedKVCache,
+    row_moves,
+)
 from mlx_lm_ext.cache.sliding import BatchSlidingKVCache
 
 TOKENS = list(range(10))
 
 
 def cached(model, *ends, tokens=TOKENS):
-    """A prompt cache into which a sequence came in pieces that end here."""
+    """A prompt cache into which the first tokens were inserted, up to each of ``ends``."""
     cache = RadixPromptCache()
     for end in ends:
         cache.insert_cache("m", tokens[:end], make(model, tokens[:end]))
@@ -42,12 +52,13 @@ def merge(rows):
     return [row[0].merge(list(row)) for row in zip(*rows)]
 
 
-# A batch knows no window that keeps its first tokens.
+# Models that can be batched. Windows that keep their first tokens cannot.
 BATCHABLE = [
     name
     for name, make_caches in MODELS.items()
     if all(
-        hasattr(c, "merge") and not getattr(c, "keep", 0) for c in leaves(make_caches())
+        hasattr(c, "merge") and not getattr(c, "keep", 0)
+        for c in flatten(make_caches())
     )
 ]
 
@@ -116,7 +127,7 @@ def test_hit_costs_one_copy():
         mx.eval([c.state for c in batch])
 
     peak = peak_memory(use)
-    # Both layers' arrays have room for the next tokens.
+    # The arrays of both layers have room for the tokens that follow.
     size = sum(c.nbytes for c in batch)
     assert size <= cache.nbytes * 1.2
     assert peak <= size * 1.05
@@ -135,7 +146,7 @@ def test_insertion_copies_only_what_is_new():
 
 
 def test_segments_own_their_memory():
-    # With one head a slice is contiguous, and MLX would share its parent's buffer.
+    # With one head a slice is contiguous: mx.contiguous would share its parent's buffer.
     before = active_memory()
     mx.clear_cache()
     caches = make("KVCache", list(range(40)))
@@ -151,7 +162,7 @@ def trimmed(cache, n):
 
 
 def test_states_own_their_memory():
-    # One row of a batch of states is contiguous, however many heads it has.
+    # A row of a batch is contiguous, however many heads it has.
     before = active_memory()
     mx.clear_cache()
     batch = ArraysCache(1)
@@ -167,7 +178,7 @@ def test_hit_is_used_alone_like_the_cache_it_was():
     hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
     assert [c.size() for c in hit] == [9, 9]
     assert not any(c.empty() for c in hit)
-    # Segments are the prompt cache's: they are not counted twice.
+    # Segments belong to the prompt cache, which counts their bytes.
     assert [c.nbytes for c in hit] == [0, 0]
     assert trim_prompt_cache(hit, 4) == 4
     assert contents(hit, 5) == contents(make("KVCache", TOKENS[:5]), 5)
@@ -243,7 +254,7 @@ OPERATIONS = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(operations=OPERATIONS)
 def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
-    """Rows of all lengths join and leave; each holds its own tokens."""
+    """Rows of all lengths join and leave, and each holds its own tokens."""
     batch, rows = [], []
 
     def add(seed):
@@ -265,7 +276,7 @@ def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
         elif what == "leave" and len(rows) > 1:
             n_left = 1 + seed % (len(rows) - 1)
             keep = sorted(random.Random(seed).sample(range(len(rows)), n_left))
-            # As a batch does it, and in order.
+            # The last rows take the places of those that leave, or all stay in order.
             if seed % 2:
                 last = iter([i for i in keep if i >= n_left])
                 keep = [i if i in keep else next(last) for i in range(n_left)]
@@ -282,14 +293,14 @@ def test_rows_that_come_and_go_hold_what_upstreams_rows_hold(operations):
         expected = [x for x in kv(tokens, 0, len(tokens))]
         for found, x in zip((row[0].keys, row[0].values), expected):
             assert mx.array_equal(found, x)
-    # A few spare rows, and columns that no row uses.
+    # There are few spare rows, and few columns that no row uses.
     assert batch[0].keys.shape[0] <= max(2 * len(rows), 2)
     longest = max(map(len, rows))
     assert batch[0].size() <= max(longest + 32, longest * 4 / 3)
 
 
 def layers_of(*lengths):
-    """The layers of a batch whose rows have so many tokens."""
+    """The two layers of a batch with rows of these lengths."""
     rows = [make("KVCache", TOKENS[:n]) for n in lengths]
     return [BatchSegmentedKVCache.merge(list(layer)) for layer in zip(*rows)]
 
@@ -311,16 +322,16 @@ def test_layers_share_where_their_rows_begin():
     layers = layers_of(3, 5)
     for layer, row in zip(layers, layers_of(9)):
         layer.extend(row)
-    tidy(layers)
+    prepare_step(layers)
     assert layers[0].offset is layers[1].offset
     feed([layers[0]], TOKENS, 9, 10)
     assert [layer.offset.tolist() for layer in layers] == [[4, 6, 10], [3, 5, 9]]
 
 
 def test_neighbours_move_together():
-    assert moves([0, 7, 8, 3, 9, 6]) == [(7, 1, 2), (9, 4, 1), (6, 5, 1)]
-    assert moves([3, 4, 5]) == [(3, 0, 3)]
-    assert moves([0, 1]) == []
+    assert row_moves([0, 7, 8, 3, 9, 6]) == [(7, 1, 2), (9, 4, 1), (6, 5, 1)]
+    assert row_moves([3, 4, 5]) == [(3, 0, 3)]
+    assert row_moves([0, 1]) == []
 
 
 @pytest.mark.parametrize("keep", [[5, 0], [4, 5, 2, 3]])
@@ -348,11 +359,11 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row(has_window):
         mx.eval(batch.state)
         return batch
 
-    # In a window, it has tokens that the batch has dropped.
+    # The row of the window still has tokens that the batch has dropped.
     batch, row = rows(16), rows(1, 1100 if has_window else 1000)
     batch.extend(rows(1))
     mx.eval(batch.state)
-    # Of keys and of values, a row and what is in use for a moment.
+    # A copy of one row, and one more while it is written.
     size = row.nbytes
 
     def exchange():
@@ -362,6 +373,40 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row(has_window):
         mx.eval(batch.state)
 
     assert peak_memory(exchange) <= 2 * size
+
+
+@pytest.mark.parametrize(
+    "kept_as, is_in_place",
+    [
+        ("evaluated copies", True),
+        # What may not be done: the step would copy all rows to leave these as they are.
+        ("copies that are not evaluated", False),
+        ("views", False),
+    ],
+)
+def test_row_that_is_extracted_has_to_be_copied_before_the_next_step(
+    kept_as, is_in_place
+):
+    batch = BatchSegmentedKVCache([0] * 8)
+    x = mx.random.normal((8, 2, 1000, 32))
+    batch.update_and_fetch(x, x)
+    mx.eval(batch.state)
+    row = batch.extract(3)
+    kept = [row.keys, row.values]
+    del row
+    if kept_as != "views":
+        kept = copy_arrays(kept, 0, 1000)
+    if kept_as == "evaluated copies":
+        mx.eval(kept)
+
+    def step():
+        new = mx.ones((8, 2, 1, 32))
+        batch.update_and_fetch(new, new)
+        mx.eval(batch.state)
+
+    peak = peak_memory(step)
+    assert (peak < batch.nbytes / 100) == is_in_place
+    assert all(mx.array_equal(k, x[3:4]) for k in kept)
 
 
 def test_joins_and_leaves_are_measured_beside_upstreams(monkeypatch, capsys):

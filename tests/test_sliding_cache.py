@@ -1,4 +1,4 @@
-"""Batches of windows: what each row sees, and who moves when rows come and go."""
+"""Batches of windows: what each token attends to while rows join and leave."""
 
 import random
 
@@ -22,7 +22,7 @@ OPERATIONS = st.lists(
 def run(batch, rows, n):
     """Run ``n`` more tokens of each row, as a model does; checks what each token sees."""
     new = [kv(tokens, len(tokens) - n, len(tokens)) for tokens in rows]
-    batch.drop_old(n_spare=2)
+    batch.drop_old(slack=2)
     mask = batch.make_mask(n, return_array=True)
     if mask is None:
         mask = mx.array(True)
@@ -44,7 +44,7 @@ def test_each_token_sees_the_window_before_it(operations):
     def add(seed):
         rng = random.Random(seed)
         tokens = [rng.randrange(250) for _ in range(rng.choice([1, 5, WINDOW, 30]))]
-        # A prompt in one piece, and the tokens after it.
+        # The prompt is run at once, and the tokens after it one by one.
         alone = SlidingKVCache(WINDOW)
         n_prompt = rng.randint(1, len(tokens))
         for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, 30))]:
@@ -53,7 +53,7 @@ def test_each_token_sees_the_window_before_it(operations):
         batch.extend(SlidingKVCache.merge([alone]))
         rows.append(tokens)
 
-    # Of the row that it began with, nothing is left.
+    # The empty row that the batch began with leaves.
     add(1)
     batch.filter([1])
     for what, seed in operations:
@@ -103,12 +103,12 @@ def test_steps_write_in_place_until_it_is_time_to_drop():
 
     def steps():
         for _ in range(100):
-            batch.drop_old(n_spare=100)
+            batch.drop_old(slack=100)
             batch.update_and_fetch(x[:, :, :1], x[:, :, :1])
             mx.eval(batch.state)
 
     assert peak_memory(steps) < batch.nbytes / 10
-    batch.drop_old(n_spare=100)
+    batch.drop_old(slack=100)
     assert batch.size() == 900
-    batch.drop_old(n_spare=99)
+    batch.drop_old(slack=99)
     assert batch.size() == 800

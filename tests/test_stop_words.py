@@ -1,4 +1,4 @@
-"""The first stop word in a text, however the text comes."""
+"""The first stop word of a text is found however the text is cut into pieces."""
 
 import gc
 import random

@@ -23,7 +23,7 @@ from mlx_lm.generate import (
 )
 from mlx_lm.server import _make_logits_processors
 
-from ..cache.kinds import leaves, tidy
+from ..cache.kinds import flatten, prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed, on_cpu
 from ..sampling.groups import RowSampler, SamplerGroups
@@ -97,7 +97,7 @@ def is_at_last_token(segments: List[List[int]]) -> bool:
 
 def segmented(caches: List[Any]) -> List[BatchSegmentedKVCache]:
     """Those of the caches of a batch that rows join and leave in place."""
-    return [c for c in leaves(caches) if isinstance(c, BatchSegmentedKVCache)]
+    return [c for c in flatten(caches) if isinstance(c, BatchSegmentedKVCache)]
 
 
 def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
@@ -142,7 +142,7 @@ class LeanPromptBatch(PromptProcessingBatch):
         lengths = [len(row) for row in tokens]
         width = max(lengths)
         padding = [width - n for n in lengths]
-        tidy(self.prompt_cache)
+        prepare_step(self.prompt_cache)
         if any(padding):
             tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
@@ -242,7 +242,7 @@ class LeanGenerationBatch(GenerationBatch):
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, logprobs
-        tidy(self.prompt_cache)
+        prepare_step(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
         logits, to_evaluate = self.apply_logits_processors(inputs, logits)

@@ -9,10 +9,10 @@ from typing import Any, Collection, Optional
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from ..cache.kinds import Layout, leaves, nbytes
-from ..cache.segmented import MIN_PADDING
+from ..cache import growth
+from ..cache.kinds import Layout, flatten, nbytes
 from ..device import device_memory
 from ..errors import RequestError
 from ..interfaces import RequestInfo
@@ -44,15 +44,15 @@ class KVMemory:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
         self.layers = [
             (kind, nbytes(kind.arrays(cache)))
-            for kind, cache in zip(layout.kinds, leaves(caches))
+            for kind, cache in zip(layout.kinds, flatten(caches))
         ]
 
     def nbytes(self, n_rows: int, n_tokens: int) -> int:
         """Bytes of ``n_rows``, each padded to ``n_tokens``."""
-        n_tokens = -(-n_tokens // KVCache.step) * KVCache.step
+        n_tokens = growth.capacity(n_tokens)
         total = 0
         for kind, of_one in self.layers:
-            kept = kind.n_in_batch(n_tokens)
+            kept = kind.batch_capacity(n_tokens)
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 
@@ -70,12 +70,11 @@ class KVMemory:
         # A batch goes on where it is. When a row leaves, it gives up padding of a quarter.
         begun = max(end, *(r.n_prompt + r.n_generated for r in requests))
         begun += max(r.max_tokens - r.n_generated for r in requests)
-        width = max(longest, min(begun, max(longest * 4 // 3, longest + MIN_PADDING)))
+        width = max(longest, min(begun, growth.max_width(longest)))
         if n_rows:
             # A copy without that padding ends anywhere in a step of the arrays.
-            width += KVCache.step
-        # Arrays that have to grow get spare rows.
-        return self.nbytes(max(n_rows, len(requests) + len(requests) // 4), width)
+            width += growth.STEP
+        return self.nbytes(max(n_rows, growth.max_rows(len(requests))), width)
 
     def fits(self, requests: Collection[RequestInfo], *shape: int) -> bool:
         """Whether they fit into the limit; see ``needed``."""

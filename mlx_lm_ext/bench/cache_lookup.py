@@ -1,8 +1,8 @@
-"""How long lookups and insertions take, beside those of mlx-lm's LRUPromptCache.
+"""Time lookups and insertions, in comparison with mlx-lm's LRUPromptCache.
 
     python -m mlx_lm_ext.bench.cache_lookup
 
-The one layer's KV is tiny: what is timed is finding it.
+The KV is tiny, so that only the work on the tree is timed.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def make_caches(n: int) -> List[KVCache]:
 def fill(
     cache: LRUPromptCache, prompt: List[int], n: int, where: Callable[[int], int]
 ) -> None:
-    """Keep a prompt, and ``n`` conversations: each follows it until ``where(i)``."""
+    """Insert a prompt and ``n`` conversations. The i-th has the first ``where(i)`` tokens of
+    the prompt, and others after them."""
     cache.insert_cache("model", prompt, make_caches(len(prompt)))
     for i in range(n):
         tokens = [*prompt[: where(i)], -i - 1, *prompt[:500]]

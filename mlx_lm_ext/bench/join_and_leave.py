@@ -1,4 +1,4 @@
-"""What it costs that a row joins a batch, or leaves it, beside mlx-lm's BatchKVCache.
+"""Time rows that join and leave a batch, in comparison with mlx-lm's BatchKVCache.
 
 python -m mlx_lm_ext.bench.join_and_leave
 """
@@ -20,7 +20,7 @@ HEADS, HEAD_DIM = 4, 64
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="join_and_leave",
-        description="Time rows that join a batch's KV, and leave it.",
+        description="Time rows that join and leave the KV of a batch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -53,7 +53,7 @@ def make(cls: Type, n_rows: int, args: argparse.Namespace) -> List[Any]:
 
 
 def join(caches: List[Any], row: List[Any]) -> float:
-    """Milliseconds that it takes for a row to join."""
+    """Milliseconds in which a row joins."""
     start = time.perf_counter()
     for cache, other in zip(caches, row):
         cache.extend(other)
@@ -62,7 +62,7 @@ def join(caches: List[Any], row: List[Any]) -> float:
 
 
 def leave(caches: List[Any], n_rows: int) -> float:
-    """Milliseconds that it takes for the first row to leave; the last takes its place."""
+    """Milliseconds in which the first row leaves and the last takes its place."""
     start = time.perf_counter()
     for cache in caches:
         cache.filter([n_rows - 1, *range(1, n_rows - 1)])
@@ -71,13 +71,13 @@ def leave(caches: List[Any], n_rows: int) -> float:
 
 
 def main() -> None:
-    """Print the times, and how often they are shorter here."""
+    """Print the times and their ratios."""
     args = make_parser().parse_args()
     times = {}
     for _ in range(args.rounds):
         for cls in (BatchKVCache, BatchSegmentedKVCache):
             caches = make(cls, args.rows - 1, args)
-            # The first to join brings some spare rows with it.
+            # For the first row that joins the arrays grow, and get spare rows.
             join(caches, make(cls, 1, args))
             decode(caches, args.rows)
             ms = leave(caches, args.rows)

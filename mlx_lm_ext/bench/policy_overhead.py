@@ -15,8 +15,8 @@ blas.load()
 
 import mlx.core as mx
 
+from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.batch.batch import Batch
-from mlx_lm_ext.batch_server import make_parser
 from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.random_model import LLAMA, write_model
 from mlx_lm_ext.engine.models import BatchModelProvider

@@ -1,2 +1,3 @@
-"""The radix prompt cache: its tree, how the KV of each cache type of mlx-lm is cut and
-joined, and the KV of a batch that rows join in place. Knows no plugins."""
+"""The radix prompt cache: its tree, how each of mlx-lm's cache types is cut and put together
+again, and batch caches that rows join and leave in place. It knows no plugins: whoever
+makes a prompt cache gives it an eviction policy."""

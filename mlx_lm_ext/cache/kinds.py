@@ -1,10 +1,11 @@
-"""How each of upstream's cache types is cut into segments, joined again and frozen.
+"""How each of upstream's cache types becomes segments or a snapshot, and a cache again.
 
 Rules:
-1. A segment is the KV of a run of tokens in one layer, in arrays of its own: an MLX
-   slice would keep all of its parent in memory.
-2. What cannot be cut, or has dropped tokens, is frozen: its state after n tokens.
-3. The arrays are lazy. Who keeps them evaluates them.
+1. A segment is the KV of a run of tokens in one layer. Its arrays own their memory: an MLX
+   slice would keep the whole array that it was cut from.
+2. A snapshot is the state of a layer after n tokens. Layers have snapshots if their state
+   cannot be cut at a token, or if tokens were dropped from it.
+3. The arrays made here are lazy. Who keeps them evaluates them.
 """
 
 from dataclasses import dataclass
@@ -21,25 +22,34 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from .row_starts import Rows
+from . import growth
+from .row_starts import RowStarts
 from .segmented import (
     Arrays,
     BatchSegmentedKVCache,
     SegmentedKVCache,
-    join,
+    concatenate,
+    n_tokens_of,
     slices,
 )
-from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order, spare
+from .sliding import BatchSlidingKVCache, SlidingKVCache, in_order
 
 
-def copy(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
-    """Copies of the arrays, or of their tokens from ``start`` to ``stop``."""
+def copy_arrays(arrays: Arrays, start: int = 0, stop: Optional[int] = None) -> Arrays:
+    """Lazy copies of the arrays that own their memory.
+
+    Args:
+        arrays (Arrays): The arrays of a layer.
+        start (int): With ``stop``, the first token that is copied.
+        stop (Optional[int]): The token after the last; ``None`` copies whole arrays, also
+          those that have no tokens.
+    """
     if stop is not None:
         arrays = slices(arrays, start, stop)
 
     def copied(x):
-        # What is contiguous already, as a row's state or a slice of one head,
-        # mx.contiguous would leave in the buffer of a parent that is only a little larger.
+        # A snapshot, or a slice of one head, is contiguous already. mx.contiguous would
+        # then share the buffer of an array that is only a little larger.
         if stop is None or x.shape[1] == 1:
             return mx.concatenate([x, x[:0]])
         return mx.contiguous(x)
@@ -56,88 +66,97 @@ def nbytes_of_layers(layers: Iterable[Optional[Arrays]]) -> int:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A cache type, with the settings that two caches must share to share segments."""
+class CacheKind:
+    """A cache type, and the settings in which two caches that share KV must agree."""
 
-    def n_tokens(self, cache: Any) -> Optional[int]:
-        """How many tokens a cache has seen, or ``None`` if it does not know."""
+    def n_seen(self, cache: Any) -> Optional[int]:
+        """How many tokens a cache has seen; ``None`` if it does not count them."""
         return cache.offset
 
     def arrays(self, cache: Any) -> Arrays:
-        """What it holds, in order, with nothing that is not in use."""
+        """What a cache holds, with the tokens in order and without unused memory."""
         raise NotImplementedError
 
     def n_kept(self, n: int) -> Optional[int]:
-        """How many of ``n`` tokens it holds, if it can be cut and joined."""
+        """How many tokens a cache holds once it has seen ``n``; ``None`` if it does not
+        hold tokens."""
         return n
 
-    def n_in_batch(self, n: int) -> Optional[int]:
-        """How many of ``n`` tokens, a multiple of 256, a row of a batch has room for."""
+    def batch_capacity(self, n: int) -> Optional[int]:
+        """For how many tokens a row has room in a batch that has room for ``n`` in layers
+        that keep all of them; ``None`` if this does not depend on ``n``."""
         return self.n_kept(n)
 
     def can_cut(self, n: int) -> bool:
-        """Whether a cache of ``n`` tokens can be cut: it has dropped none of them."""
+        """Whether a cache that has seen ``n`` tokens can be cut at each of them: whether
+        it still has them all."""
         return self.n_kept(n) == n
 
-    def holds(self, arrays: Arrays, n: int) -> bool:
-        """Whether ``arrays`` can be what a cache of ``n`` tokens holds."""
+    def is_complete(self, arrays: Arrays, n: int) -> bool:
+        """Whether ``arrays`` have as much as a cache holds once it has seen ``n`` tokens."""
         kept = self.n_kept(n)
         return kept is None or all(x.shape[-2] == kept for x in arrays)
 
-    def build(self, arrays: Arrays, n: int) -> Any:
-        """A cache of ``n`` tokens that takes over ``arrays``."""
+    def from_arrays(self, arrays: Arrays, n: int) -> Any:
+        """A cache that has seen ``n`` tokens and takes over ``arrays``."""
         raise NotImplementedError
 
-    def thaw(self, frozen: Arrays, n: int) -> Any:
-        """A cache of ``n`` tokens from copies of what ``arrays`` gave."""
-        return self.build([None if x is None else x[:] for x in frozen], n)
+    def from_snapshot(self, snapshot: Arrays, n: int) -> Any:
+        """A cache that has seen ``n`` tokens. It leaves the snapshot as it is."""
+        return self.from_arrays([None if x is None else x[:] for x in snapshot], n)
 
-    def join(self, parts: List[Arrays], n: int) -> Any:
+    def from_segments(self, segments: List[Arrays], n: int) -> Any:
         """A cache of the first ``n`` tokens of consecutive segments."""
-        return self.build(join(parts, n), n)
+        return self.from_arrays(concatenate(segments, n), n)
 
 
-class KV(Kind):
+class KVKind(CacheKind):
     def arrays(self, cache):
-        return slices(cache.state[:2], 0, cache.offset)
+        keys, values, offset = cache.state
+        return slices([keys, values], 0, offset)
 
-    def join(self, parts, n):
-        return SegmentedKVCache(parts, n)
+    def from_segments(self, segments, n):
+        return SegmentedKVCache(segments, n)
 
 
 @dataclass(frozen=True)
-class Quantized(Kind):
+class QuantizedKind(CacheKind):
     group_size: int
     bits: int
 
     def arrays(self, cache):
-        return slices([*cache.keys, *cache.values], 0, cache.offset)
+        keys, values, offset, _group_size, _bits = cache.state
+        return slices([*keys, *values], 0, offset)
 
-    def build(self, arrays, n):
-        state = (arrays[:3], arrays[3:], n, self.group_size, self.bits)
+    def from_arrays(self, arrays, n):
+        # Keys and values are tuples: quantised weights, scales and biases.
+        k, k_scales, k_biases, v, v_scales, v_biases = arrays
+        keys, values = (k, k_scales, k_biases), (v, v_scales, v_biases)
+        state = (keys, values, n, self.group_size, self.bits)
         return QuantizedKVCache.from_state(state)
 
 
 @dataclass(frozen=True)
-class Chunked(Kind):
+class ChunkedKind(CacheKind):
     chunk_size: int
 
     def arrays(self, cache):
-        length = cache.offset - cache.start_position
-        # What is over the size is dropped before the next token.
-        excess = max(0, length - self.chunk_size)
-        return slices(cache.state[:2], excess, length)
+        keys, values, offset, chunk_size, start_position = cache.state
+        length = offset - start_position
+        # The model drops these before its next token.
+        excess = max(0, length - chunk_size)
+        return slices([keys, values], excess, length)
 
     def n_kept(self, n):
         return min(n, self.chunk_size)
 
-    def build(self, arrays, n):
-        start = n - arrays[0].shape[-2]
+    def from_arrays(self, arrays, n):
+        start = n - n_tokens_of(arrays)
         return ChunkedKVCache.from_state((*arrays, n, self.chunk_size, start))
 
 
 @dataclass(frozen=True)
-class Rotating(Kind):
+class RotatingKind(CacheKind):
     max_size: int
     keep: int
 
@@ -147,57 +166,90 @@ class Rotating(Kind):
     def n_kept(self, n):
         return min(n, self.max_size)
 
-    def n_in_batch(self, n):
-        room = self.max_size + spare(self.max_size) + 1
-        return min(n, -(-room // KVCache.step) * KVCache.step)
+    def batch_capacity(self, n):
+        return min(n, growth.capacity(growth.window_capacity(self.max_size)))
 
-    def build(self, arrays, n):
-        length = arrays[0].shape[-2]
-        state = (*arrays, n, self.keep, self.max_size, length)
+    def from_arrays(self, arrays, n):
+        state = (*arrays, n, self.keep, self.max_size, n_tokens_of(arrays))
         return (RotatingKVCache if self.keep else SlidingKVCache).from_state(state)
 
 
 @dataclass(frozen=True)
-class State(Kind):
-    """Of a recurrent layer: it is no run of tokens, and does not know how many it saw."""
+class RecurrentKind(CacheKind):
+    """The state of a recurrent layer. It holds no tokens and does not count them."""
 
     size: int
 
-    def n_tokens(self, cache):
+    def n_seen(self, cache):
         return None
 
     def arrays(self, cache):
-        return list(cache.cache)
+        arrays, _left_padding, _lengths = cache.state
+        return list(arrays)
 
     def n_kept(self, n):
         return None
 
-    def build(self, arrays, n):
+    def from_arrays(self, arrays, n):
         return ArraysCache.from_state((arrays, None, None))
 
 
-class Layout:
-    """The kinds of a model's caches. Two that are equal share segments.
-
-    Args:
-        caches (List[Any]): One for each layer.
+def kind_of(cache: Any) -> Any:
+    """The kind of a cache; for a ``CacheList``, the tuple of its caches' kinds.
 
     Raises:
-        TypeError: If one has a type that is not known here.
+        TypeError: If the type of the cache is unknown. The message is its name.
+    """
+    if type(cache) in (KVCache, SegmentedKVCache):
+        return KVKind()
+    if type(cache) in (RotatingKVCache, SlidingKVCache):
+        return RotatingKind(cache.max_size, cache.keep)
+    if type(cache) is ArraysCache:
+        return RecurrentKind(len(cache.cache))
+    if type(cache) is CacheList:
+        return tuple(kind_of(c) for c in cache.caches)
+    if type(cache) is QuantizedKVCache:
+        return QuantizedKind(cache.group_size, cache.bits)
+    if type(cache) is ChunkedKVCache:
+        return ChunkedKind(cache.chunk_size)
+    raise TypeError(f"{type(cache).__module__}.{type(cache).__name__}")
+
+
+def flatten(nested: Iterable[Any]) -> Iterator[Any]:
+    """The caches of a model, or their kinds, with nested ones in the place of each
+    ``CacheList`` or tuple. Each of them is called a layer in this folder."""
+    for item in nested:
+        if isinstance(item, CacheList):
+            yield from flatten(item.caches)
+        elif isinstance(item, tuple):
+            yield from flatten(item)
+        else:
+            yield item
+
+
+class Layout:
+    """The kinds of all caches of a model. Models with equal layouts can share KV.
+
+    Args:
+        caches (List[Any]): The caches of a model.
+
+    Raises:
+        TypeError: If the type of a cache is unknown. The message is its name.
     """
 
     def __init__(self, caches: List[Any]):
         self.key = tuple(kind_of(cache) for cache in caches)
-        self.kinds: List[Kind] = list(flatten(self.key))
+        self.kinds: List[CacheKind] = list(flatten(self.key))
 
     def read(self, caches: List[Any], n: int) -> Tuple[int, List[Arrays]]:
-        """What the caches of a sequence of ``n`` tokens hold, for each layer.
+        """What the caches of a sequence of ``n`` tokens hold.
 
         Returns:
-            Tuple: Of how many tokens, and the arrays: of none if the layers disagree.
+            Tuple: For how many tokens they hold it, at most ``n``, and the arrays of each
+            layer. ``(0, [])`` if the layers do not hold the same tokens.
         """
-        layers = list(leaves(caches))
-        seen = [kind.n_tokens(c) for kind, c in zip(self.kinds, layers)]
+        layers = list(flatten(caches))
+        seen = [kind.n_seen(c) for kind, c in zip(self.kinds, layers)]
         most = max([n, *(x for x in seen if x is not None)])
         seen = [most if x is None else x for x in seen]
         n = min(n, *seen)
@@ -206,14 +258,14 @@ class Layout:
         arrays = []
         for kind, cache, x in zip(self.kinds, layers, seen):
             a = kind.arrays(cache)
-            if not kind.holds(a, x):
+            if not kind.is_complete(a, x):
                 return 0, []
             arrays.append(a if x == n else slices(a, 0, n))
         return n, arrays
 
-    def nest(self, leaves: Iterable[Any]) -> List[Any]:
-        """The opposite of ``leaves``: the model's caches from those of its layers."""
-        rest = iter(leaves)
+    def unflatten(self, layers: Iterable[Any]) -> List[Any]:
+        """The caches of a model from those of its layers: the opposite of ``flatten``."""
+        rest = iter(layers)
 
         def nested(key):
             if isinstance(key, tuple):
@@ -223,42 +275,8 @@ class Layout:
         return [nested(key) for key in self.key]
 
 
-def kind_of(cache: Any) -> Any:
-    """The kind of a cache; of a ``CacheList``, a tuple of them."""
-    if type(cache) in (KVCache, SegmentedKVCache):
-        return KV()
-    if type(cache) in (RotatingKVCache, SlidingKVCache):
-        return Rotating(cache.max_size, cache.keep)
-    if type(cache) is ArraysCache:
-        return State(len(cache.cache))
-    if type(cache) is CacheList:
-        return tuple(kind_of(c) for c in cache.caches)
-    if type(cache) is QuantizedKVCache:
-        return Quantized(cache.group_size, cache.bits)
-    if type(cache) is ChunkedKVCache:
-        return Chunked(cache.chunk_size)
-    raise TypeError(f"{type(cache).__module__}.{type(cache).__name__}")
-
-
-def flatten(nested: Iterable[Any]) -> Iterator[Any]:
-    for item in nested:
-        if isinstance(item, tuple):
-            yield from flatten(item)
-        else:
-            yield item
-
-
-def leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches, with those of each ``CacheList`` in its place."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from leaves(cache.caches)
-        else:
-            yield cache
-
-
 def make_segmented_cache(model: Any) -> List[Any]:
-    """Empty caches of a model, which merge with those that the prompt cache gives."""
+    """Empty caches of a model that merge with those from the prompt cache."""
 
     def segmented(cache):
         if isinstance(cache, CacheList):
@@ -270,16 +288,19 @@ def make_segmented_cache(model: Any) -> List[Any]:
     return [segmented(cache) for cache in make_prompt_cache(model)]
 
 
-def tidy(caches: List[Any]) -> None:
-    """Drop the tokens that have left the windows, now and then; and let the layers in
-    which rows begin at the same places share what says so."""
-    known: List[Rows] = []
-    for c in leaves(caches):
+def prepare_step(caches: List[Any]) -> None:
+    """Prepare the caches of a batch for the next step of the model.
+
+    Windows drop old tokens if they have many. Layers whose rows start alike share one
+    ``RowStarts``.
+    """
+    distinct: List[RowStarts] = []
+    for c in flatten(caches):
         if isinstance(c, BatchSlidingKVCache):
-            c.drop_old(spare(c.max_size))
+            c.drop_old(growth.window_slack(c.max_size))
         if isinstance(c, BatchSegmentedKVCache):
-            same = [rows for rows in known if rows is c.rows or rows == c.rows]
+            same = [r for r in distinct if r is c.row_starts or r == c.row_starts]
             if same:
-                c.rows = same[0]
+                c.row_starts = same[0]
             else:
-                known.append(c.rows)
+                distinct.append(c.row_starts)

@@ -1,10 +1,11 @@
-"""KV kept between requests: radix trees within a bound.
+"""The KV that is kept between requests: radix trees of a bounded size.
 
 Rules:
-1. The bound counts the trees and the running batch. Room is made before anything is kept.
-2. States that later ones supersede leave first. Then leaves do, those of the lowest
-   priority first: what prompts begin with outlives what follows it.
-3. What a lookup gives was checked: each layer holds just the tokens that it says.
+1. The bound in bytes counts the trees and the running batch. Room is made before anything
+   is kept.
+2. Superseded snapshots leave first, then leaves in the order of the eviction policy. So
+   what prompts begin with outlives what follows it.
+3. What a lookup gives was checked: each layer holds exactly the tokens that it should.
 """
 
 import heapq
@@ -25,26 +26,29 @@ from .lru import LRU
 from .segmented import Arrays
 from .tree import CacheStats, Match, Node
 
+logger = logging.getLogger(__name__)
+
 UNBOUNDED = 1 << 63
 
-# Tokens that a state at a branch has to save, for it costs as much as one for thousands.
+# A snapshot at a branch is worth its memory, which may be that of thousands of tokens, if
+# it saves at least so many tokens of prefill.
 BRANCH_GAIN = 16
 
 
-def become(entry: Entry, cache_type: str) -> None:
+def set_cache_type(entry: Entry, cache_type: str) -> None:
     """Give an entry another type, except that a system prompt stays one."""
     if entry.cache_type != "system":
         entry.cache_type = cache_type
 
 
 class Sequence(NamedTuple):
-    """What is inserted: the tokens of a prompt, and the KV of exactly these.
+    """What is inserted: the tokens of a prompt and their KV.
 
     Args:
         model (Any): What made the KV.
         layout (Layout): The kinds of the model's caches.
         tokens (List[int]): The tokens.
-        arrays (List[Arrays]): What the cache of each layer holds.
+        arrays (List[Arrays]): For each layer, what its cache holds after the tokens.
         cache_type (str): "system", "user" or "assistant".
     """
 
@@ -62,11 +66,12 @@ class Plan:
     Args:
         root (Node): The root of the tree, which may be new.
         node (Node): The last node that has tokens of the sequence.
-        n_known (int): How many of the first tokens of the sequence are in the tree.
+        n_known (int): How many tokens of the sequence are in the tree.
         splits (bool): Whether ``node`` is split after these.
         adds (bool): Whether a node is added for the tokens that follow.
         segments (List[Optional[Arrays]]): For each layer, the segment of the new node.
-        frozen (List[Optional[Arrays]]): For each layer, its state after the sequence.
+        snapshot (List[Optional[Arrays]]): For each layer without a segment, its state
+          after the sequence.
     """
 
     root: Node
@@ -75,17 +80,17 @@ class Plan:
     splits: bool = False
     adds: bool = False
     segments: List[Optional[Arrays]] = field(default_factory=list)
-    frozen: List[Optional[Arrays]] = field(default_factory=list)
+    snapshot: List[Optional[Arrays]] = field(default_factory=list)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of what is added."""
-        return nbytes_of_layers((*self.segments, *self.frozen))
+        return nbytes_of_layers((*self.segments, *self.snapshot))
 
     @property
     def is_empty(self) -> bool:
-        """Whether the tree has all of the sequence already."""
-        return not (self.segments or self.frozen)
+        """Whether the tree has the whole sequence already."""
+        return not (self.segments or self.snapshot)
 
 
 class RadixPromptCache(LRUPromptCache):
@@ -98,9 +103,13 @@ class RadixPromptCache(LRUPromptCache):
         max_bytes (int): The most bytes that it and the running batch may hold.
         eviction (Optional[EvictionPolicy]): Says what is evicted first; LRU unless given.
           Its methods must not raise, and the keys of all calls of ``rank`` must be
-          comparable with each other: who lets plugins in wraps a guard around theirs.
-        clock (Clock): Seconds that never go back.
+          comparable with each other. Policies of plugins are wrapped in a guard that
+          sees to this.
+        clock (Clock): Gives seconds that never go back.
     """
+
+    # Bytes of all nodes. ``LRUPromptCache`` computes it in a property.
+    nbytes = 0
 
     def __init__(
         self,
@@ -112,23 +121,20 @@ class RadixPromptCache(LRUPromptCache):
         super().__init__(max_size, max_bytes)
         self.eviction = LRU(Namespace(), clock) if eviction is None else eviction
         self.clock = clock
-        # By model and layout: a quantised cache shares nothing with one that is not.
+        # By model, and then by layout: quantised KV and plain KV cannot be shared.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
         self.nodes: Dict[Entry, Node] = {}
-        self.lazy: List[Node] = []  # have copies that are not made yet
-        self.held = 0
-        self.active = 0
+        # Nodes with copies that ``evaluate`` has to make.
+        self.unevaluated: List[Node] = []
+        # Bytes of the running batch.
+        self.reserved = 0
         self.counts: Counter = Counter()
-        # What was said already.
-        self.unknown: Set[str] = set()
-        self.crowded_out = False
+        # What was logged once and is not logged again.
+        self.unknown_types: Set[str] = set()
+        self.has_warned_of_full_batch = False
 
     def __len__(self):
         return len(self.nodes)
-
-    @property
-    def nbytes(self) -> int:
-        return self.held
 
     @property
     def all_roots(self) -> List[Node]:
@@ -137,13 +143,13 @@ class RadixPromptCache(LRUPromptCache):
     # Lookup
 
     def search(self, model: Any, tokens: List[int]) -> Match:
-        """Find the longest prefix, one token short of the whole prompt at most."""
+        """Find the longest prefix that is known: all but the last token at most."""
         found = [root.search(tokens) for root in self.roots.get(model, {}).values()]
         return max(found, key=lambda match: match.n_tokens, default=Match())
 
     def branch_point(self, model: Any, tokens: List[int]) -> Optional[int]:
-        """After how many tokens a cache should be inserted, so that the next prompt with
-        the same beginning is resumed there; ``None`` if nothing would be gained."""
+        """After how many tokens the caches of a prompt should be inserted, so that the next
+        prompt that branches off there can be resumed; ``None`` if that gains little."""
         match = self.search(model, tokens)
         is_worthwhile = match.n_common >= match.n_tokens + BRANCH_GAIN
         return match.n_common if is_worthwhile else None
@@ -151,10 +157,10 @@ class RadixPromptCache(LRUPromptCache):
     def fetch_nearest_cache(
         self, model: Any, tokens: List[int]
     ) -> Tuple[Optional[List[Any]], List[int]]:
-        """Caches of the longest prefix that is known.
+        """Make caches of the longest prefix that is known.
 
         Args:
-            model (Any): What made the KV: entries of another are not found.
+            model (Any): What made the KV: entries of another model are not found.
             tokens (List[int]): A prompt.
 
         Returns:
@@ -192,8 +198,8 @@ class RadixPromptCache(LRUPromptCache):
 
         Args:
             model (Any): What made the KV.
-            tokens (List[int]): The tokens that the caches have seen. If those hold fewer,
-              as after speculative decoding, the first ones.
+            tokens (List[int]): The tokens that the caches have seen. If the caches hold
+                fewer, as after speculative decoding, they hold the first of them.
             prompt_cache (List[Any]): A cache for each of the model's layers.
             cache_type (str): "system", "user" or "assistant".
         """
@@ -201,23 +207,23 @@ class RadixPromptCache(LRUPromptCache):
         self.evaluate()
 
     def evaluate(self) -> None:
-        """Make the copies of what was inserted: those of several sequences in one call,
-        for after each the generation thread stands behind the handlers."""
-        # Some may have left for the others.
-        there = [node for node in self.lazy if node.entry in self.nodes]
-        self.lazy = []
+        """Make the copies that insertions have left. Several sequences share one call,
+        as the generation thread waits for the device in each."""
+        # Some may have been evicted to make room for the others.
+        kept = [node for node in self.unevaluated if node.entry in self.nodes]
+        self.unevaluated = []
         try:
-            if there:
-                mx.eval([(node.segments, node.frozen) for node in there])
+            if kept:
+                mx.eval([(node.segments, node.snapshot) for node in kept])
         except Exception:
-            # Memory has run out, most likely. Nobody's answer needs what is kept.
-            logging.exception("KV cannot be copied: the prompt cache is emptied")
+            # Most likely there is no memory left. No running request needs what is kept.
+            logger.exception("KV cannot be copied: the prompt cache is emptied")
             self.trim_to(n_bytes=0)
 
     def insert(
         self, model: Any, tokens: List[int], prompt_cache: List[Any], cache_type: str
     ) -> None:
-        """``insert_cache``, but for the copies: see ``evaluate``."""
+        """``insert_cache`` without its last step: the caller calls ``evaluate``."""
         layout = self.layout_of(prompt_cache)
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
@@ -233,15 +239,15 @@ class RadixPromptCache(LRUPromptCache):
             if not self.make_room(plan):
                 return
         elif plan.splits and not (plan.node.children or plan.node.is_resumable):
-            # All that followed the node has left to make room: it leads to nothing.
-            self.drop(plan.node, "evicted")
+            # All that followed the node has left to make room: it is of no use now.
+            self.remove(plan.node, "evicted")
             plan = self.plan(sequence)
             if not self.make_room(plan):
                 return
         self.commit(sequence, plan)
 
     def plan(self, sequence: Sequence) -> Plan:
-        """What has to change in the tree for a sequence; nothing is changed yet."""
+        """Find out what an insertion has to change. Nothing is changed yet."""
         layout, tokens, n = sequence.layout, sequence.tokens, len(sequence.tokens)
         root = self.roots.get(sequence.model, {}).get(layout.key) or Node(layout)
         node, n_known = root.descend(tokens)
@@ -251,33 +257,37 @@ class RadixPromptCache(LRUPromptCache):
             same_type = node.entry.cache_type == sequence.cache_type
             if is_stored and (same_type or not splits):
                 return Plan(root, node, n_known)
-        segments, frozen = node.lacking(sequence.arrays, n_known, n)
-        return Plan(root, node, n_known, splits, n_known < n, segments, frozen)
+        segments, snapshot = node.copy_missing(sequence.arrays, n_known, n)
+        return Plan(root, node, n_known, splits, n_known < n, segments, snapshot)
 
     def make_room(self, plan: Plan) -> bool:
-        """Evict all that has to leave for an insertion, if that is enough."""
+        """Evict what has to leave for an insertion.
+
+        Returns:
+            bool: Whether there is room. If not, nothing was evicted.
+        """
         if plan.is_empty:
             return True
-        keep = plan.node.path
-        n_bytes = self.max_bytes - self.active - plan.n_bytes
+        path = plan.node.path
+        n_bytes = self.max_bytes - self.reserved - plan.n_bytes
         n_nodes = self.max_size - plan.splits - plan.adds
-        # If the way itself is too large, the states on it go: a later one will follow.
-        states = [n for n in keep if n.is_passed]
-        held = sum(n.entry.nbytes for n in keep)
-        if held <= n_bytes:
-            states = []
-        held -= sum(n.frozen_nbytes for n in states)
-        if held > n_bytes or len(keep) > n_nodes:
+        path_bytes = sum(node.entry.nbytes for node in path)
+        # If the path itself is too large, its snapshots leave: a later one will follow.
+        losers = []
+        if path_bytes > n_bytes:
+            losers = [node for node in path if node.can_lose_snapshot]
+            path_bytes -= sum(node.snapshot_nbytes for node in losers)
+        if path_bytes > n_bytes or len(path) > n_nodes:
             return False
-        for passed in states:
-            self.release(passed)
-        self.evict(n_bytes, n_nodes, keep)
+        for node in losers:
+            self.drop_snapshot(node)
+        self.evict(n_bytes, n_nodes, path)
         return True
 
     def commit(self, sequence: Sequence, plan: Plan) -> None:
         """Change the tree as planned. The copies are not evaluated yet."""
         model, layout, tokens = sequence.model, sequence.layout, sequence.tokens
-        # The root may be new, or have been dropped with the last of its nodes.
+        # The root is not there if it is new, or if all its nodes were evicted for this.
         self.roots.setdefault(model, {})[layout.key] = plan.root
         node, now = plan.node, self.clock()
         if plan.splits:
@@ -297,33 +307,37 @@ class RadixPromptCache(LRUPromptCache):
             run = tokens[plan.n_known :]
             node = Node(layout, node, run, plan.segments, entry)
             node.parent.children[run[0]] = self.nodes[entry] = node
-        if any(a is not None for a in plan.frozen):
-            node.frozen = plan.frozen
-        become(node.entry, sequence.cache_type)
+        if any(a is not None for a in plan.snapshot):
+            node.snapshot = plan.snapshot
+        set_cache_type(node.entry, sequence.cache_type)
         node.entry.nbytes += plan.n_bytes
-        self.held += plan.n_bytes
+        self.nbytes += plan.n_bytes
         for used in node.path:
             used.entry.last_hit = now
         if plan.adds:
             self.eviction.on_insert(node.entry)
         if not plan.is_empty:
-            self.lazy.append(node)
+            self.unevaluated.append(node)
 
     def layout_of(self, prompt_cache: List[Any]) -> Optional[Layout]:
-        """The layout of a model's caches, or ``None`` if one is unknown."""
+        """The layout of a model's caches, or ``None`` if the type of one is unknown."""
         try:
             return Layout(prompt_cache)
         except TypeError as e:
-            if str(e) not in self.unknown:
-                self.unknown.add(str(e))
-                logging.warning(f"The prompt cache cannot keep the KV of {e}")
+            if str(e) not in self.unknown_types:
+                self.unknown_types.add(str(e))
+                logger.warning(f"The prompt cache cannot keep the KV of {e}")
             return None
 
     def split(self, node: Node, n: int) -> Node:
-        """Cut a node after the prompt's first ``n`` tokens; gives the upper one."""
+        """Split a node after the prompt's first ``n`` tokens.
+
+        Returns:
+            Node: The upper of the two nodes, which is new.
+        """
         upper = node.split(n)
         self.nodes[upper.entry] = upper
-        self.lazy += [upper, node]
+        self.unevaluated += [upper, node]
         self.eviction.on_split(upper.entry, node.entry)
         return upper
 
@@ -331,73 +345,84 @@ class RadixPromptCache(LRUPromptCache):
 
     def reserve(self, n_bytes: int) -> None:
         """Make room for a running batch that now holds ``n_bytes``."""
-        if n_bytes > self.max_bytes and not self.crowded_out:
-            self.crowded_out = True
-            logging.warning(
+        if n_bytes > self.max_bytes and not self.has_warned_of_full_batch:
+            self.has_warned_of_full_batch = True
+            logger.warning(
                 f"The running requests hold {n_bytes / 1e6:.0f} MB of KV, and they and "
                 f"the prompt cache may hold {self.max_bytes / 1e6:.0f}: nothing is kept; "
                 "see --radix-cache-size"
             )
-        self.active = n_bytes
+        self.reserved = n_bytes
         self.evict(self.max_bytes - n_bytes, self.max_size)
 
     def trim_to(
         self, *, n_sequences: Optional[int] = None, n_bytes: Optional[int] = None
     ) -> None:
-        """Evict until so many entries, and so many bytes, are left at most."""
+        """Evict until at most so many entries, and so many bytes, are left."""
         self.evict(
             UNBOUNDED if n_bytes is None else n_bytes,
             UNBOUNDED if n_sequences is None else n_sequences,
         )
 
     def evict(self, n_bytes: int, n_nodes: int, keep: Collection[Node] = ()) -> None:
-        """Drop superseded states, and then leaves: those of the lowest priority first,
-        and the pinned ones last."""
+        """Drop superseded snapshots, and then remove leaves in the order of the policy.
+
+        Args:
+            n_bytes (int): The most bytes that may be left.
+            n_nodes (int): The most nodes that may be left.
+            keep (Collection[Node]): Nodes that stay, even if too much is left.
+        """
 
         def fits() -> bool:
-            return self.held <= n_bytes and len(self) <= n_nodes
+            return self.nbytes <= n_bytes and len(self) <= n_nodes
 
         if fits():
             return
-        states = [node for root in self.all_roots for node in root.superseded]
-        for node in sorted(states, key=lambda node: node.entry.created):
-            if self.held > n_bytes and self.eviction.evictable(node.entry):
-                self.release(node)
-        kept = set(keep)
-        leaves = [n for n in self.nodes.values() if not n.children and n not in kept]
-        order = count()
+        superseded = [node for root in self.all_roots for node in root.superseded]
+        for node in sorted(superseded, key=lambda node: node.entry.created):
+            if self.nbytes > n_bytes and self.eviction.evictable(node.entry):
+                self.drop_snapshot(node)
+        keep = set(keep)
+        leaves = [n for n in self.nodes.values() if not n.children and n not in keep]
         keys = self.eviction.rank([leaf.entry for leaf in leaves])
+        # Equal keys are compared no further than by this number.
+        order = count()
         heap = [(key, next(order), leaf) for key, leaf in zip(keys, leaves)]
         heapq.heapify(heap)
         while heap and not fits():
             *_, leaf = heapq.heappop(heap)
-            parent = self.drop(leaf, "evicted", kept)
-            if parent.entry and not parent.children and parent not in kept:
-                (key,) = self.eviction.rank([parent.entry])
-                heapq.heappush(heap, (key, next(order), parent))
+            above = self.remove(leaf, "evicted", keep)
+            if above.entry and not above.children and above not in keep:
+                (key,) = self.eviction.rank([above.entry])
+                heapq.heappush(heap, (key, next(order), above))
 
-    def release(self, node: Node) -> None:
-        """Drop the state after a node, and not what others need to get past it."""
-        self.held -= node.frozen_nbytes
-        node.entry.nbytes -= node.frozen_nbytes
-        node.frozen = None
+    def drop_snapshot(self, node: Node) -> None:
+        """Drop the snapshot of a node. Its segments stay: longer prompts need them."""
+        self.nbytes -= node.snapshot_nbytes
+        node.entry.nbytes -= node.snapshot_nbytes
+        node.snapshot = None
         self.counts["superseded"] += 1
 
-    def drop(self, node: Node, reason: str, keep: Collection[Node] = ()) -> Node:
-        """Remove a leaf, and those above that are of no use without it.
+    def remove(self, node: Node, reason: str, keep: Collection[Node] = ()) -> Node:
+        """Remove a leaf, and the nodes above it that are of no use without it.
+
+        Args:
+            node (Node): The leaf.
+            reason (str): "evicted" or "expired".
+            keep (Collection[Node]): Nodes that stay.
 
         Returns:
-            Node: The one above that is left.
+            Node: The lowest node above that is left, which may be the root.
         """
-        dropped = []
-        while not dropped or not (
+        removed = []
+        while not removed or not (
             node.parent is None or node.children or node.is_resumable or node in keep
         ):
             entry, parent = node.entry, node.parent
-            dropped.append(entry)
+            removed.append(entry)
             del self.nodes[entry]
             del parent.children[node.tokens[0]]
-            self.held -= entry.nbytes
+            self.nbytes -= entry.nbytes
             self.counts[reason] += 1
             node = parent
         if node.parent is None and not node.children:
@@ -405,19 +430,19 @@ class RadixPromptCache(LRUPromptCache):
             del roots[node.layout.key]
             if not roots:
                 del self.roots[entry.model_key]
-        for entry in dropped:
+        for entry in removed:
             self.eviction.on_remove(entry, reason)
         return node
 
     def expire(self) -> None:
-        """Drop what the policy says is too old, with all that follows it."""
+        """Remove the entries that the policy calls expired, and all that follows them."""
         for entry in list(self.eviction.expired(self.clock())):
             if entry in self.nodes:
                 for node in reversed(self.nodes[entry].subtree):
                     if node.entry in self.nodes:
-                        self.drop(node, "expired")
+                        self.remove(node, "expired")
 
-    # What there is
+    # Statistics
 
     def stats_by_type(self) -> Dict[str, Dict[str, int]]:
         """Entries and bytes of each cache type."""
@@ -431,11 +456,11 @@ class RadixPromptCache(LRUPromptCache):
         return stats
 
     def stats(self) -> CacheStats:
-        """Takes a time in proportion to the number of entries."""
+        """What it holds. This takes a time in proportion to the number of entries."""
         return CacheStats(
             nodes=len(self),
             tokens=sum(entry.n_tokens for entry in self.nodes),
-            bytes=self.held,
+            bytes=self.nbytes,
             bytes_saved=sum(root.bytes_saved for root in self.all_roots),
             hits=self.counts["hits"],
             misses=self.counts["misses"],

@@ -1,4 +1,4 @@
-"""Where the rows of a batch begin: known without the device, which may be a step behind."""
+"""Where the rows of a batch start, in Python: the device may be a step behind."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,25 +8,29 @@ import mlx.core as mx
 
 
 @dataclass
-class Rows:
-    """Where the rows of a batch begin. Layers that agree share it.
+class RowStarts:
+    """Where the rows of a batch start. Layers whose rows start alike share one object, so
+    that its arrays are made once a step.
 
     Args:
-        starts (List[int]): Which token of each row has the first place. It is negative if
-          so many places before the first token are empty.
+        starts (List[int]): For each row, the index of the token in the first column of
+          the KV arrays. It is negative if the row has so many columns of padding before
+          its first token, and positive if so many tokens of a window were dropped.
     """
 
     starts: List[int]
 
-    # The place that the offsets are for.
+    # The column for which ``offsets`` were computed.
     end = -1
 
     @cached_property
     def padding(self) -> List[int]:
+        """Columns before the first token of each row."""
         return [max(0, -start) for start in self.starts]
 
     @cached_property
     def left_padding(self) -> Optional[mx.array]:
+        """``padding`` as an array of shape (rows,), or ``None`` if no row has any."""
         return mx.array(self.padding) if any(self.padding) else None
 
     @cached_property
@@ -34,14 +38,16 @@ class Rows:
         return mx.array(self.starts)
 
     def offset(self, end: int) -> mx.array:
-        """How many tokens each row has before the place ``end``."""
+        """How many tokens each row has seen if its next one goes into column ``end``:
+        an array of shape (rows,)."""
         if end != self.end:
             self.end, self.offsets = end, self.first + end
         return self.offsets
 
-    def moved(self, n: int) -> "Rows":
-        """The same rows, ``n`` places to the right."""
-        return Rows([start - n for start in self.starts]) if n else self
+    def shift(self, n: int) -> "RowStarts":
+        """The starts of the same rows after they were moved ``n`` columns to the right."""
+        return RowStarts([start - n for start in self.starts]) if n else self
 
-    def filter(self, keep: List[int]) -> "Rows":
-        return Rows([self.starts[i] for i in keep])
+    def filter(self, keep: List[int]) -> "RowStarts":
+        """The starts of the rows at these indices."""
+        return RowStarts([self.starts[i] for i in keep])

@@ -1,12 +1,15 @@
-"""A ``KVCache`` made of segments, and the batch that its rows join and leave in place.
+"""A ``KVCache`` made of segments, and a batch of such rows that changes in place.
 
 Rules:
-1. What is shared is not written to: a cache writes into arrays of its own.
-2. A row joins a batch, or leaves it, with one copy of one row.
+1. Segments are shared and are never written to: a cache writes into arrays of its own.
+2. A row joins or leaves a batch with one copy of one row.
+3. The arrays that ``extract`` gives are views of the batch's arrays. Who keeps them copies
+   them, and evaluates the copies, before the next step of the batch. While a view or a
+   copy that is not evaluated exists, MLX cannot write in place: the step copies all rows.
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -17,93 +20,113 @@ from mlx_lm.models.cache import (
     dynamic_roll,
 )
 
-from .row_starts import Rows
+from . import growth
+from .row_starts import RowStarts
 
-# Places before the first token of all rows that are worth a copy of the others, if they
-# are a quarter of all.
-MIN_PADDING = 32
-
-# The arrays of one layer. Those of a segment have the tokens on the last axis but one.
+# The arrays of one layer. Those of a segment have the shape (..., tokens, dim).
 Arrays = List[Optional[mx.array]]
 
 
 def slices(arrays: Arrays, start: int, stop: int) -> Arrays:
+    """The tokens from ``start`` to ``stop``, as views."""
     return [x[..., start:stop, :] for x in arrays]
 
 
-def join(parts: List[Arrays], n: int) -> Arrays:
-    """The first ``n`` tokens of consecutive segments, in new arrays.
+def n_tokens_of(segment: Arrays) -> int:
+    first, *_ = segment
+    return first.shape[-2]
 
-    A cache writes into its arrays in place; those of the segments must stay as they are.
+
+def concatenate(segments: List[Arrays], n: int) -> Arrays:
+    """The first ``n`` tokens of consecutive segments.
+
+    Returns:
+        Arrays: New array objects, also for a single segment. A cache assigns to slices of
+        its arrays, which must not change the arrays of the segment.
     """
-    joined = [mx.concatenate(x, axis=-2) if len(x) > 1 else x[0] for x in zip(*parts)]
-    return slices(joined, 0, n)
+    whole = [mx.concatenate(x, axis=-2) if len(x) > 1 else x[0] for x in zip(*segments)]
+    return slices(whole, 0, n)
 
 
-def moves(batch_indices: List[int]) -> List[Tuple[int, int, int]]:
-    """The rows that are to move, as runs of neighbours: the first of each, where it goes,
-    and how many they are."""
-    runs: List[Tuple[int, int, int]] = []
-    for place, row in enumerate(batch_indices):
-        if row == place:
+class RowMove(NamedTuple):
+    """Neighbouring rows of a batch that move together.
+
+    Args:
+        source (int): The index of the first of them.
+        target (int): Its index after the move.
+        n (int): How many rows move.
+    """
+
+    source: int
+    target: int
+    n: int
+
+
+def row_moves(batch_indices: List[int]) -> List[RowMove]:
+    """The moves after which the rows at these indices are the first ones, in this order."""
+    moves: List[RowMove] = []
+    for target, source in enumerate(batch_indices):
+        if source == target:
             continue
-        first, to, n = runs[-1] if runs else (0, 0, 0)
-        if n and (row, place) == (first + n, to + n):
-            runs[-1] = first, to, n + 1
+        last = moves[-1] if moves else RowMove(0, 0, 0)
+        if last.n and (source, target) == (last.source + last.n, last.target + last.n):
+            moves[-1] = last._replace(n=last.n + 1)
         else:
-            runs.append((row, place, 1))
-    return runs
+            moves.append(RowMove(source, target, 1))
+    return moves
 
 
 class SegmentedKVCache(KVCache):
-    """A ``KVCache`` whose first tokens are still in the segments that it was made of.
+    """A ``KVCache`` whose first tokens are still in the segments of the prompt cache.
 
-    ``merge`` copies them straight into a batch. They are joined when it is used alone.
+    ``merge`` copies the segments straight into the arrays of a batch. If the cache is used
+    without a batch, they are concatenated first.
 
     Args:
-        parts (List[Arrays]): Consecutive segments: keys and values of each.
-        n (int): How many of their tokens it has.
+        segments (Iterable[Arrays]): Consecutive segments: keys and values of each.
+        n (int): How many of their tokens the cache has.
     """
 
-    parts: List[Arrays] = []
-    # Tokens that are about to follow: a batch makes room for them.
+    segments: List[Arrays] = []
+    # How many tokens are about to follow: ``merge`` makes room for them.
     n_to_come = 0
 
-    def __init__(self, parts: Iterable[Arrays] = (), n: int = 0):
+    def __init__(self, segments: Iterable[Arrays] = (), n: int = 0):
         super().__init__()
-        self.parts = list(parts)
+        self.segments = list(segments)
         self.offset = n
 
-    def join(self) -> None:
-        if self.parts:
-            self.keys, self.values = join(self.parts, self.offset)
+    def leave_segments(self) -> None:
+        """Copy the segments into arrays of this cache."""
+        if self.segments:
+            self.keys, self.values = concatenate(self.segments, self.offset)
 
     @property
     def keys(self) -> Optional[mx.array]:
-        self.join()
-        return self.joined_keys
+        self.leave_segments()
+        return self.own_keys
 
     @keys.setter
     def keys(self, value: Optional[mx.array]) -> None:
-        self.parts = []
-        self.joined_keys = value
+        self.segments = []
+        self.own_keys = value
 
     @property
     def values(self) -> Optional[mx.array]:
-        self.join()
-        return self.joined_values
+        self.leave_segments()
+        return self.own_values
 
     @values.setter
     def values(self, value: Optional[mx.array]) -> None:
-        self.joined_values = value
+        self.own_values = value
 
     def empty(self) -> bool:
-        return not self.parts and super().empty()
+        return not self.segments and super().empty()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its own: segments belong to who keeps them."""
-        return 0 if self.parts else super().nbytes
+        """Bytes of its own arrays. Segments are counted by the prompt cache."""
+        return 0 if self.segments else super().nbytes
 
     @classmethod
     def merge(cls, caches: List[KVCache]) -> "BatchSegmentedKVCache":
@@ -111,56 +134,57 @@ class SegmentedKVCache(KVCache):
 
 
 @dataclass
-class Run:
-    """Neighbouring rows of a batch that begin a segment at the same token.
+class SharedSegment:
+    """A segment that neighbouring rows of a batch have in the same columns.
 
     Args:
-        row (int): The first of them.
-        start (int): The token.
-        part (Arrays): The segment.
-        stop (int): The row after the last.
+        segment (Arrays): The segment.
+        start (int): Its first column.
+        row (int): The first of the rows.
+        stop (int): The row after the last of them.
     """
 
-    row: int
+    segment: Arrays
     start: int
-    part: Arrays
+    row: int
     stop: int
 
 
 class BatchSegmentedKVCache(BatchKVCache):
-    """A ``BatchKVCache`` that rows join and leave without a copy of the others.
+    """A ``BatchKVCache`` that rows join and leave without a copy of the other rows.
 
-    Its arrays may have spare rows. What it extracts is a view of a row, of which the
-    prompt cache copies what it lacks.
+    Its arrays have the shape (rows, heads, columns, dim). They may have spare rows and
+    columns after those in use: ``cache/growth.py`` says how many.
 
     Args:
-        left_padding (List[int]): Of each row.
+        left_padding (List[int]): Columns of padding before the first token of each row.
     """
 
-    # Where ``filter`` is about to move rows, with copies of their keys and values.
-    movers: Optional[List[Tuple[int, mx.array, mx.array]]] = None
-    # Of the tokens that are about to come.
+    # Copies of the rows that ``filter`` is about to move: where to, keys and values.
+    staged: Optional[List[Tuple[int, mx.array, mx.array]]] = None
+    # Padding after the tokens that are about to come, for each row.
     right_padding: Optional[List[int]] = None
 
     def __init__(self, left_padding: List[int]):
-        self.state = None, None, Rows([-n for n in left_padding]), 0
+        self.state = None, None, RowStarts([-n for n in left_padding]), 0
 
     @property
-    def state(self) -> Tuple[Optional[mx.array], Optional[mx.array], Rows, int]:
-        return self.keys, self.values, self.rows, self.end
+    def state(self) -> Tuple[Optional[mx.array], Optional[mx.array], RowStarts, int]:
+        return self.keys, self.values, self.row_starts, self.end
 
     @state.setter
-    def state(self, v: Tuple[Optional[mx.array], Optional[mx.array], Rows, int]):
-        self.keys, self.values, self.rows, self.end = v
+    def state(self, v: Tuple[Optional[mx.array], Optional[mx.array], RowStarts, int]):
+        # ``end`` is the first column that is not in use.
+        self.keys, self.values, self.row_starts, self.end = v
 
     @property
     def offset(self) -> mx.array:
-        """How many tokens each row has."""
-        return self.rows.offset(self.end)
+        """How many tokens each row has seen."""
+        return self.row_starts.offset(self.end)
 
     @property
     def n_rows(self) -> int:
-        return len(self.rows.starts)
+        return len(self.row_starts.starts)
 
     def size(self) -> int:
         return self.end
@@ -178,36 +202,36 @@ class BatchSegmentedKVCache(BatchKVCache):
         if length == 0:
             return batch
         rows = [
-            getattr(c, "parts", None) or ([(c.keys, c.values)] if c.size() else [])
+            getattr(c, "segments", None) or ([(c.keys, c.values)] if c.size() else [])
             for c in caches
         ]
         n_to_come = max(getattr(c, "n_to_come", 0) for c in caches)
-        # An array without room would be copied for the next token.
-        capacity = ((length + n_to_come) // cls.step + 1) * cls.step
+        capacity = growth.merged_capacity(length, n_to_come)
 
-        # Neighbours that share a segment get it with one copy.
-        runs: List[Run] = []
-        found: Dict[Tuple[int, int], Run] = {}
-        for row, (parts, start) in enumerate(zip(rows, padding)):
-            for part in parts:
-                run = found.get((id(part), start))
-                if run is None or run.stop < row:
-                    run = found[id(part), start] = Run(row, start, part, row + 1)
-                    runs.append(run)
-                run.stop = row + 1
-                start += part[0].shape[2]
+        # One copy writes a segment into all neighbouring rows that share it.
+        shared: List[SharedSegment] = []
+        latest: Dict[Tuple[int, int], SharedSegment] = {}
+        for row, (segments, start) in enumerate(zip(rows, padding)):
+            for segment in segments:
+                s = latest.get((id(segment), start))
+                if s is None or s.stop < row:
+                    s = SharedSegment(segment, start, row, row + 1)
+                    latest[id(segment), start] = s
+                    shared.append(s)
+                s.stop = row + 1
+                start += n_tokens_of(segment)
 
         def merged(i: int) -> mx.array:
-            like = runs[0].part[i]
+            like = shared[0].segment[i]
             shape = (len(rows), like.shape[1], capacity, like.shape[3])
             x = mx.zeros(shape, like.dtype)
-            for run in runs:
-                end = min(run.start + run.part[i].shape[2], length)
-                part = run.part[i][..., : end - run.start, :]
-                x[run.row : run.stop, :, run.start : end] = part
+            for s in shared:
+                end = min(s.start + n_tokens_of(s.segment), length)
+                part = s.segment[i][..., : end - s.start, :]
+                x[s.row : s.stop, :, s.start : end] = part
             return x
 
-        batch.state = merged(0), merged(1), batch.rows, length
+        batch.state = merged(0), merged(1), batch.row_starts, length
         return batch
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
@@ -217,18 +241,21 @@ class BatchSegmentedKVCache(BatchKVCache):
     def make_mask(
         self, N: int, return_array: bool = False, window_size: Optional[int] = None
     ) -> Any:
-        """What ``N`` more tokens of each row see. As in a ``KVCache``, it is an array only
-        if it has to be one: other masks have faster kernels."""
+        """What the next ``N`` tokens of each row attend to.
+
+        As in a ``KVCache``, the mask is an array only if it has to be one: the attention
+        is faster without.
+        """
         if window_size is not None and self.end + N <= window_size:
             window_size = None
-        padding = self.rows.left_padding
+        padding = self.row_starts.left_padding
         if padding is None:
             return create_attention_mask(N, self.end, return_array, window_size)
         return create_causal_mask(N, self.end, window_size, left_padding=padding)
 
     def prepare(self, *, lengths: List[int], right_padding: List[int]) -> None:
         if self.keys is not None and self.keys.shape[0] > self.n_rows:
-            # The spare rows would have to be rolled as well.
+            # ``finalize`` rolls all rows of the arrays, and knows no padding of spare ones.
             self.keys = self.keys[: self.n_rows]
             self.values = self.values[: self.n_rows]
         self.right_padding = right_padding
@@ -239,20 +266,22 @@ class BatchSegmentedKVCache(BatchKVCache):
             shifts = mx.array(padding)[:, None]
             self.keys = dynamic_roll(self.keys, shifts, axis=2)
             self.values = dynamic_roll(self.values, shifts, axis=2)
-            self.rows = Rows([s - n for s, n in zip(self.rows.starts, padding)])
+            starts = [s - n for s, n in zip(self.row_starts.starts, padding)]
+            self.row_starts = RowStarts(starts)
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> Tuple[mx.array, mx.array]:
-        n, start, length = self.n_rows, self.end, keys.shape[2]
-        end = self.end = start + length
-        more = -(-length // self.step) * self.step
+        n, start = self.n_rows, self.end
+        end = self.end = start + keys.shape[2]
+        capacity = growth.capacity(end)
         if self.keys is None:
             self.keys, self.values = (
-                mx.zeros((n, x.shape[1], more, x.shape[3]), x.dtype)
+                mx.zeros((n, x.shape[1], capacity, x.shape[3]), x.dtype)
                 for x in (keys, values)
             )
         elif end > self.keys.shape[2]:
+            more = capacity - self.keys.shape[2]
             self.keys, self.values = (
                 mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
@@ -267,75 +296,84 @@ class BatchSegmentedKVCache(BatchKVCache):
         if n_wider > 0:
             self.widen(n_wider, other)
         elif self.keys is not None and n + more > self.keys.shape[0]:
-            spare = more + n // 4
+            n_new = growth.grown_rows(n, more) - n
             self.keys, self.values = (
-                mx.concatenate([x[:n], mx.zeros((spare, *x.shape[1:]), x.dtype)])
+                mx.concatenate([x[:n], mx.zeros((n_new, *x.shape[1:]), x.dtype)])
                 for x in (self.keys, self.values)
             )
         start, end = self.end - other.end, self.end
         if other.end:
             for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
                 mine[n : n + more, :, start:end] = theirs[:more, :, : other.end]
-        self.rows = Rows([*self.rows.starts, *other.rows.moved(start).starts])
+        starts = [*self.row_starts.starts, *other.row_starts.shift(start).starts]
+        self.row_starts = RowStarts(starts)
 
     def widen(self, n: int, other: "BatchSegmentedKVCache") -> None:
-        """Move all rows ``n`` places to the right, with room for the rows of ``other``."""
+        """Move all rows ``n`` columns to the right, and make room for ``other``'s rows."""
 
         def wider(mine: Optional[mx.array], theirs: mx.array) -> mx.array:
             if mine is None:
                 shape = (self.n_rows, theirs.shape[1], 0, theirs.shape[3])
                 mine = mx.zeros(shape, theirs.dtype)
-            room = theirs.shape[2] - other.end
-            pads = [(0, other.n_rows), (0, 0), (n, room), (0, 0)]
+            n_spare = theirs.shape[2] - other.end
+            pads = [(0, other.n_rows), (0, 0), (n, n_spare), (0, 0)]
             return mx.pad(mine[: self.n_rows, :, : self.end], pads)
 
         self.state = (
             wider(self.keys, other.keys),
             wider(self.values, other.values),
-            self.rows.moved(n),
+            self.row_starts.shift(n),
             other.end,
         )
 
     def stage(self, batch_indices: List[int]) -> List[mx.array]:
-        """Prepare for ``filter``; gives what is best evaluated for all layers at once."""
-        if self.keys is None or 2 * len(batch_indices) < self.keys.shape[0]:
+        """Copy the rows that ``filter`` will move.
+
+        Returns:
+            List[mx.array]: The copies. The caller evaluates those of all layers in one
+            call before it calls ``filter``.
+        """
+        if self.keys is None or growth.are_few(len(batch_indices), len(self.keys)):
             return []
-        self.movers = [
+        self.staged = [
             (to, *(mx.contiguous(x[i : i + n]) for x in (self.keys, self.values)))
-            for i, to, n in moves(batch_indices)
+            for i, to, n in row_moves(batch_indices)
         ]
-        return [x for _, *copies in self.movers for x in copies]
+        return [x for _, *copies in self.staged for x in copies]
 
     def filter(self, batch_indices: List[int]) -> None:
-        """Keep these rows, in this order. Only those that move are copied, unless few are
-        left or all have much padding."""
-        rows = self.rows.filter(batch_indices)
+        """Keep these rows, in this order.
+
+        Only the rows that move are copied, unless so few are left, or all have so much
+        padding, that smaller arrays are worth a copy of all rows.
+        """
+        row_starts = self.row_starts.filter(batch_indices)
         if self.keys is None:
-            self.rows = rows
+            self.row_starts = row_starts
             return
-        padding = min(rows.padding)
-        narrow = padding >= max(MIN_PADDING, self.end // 4)
-        if narrow or 2 * len(batch_indices) < self.keys.shape[0]:
-            # Worth a copy of all that stay.
-            self.movers = None
-            start = padding if narrow else 0
+        padding = min(row_starts.padding)
+        has_excess = growth.is_excess(padding, self.end)
+        if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
+            self.staged = None
+            start = padding if has_excess else 0
             self.state = (
                 self.keys[batch_indices, :, start:],
                 self.values[batch_indices, :, start:],
-                rows.moved(-start),
+                row_starts.shift(-start),
                 self.end - start,
             )
             return
-        if self.movers is None:
-            # While one of them is lazy, the write would copy all rows.
+        if self.staged is None:
+            # While one of the copies is lazy, writing a row would copy all rows.
             mx.eval(self.stage(batch_indices))
-        for to, keys, values in self.movers:
+        for to, keys, values in self.staged:
             self.keys[to : to + len(keys)] = keys
             self.values[to : to + len(values)] = values
-        self.rows, self.movers = rows, None
+        self.row_starts, self.staged = row_starts, None
 
     def extract(self, idx: int) -> KVCache:
-        start, end = self.rows.padding[idx], self.end
+        """One row, as views of the batch's arrays: see rule 3 above."""
+        start, end = self.row_starts.padding[idx], self.end
         keys, values = (
             x[idx : idx + 1, :, start:end] for x in (self.keys, self.values)
         )

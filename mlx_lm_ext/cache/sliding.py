@@ -1,9 +1,10 @@
-"""The KV of sliding-window layers, kept in order: a batch that rows join and leave in place.
+"""The KV of sliding-window layers: batches that rows join and leave in place.
 
 Rules:
-1. Tokens that have left the window stay for a while; the mask hides them.
-2. They are dropped between two steps, from all layers at once: a step's mask has one
-   width.
+1. The tokens are in order, unlike in a ``RotatingKVCache``. Those that have left the
+   window stay for a while, hidden by the mask.
+2. They are dropped between two steps, in all layers at once. The layers share one mask in
+   a step, and so must have the same width.
 """
 
 from typing import Any, List, Optional
@@ -11,12 +12,13 @@ from typing import Any, List, Optional
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
-from .row_starts import Rows
-from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache
+from . import growth
+from .row_starts import RowStarts
+from .segmented import Arrays, BatchSegmentedKVCache, SegmentedKVCache, n_tokens_of
 
 
 def in_order(cache: RotatingKVCache) -> Arrays:
-    """The keys and values in a window, the oldest first."""
+    """The keys and values of a window, the oldest token first."""
     keys, values, offset, keep, max_size, index = cache.state
 
     def ordered(x):
@@ -35,12 +37,6 @@ def in_order(cache: RotatingKVCache) -> Arrays:
     return [ordered(keys), ordered(values)]
 
 
-def spare(max_size: int) -> int:
-    """How many tokens may stay that have left a window of ``max_size``: to drop them is a
-    copy, and to keep them is more to attend to."""
-    return max_size // 8
-
-
 class SlidingKVCache(RotatingKVCache):
     """A ``RotatingKVCache`` that merges into a ``BatchSlidingKVCache``."""
 
@@ -50,10 +46,10 @@ class SlidingKVCache(RotatingKVCache):
 
 
 class BatchSlidingKVCache(BatchSegmentedKVCache):
-    """What ``BatchRotatingKVCache`` is for, with the tokens in order.
+    """Takes the place of ``BatchRotatingKVCache``, with the tokens in order.
 
     Args:
-        left_padding (List[int]): Of each row.
+        left_padding (List[int]): Columns of padding before the first token of each row.
         max_size (int): Tokens of the window.
     """
 
@@ -63,29 +59,31 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
 
     @classmethod
     def merge(cls, caches: List[RotatingKVCache]) -> "BatchSlidingKVCache":
-        parts = [[] if c.empty() else [in_order(c)] for c in caches]
-        rows = [SegmentedKVCache(p, p[0][0].shape[2] if p else 0) for p in parts]
+        rows = []
+        for cache in caches:
+            segments = [] if cache.empty() else [in_order(cache)]
+            rows.append(SegmentedKVCache(segments, sum(map(n_tokens_of, segments))))
         batch = super().merge(rows)
         batch.max_size = caches[0].max_size
-        batch.rows = Rows([c.offset - batch.end for c in caches])
+        batch.row_starts = RowStarts([c.offset - batch.end for c in caches])
         return batch
 
-    def drop_old(self, n_spare: int = 0) -> None:
-        """Drop what has left the window, if that is more than ``n_spare`` tokens."""
+    def drop_old(self, slack: int = 0) -> None:
+        """Drop the tokens that have left the window, if they are more than ``slack``."""
         end = self.end
         n = end - self.max_size
-        if n <= n_spare:
+        if n <= slack:
             return
 
         def newest(x: mx.array) -> mx.array:
-            # With room for those that come until it is time again.
-            room = (*x.shape[:2], spare(self.max_size) + 1, x.shape[3])
-            return mx.concatenate([x[:, :, n:end], mx.zeros(room, x.dtype)], axis=2)
+            n_free = growth.window_capacity(self.max_size) - self.max_size
+            room = mx.zeros((*x.shape[:2], n_free, x.shape[3]), x.dtype)
+            return mx.concatenate([x[:, :, n:end], room], axis=2)
 
         self.state = (
             newest(self.keys),
             newest(self.values),
-            self.rows.moved(-n),
+            self.row_starts.shift(-n),
             self.max_size,
         )
 
@@ -99,7 +97,7 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
         super().extend(other)
 
     def extract(self, idx: int) -> SlidingKVCache:
-        cache = super().extract(idx)
-        offset = self.rows.starts[idx] + self.end
-        state = (cache.keys, cache.values, offset, 0, self.max_size, cache.offset)
+        keys, values, n_kept = super().extract(idx).state
+        offset = self.row_starts.starts[idx] + self.end
+        state = (keys, values, offset, 0, self.max_size, n_kept)
         return SlidingKVCache.from_state(state)

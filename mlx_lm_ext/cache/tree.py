@@ -1,24 +1,27 @@
-"""The radix tree: nodes that hold the KV of token runs.
+"""The radix tree: nodes that hold the KV of runs of tokens.
 
 Rules:
-1. A node has a run of tokens and, for each layer, the segment of exactly that run, or
-   none. A layer that has a segment in a node has one in all nodes above.
-2. Layers without a segment can be frozen at a node's end. A prompt is resumed at any
-   token of a node that has all segments, or at the end of one that is frozen.
+1. A node has a run of tokens. For each layer it has a segment, which is the KV of exactly
+   that run, or none. A layer that has a segment in a node has one in all nodes above it.
+2. A node can also have a snapshot: the state at its end of each layer without a segment.
+3. A prompt can be resumed at any token of a node in which all layers have segments, and at
+   the end of a node with a snapshot.
 """
 
 import logging
-from copy import copy as shallow_copy
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from ..interfaces import Entry
-from .kinds import Layout, copy, nbytes_of_layers
-from .segmented import Arrays, SegmentedKVCache
+from .kinds import Layout, copy_arrays, nbytes_of_layers
+from .segmented import Arrays, SegmentedKVCache, n_tokens_of
+
+logger = logging.getLogger(__name__)
 
 
 def n_common(run: List[int], tokens: List[int], start: int = 0) -> int:
-    """How many of the first tokens of ``run`` are those of ``tokens`` from ``start``."""
+    """How many of the first tokens of ``run`` equal those of ``tokens`` from ``start``."""
     if tokens[start : start + len(run)] == run:
         return len(run)
     low, high = 0, min(len(run), len(tokens) - start)
@@ -35,9 +38,10 @@ class Match(NamedTuple):
     """What the tree has of a prompt.
 
     Args:
-        node (Optional["Node"]): Where it is resumed.
-        n_tokens (int): How many of its tokens need not run.
-        n_common (int): How many are in the tree, and could be had if it were frozen.
+        node (Optional["Node"]): The node in which the prompt can be resumed.
+        n_tokens (int): After how many of its tokens it can be resumed.
+        n_common (int): How many of its tokens are in the tree. It could be resumed after
+          these if there were a snapshot.
     """
 
     node: Optional["Node"] = None
@@ -46,14 +50,14 @@ class Match(NamedTuple):
 
 
 class Node:
-    """A run of tokens that follows its parent's.
+    """A run of tokens that follows the run of its parent.
 
     Args:
         layout (Layout): The kinds of the layers.
-        parent (Optional[Node]): None at the root.
-        tokens (List[int]): The run; empty at the root.
-        segments (List[Optional[Arrays]]): The KV of the run, for each layer.
-        entry (Optional[Entry]): What policies see; None at the root.
+        parent (Optional[Node]): ``None`` for the root.
+        tokens (Optional[List[int]]): The run. The root has none.
+        segments (Optional[List[Optional[Arrays]]]): For each layer, the KV of the run.
+        entry (Optional[Entry]): What policies see of the node. The root has none.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Node:
         self.tokens = tokens or []
         self.segments = segments or [[] for _ in layout.kinds]
         # For each layer without a segment, its state after the run.
-        self.frozen: Optional[List[Optional[Arrays]]] = None
+        self.snapshot: Optional[List[Optional[Arrays]]] = None
         self.entry = entry
         self.children: Dict[int, Node] = {}
 
@@ -80,27 +84,29 @@ class Node:
 
     @property
     def start(self) -> int:
+        """Tokens from the start of the prompt to the start of the run."""
         return self.end - len(self.tokens)
 
     @property
     def is_complete(self) -> bool:
-        """Whether a prompt can be resumed at each of its tokens."""
+        """Whether all layers have segments, so that any token can be resumed at."""
         return None not in self.segments
 
     @property
     def is_resumable(self) -> bool:
-        """Whether a prompt can be resumed at its end."""
-        return self.frozen is not None or self.is_complete
+        """Whether a prompt can be resumed at the end of the run."""
+        return self.snapshot is not None or self.is_complete
 
     @property
-    def frozen_nbytes(self) -> int:
-        return nbytes_of_layers(self.frozen or ())
+    def snapshot_nbytes(self) -> int:
+        return nbytes_of_layers(self.snapshot or ())
 
     @property
-    def is_passed(self) -> bool:
-        """Whether the state after it is of one prompt only, and may be superseded."""
+    def can_lose_snapshot(self) -> bool:
+        """Whether it has a snapshot that only one prompt needs, until later ones of the
+        same prompt supersede it."""
         shared = len(self.children) > 1 or self.entry.cache_type == "system"
-        return self.frozen is not None and not shared
+        return self.snapshot is not None and not shared
 
     @property
     def path(self) -> List["Node"]:
@@ -121,7 +127,8 @@ class Node:
 
     @property
     def bytes_saved(self) -> int:
-        """What the sequences of all leaves below would take in addition, each whole."""
+        """How many more bytes the prompts of all leaves below would take if each were
+        stored whole."""
         saved, n_leaves = 0, {}
         for node in self.subtree[:0:-1]:
             n_leaves[node] = sum(n_leaves[c] for c in node.children.values()) or 1
@@ -130,103 +137,112 @@ class Node:
 
     @property
     def superseded(self) -> List["Node"]:
-        """Nodes below whose states will hardly be asked for again: three later ones of
-        the same prompt follow, as many as a turn of a chat leaves."""
+        """The nodes below whose snapshots will hardly be used again, because three later
+        ones of the same prompt follow. One turn of a chat leaves up to three."""
         found, seen = [], set()
         for leaf in self.subtree[:0:-1]:
             node, n_later = leaf, 0
             while not leaf.children and node not in seen and node is not self:
                 seen.add(node)
-                if n_later >= 3 and node.is_passed:
+                if n_later >= 3 and node.can_lose_snapshot:
                     found.append(node)
-                n_later += node.frozen is not None
+                n_later += node.snapshot is not None
                 node = node.parent
         return found
 
-    def match(self, tokens: List[int]) -> int:
-        """How many tokens of the run are found at the same place of ``tokens``."""
-        return n_common(self.tokens, tokens, self.start)
-
     def descend(self, tokens: List[int]) -> Tuple["Node", int]:
-        """The last node on the way of ``tokens``, and how many of them it takes."""
+        """Follow a prompt down from this root.
+
+        Returns:
+            Tuple: The last node that has tokens of it, and how many of them are in the
+            tree.
+        """
         node, n = self, 0
         while n == node.end and n < len(tokens) and tokens[n] in node.children:
             node = node.children[tokens[n]]
-            n += node.match(tokens)
+            n += n_common(node.tokens, tokens, n)
         return node, n
 
     def search(self, tokens: List[int]) -> Match:
-        """How much of a prompt is below this root; one token of it has to run."""
-        node, n_common = self.descend(tokens[: len(tokens) - 1])
+        """Find how much of a prompt is below this root. Its last token is left out, as
+        at least one has to run."""
+        node, n_found = self.descend(tokens[: len(tokens) - 1])
         while node.parent is not None:
             if node.is_complete:
-                return Match(node, min(node.end, n_common), n_common)
-            if node.frozen is not None and node.end <= n_common:
-                return Match(node, node.end, n_common)
+                return Match(node, min(node.end, n_found), n_found)
+            if node.snapshot is not None and node.end <= n_found:
+                return Match(node, node.end, n_found)
             node = node.parent
-        return Match(None, 0, n_common)
+        return Match(None, 0, n_found)
 
     def restore(self, n: int, n_to_come: int) -> Optional[List[Any]]:
-        """The model's caches after the prompt's first ``n`` tokens.
+        """Make the model's caches after the first ``n`` tokens of a prompt.
 
         Args:
-            n (int): At most as many as this node ends at.
-            n_to_come (int): Tokens that will follow.
+            n (int): At most ``end`` of this node.
+            n_to_come (int): How many tokens of the prompt will follow.
 
         Returns:
-            Optional[List[Any]]: ``None`` if a layer does not hold just those tokens.
+            Optional[List[Any]]: ``None`` if a layer does not hold exactly those tokens.
         """
         path = self.path
         layers = []
         for i, kind in enumerate(self.layout.kinds):
+            cache = None
             if self.segments[i] is None:
-                is_right = kind.holds(self.frozen[i], n)
-                cache = kind.thaw(self.frozen[i], n) if is_right else None
+                if kind.is_complete(self.snapshot[i], n):
+                    cache = kind.from_snapshot(self.snapshot[i], n)
             else:
-                parts = [node.segments[i] for node in path]
-                is_right = sum(part[0].shape[-2] for part in parts) == self.end
-                cache = kind.join(parts, n) if is_right else None
+                segments = [node.segments[i] for node in path]
+                if sum(map(n_tokens_of, segments)) == self.end:
+                    cache = kind.from_segments(segments, n)
             if cache is None:
-                logging.error(f"The prompt cache is wrong in layer {i} at token {n}")
+                logger.error(
+                    f"The prompt cache does not hold {n} tokens in layer {i} although its "
+                    "tree says so; the prompt is run from its start"
+                )
                 return None
             if isinstance(cache, SegmentedKVCache):
                 cache.n_to_come = n_to_come
             layers.append(cache)
-        return self.layout.nest(layers)
+        return self.layout.unflatten(layers)
 
-    def lacking(
+    def copy_missing(
         self, arrays: List[Arrays], start: int, n: int
     ) -> Tuple[List[Optional[Arrays]], List[Optional[Arrays]]]:
-        """What has to be kept of a sequence, the first ``start`` tokens of which end
-        in this node.
+        """Copy what the tree lacks of a sequence. The copies are not evaluated.
 
         Args:
-            arrays (List[Arrays]): What each layer has of its ``n`` tokens.
-            start (int): Tokens that are in the tree.
+            arrays (List[Arrays]): For each layer, what its cache holds after ``n`` tokens.
+            start (int): How many of them are in the tree; this node has the last.
             n (int): Tokens of the sequence.
 
         Returns:
-            Tuple: For each layer a segment of the rest, or its state, and ``None`` for
-            the other: copies that are not evaluated.
+            Tuple: The segments of the tokens that follow, and the snapshot after them.
+            Each layer has one of the two, and ``None`` in the place of the other.
         """
-        segments, frozen = [], []
+        segments, snapshot = [], []
         for kind, above, a in zip(self.layout.kinds, self.segments, arrays):
             has_segment = above is not None and (start == n or kind.can_cut(n))
-            segments.append(copy(a, start, n) if has_segment else None)
-            frozen.append(None if has_segment else copy(a))
-        return segments, frozen
+            segments.append(copy_arrays(a, start, n) if has_segment else None)
+            snapshot.append(None if has_segment else copy_arrays(a))
+        return segments, snapshot
 
     def split(self, n: int) -> "Node":
-        """Put a new node above that takes over the tokens up to the prompt's ``n``-th.
+        """Put a new node above this one, which takes over the tokens up to the prompt's
+        ``n``-th.
 
         Returns:
-            Node: The new one. Each of the two holds copies of its part, which are not
-            evaluated yet.
+            Node: The new node. Each of the two has copies of its part, which are not
+            evaluated.
         """
         entry, n_upper = self.entry, n - self.start
 
         def cut(start: int, stop: int) -> List[Optional[Arrays]]:
-            return [None if a is None else copy(a, start, stop) for a in self.segments]
+            return [
+                None if a is None else copy_arrays(a, start, stop)
+                for a in self.segments
+            ]
 
         above, below = cut(0, n_upper), cut(n_upper, entry.n_tokens)
         upper = replace(
@@ -235,7 +251,7 @@ class Node:
             nbytes=nbytes_of_layers(above),
             depth=n,
             recompute_cost=n_upper,
-            data=shallow_copy(entry.data),
+            data=copy(entry.data),
         )
         node = Node(self.layout, self.parent, self.tokens[:n_upper], above, upper)
         node.parent.children[node.tokens[0]] = node
@@ -249,18 +265,18 @@ class Node:
 
 @dataclass
 class CacheStats:
-    """What the cache holds and what it was good for.
+    """What the prompt cache holds, and what it was good for.
 
     Args:
         nodes (int): Entries.
-        tokens (int): Tokens of which it holds KV, shared ones once.
+        tokens (int): Tokens of which it holds KV; shared ones are counted once.
         bytes (int): Bytes that it holds.
-        bytes_saved (int): What whole sequences would take in addition.
+        bytes_saved (int): How many more bytes it would hold if nothing were shared.
         hits (int): Lookups that found something.
-        misses (int): Lookups that did not.
+        misses (int): Lookups that found nothing.
         hit_tokens (int): Tokens that were found.
-        evictions (Dict[str, int]): Entries that left, by reason; of those that were
-          "superseded", only the state after them has left.
+        evictions (Dict[str, int]): Entries that left, by reason. The "superseded" ones
+          have lost only their snapshots.
     """
 
     nodes: int

@@ -12,7 +12,7 @@ from ..policies.guard import Policies
 from ..request.fields import check_choice
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
-from ..request.preparation import Preparation
+from ..request.preparation import Preparation, Preparations
 from ..request.request import Request
 from ..request.served_model import ServedModel
 from .inbox import Inbox
@@ -81,7 +81,7 @@ class EngineClient:
             body (Dict[str, Any]): What the client sent.
             model (ServedModel): What ``describe`` gave.
             id (str): The id of its answer.
-            preparation (Optional[Preparation]): Says when to give up.
+            preparation (Optional[Preparation]): Says when to give up. Without one, never.
 
         Raises:
             ConnectionError: If its client has left.
@@ -104,7 +104,7 @@ class EngineClient:
         check_choice("sampler", request.sampler, self.policies.samplers)
         # Prompts with images are tokenised on the generation thread.
         if not image_parts(completion.messages):
-            self.tokenize(request, preparation or Preparation())
+            self.tokenize(request, preparation or Preparations().begin())
         request.check_tokens()
         if request.segments:
             request.fit_to_context()

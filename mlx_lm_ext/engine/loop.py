@@ -89,10 +89,19 @@ class Engine:
     def start(self) -> None:
         self.thread.start()
 
-    def stop_and_join(self) -> None:
-        """End all requests that are unfinished, and the generation thread."""
+    def stop_and_join(self, timeout: Optional[float] = None) -> bool:
+        """End all requests that are unfinished, and the generation thread.
+
+        Args:
+            timeout (Optional[float]): Seconds to wait for the end of the thread, which
+              cannot be interrupted while it loads a model. Without one, there is no limit.
+
+        Returns:
+            bool: Whether the thread has ended.
+        """
         self.inbox.close()
-        self.thread.join()
+        self.thread.join(timeout)
+        return not self.thread.is_alive()
 
     # The generation thread from here on
 

@@ -189,12 +189,6 @@ class BatchModelProvider(ModelProviderBase):
             for key in others[: max(0, len(others) - MAX_DESCRIBED)]:
                 del self._served[key]
 
-    def takes_images(self, model: ServedModel) -> bool:
-        """Whether a model takes images, as far as that is known before it is loaded."""
-        if model.key == self.model_key:
-            return self.processor is not None
-        return model.takes_images
-
     def _describe(
         self, key: ModelKey, path: Path, tokenizer: Any = None
     ) -> ServedModel:

@@ -1,9 +1,9 @@
-"""What a request body may hold: types, ranges, and what is not supported.
+"""The fields of a request body: types, ranges, and what is not supported.
 
 Rules:
-1. What is invalid, or in OpenAI's API and not supported, is a 400 that names the
-   field. Fields of other servers are ignored.
-2. A field that is absent or null takes the default of the command line.
+1. A field that is invalid, or that OpenAI's API has and this server does not support, gives
+   a 400 that names it. Unknown fields are ignored.
+2. A field that is absent or null has the default of the command line.
 """
 
 import argparse
@@ -36,14 +36,14 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Field:
-    """The type of a field and the range of its value, or of a text's length."""
+    """The type of a field, and the range of its value or, for a text, of its length."""
 
     kind: type
     minimum: float = -1e9
     maximum: float = 1e9
 
 
-# Characters of a name: as long as a path may be.
+# A name, with as many characters as a path may have.
 NAME = Field(str, 0, 4096)
 
 FIELDS = {
@@ -85,21 +85,21 @@ FIELDS = {
     "cache_salt": NAME,
 }
 
-# The time to look for one grows with its square.
+# Characters of a stop word: the time to find it can grow with their square.
 MAX_STOP_WORD = 1000
 MAX_STOP_WORDS = 128
 MAX_MESSAGES = 10_000
-# Of all messages.
+# Parts of contents, and tool calls, of all messages.
 MAX_PARTS = 20_000
 MAX_TOOLS = 1024
 MAX_BIASES = 10_000
-# Characters of each text of a role mapping, which every message gets.
+# Characters of each text of a role mapping, which is repeated for every message.
 MAX_ROLE_TEXT = 1000
-# Objects and arrays of a body: to make them takes time in which no other thread runs.
+# Objects and arrays of a body: no other thread runs while they are made.
 MAX_NESTED = 500_000
 
-# What the tokenizer itself takes beside the variables of its chat template: some of it
-# is code, some asks for other work.
+# Arguments of the tokenizer itself, which are passed together with the variables of the
+# chat template. Clients must not set them: some are code, some change what is done.
 TOKENIZER_ARGUMENTS = {
     name
     for function in (
@@ -113,14 +113,22 @@ TOKENIZER_ARGUMENTS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTR
 
 TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 
-# What a content may be made of.
+# The types of the parts of a content.
 PARTS = ("text", "image_url", "input_image", "image")
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def check_size(raw: bytes, limit: int) -> None:
-    """Refuse a body of more bytes than ``limit`` beside its data URLs."""
+    """Check the size of a body whose images may be large.
+
+    Args:
+        raw (bytes): The body.
+        limit (int): Bytes that it may have, without its data URLs.
+
+    Raises:
+        RequestError: A 413 if it has more.
+    """
     n, end = len(raw), 0
     for _ in range(MAX_IMAGES if n > limit else 0):
         start = raw.find(b'"data:', end)
@@ -140,7 +148,7 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         The body without its null fields.
 
     Raises:
-        RequestError: If it is no JSON object, or a field is wrong.
+        RequestError: If it is not a JSON object, or a field is wrong.
     """
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTED:
         message = f"the body may have {MAX_NESTED} objects and arrays at most"
@@ -153,7 +161,7 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         raise RequestError(400, "the body must be a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
     for name in ("model", "adapters", "draft_model"):
-        # Some clients send an empty name for none.
+        # Some clients send an empty name instead of none.
         if body.get(name) == "":
             del body[name]
     for name, field in FIELDS.items():
@@ -164,19 +172,21 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """Refuse a value of another JSON type. An integer is a number; no bool is."""
+    """Refuse a value of another JSON type. An integer is also a number. A boolean is
+    neither, although Python's ``bool`` is an ``int``."""
     kinds = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
         raise RequestError(400, f"{name} must be {TYPE_NAMES[kind]}", name)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is none of the choices."""
+    """Refuse a value that is not one of the choices."""
     if value not in choices:
         raise RequestError(400, f"{name} must be one of {', '.join(choices)}", name)
 
 
 def check_field(name: str, value: Any, field: Field) -> None:
+    """Refuse a value of another type, or out of the range of the field."""
     check_type(name, value, field.kind)
     low, high = field.minimum, field.maximum
     if field.kind is str and len(value) > high:
@@ -184,7 +194,7 @@ def check_field(name: str, value: Any, field: Field) -> None:
         raise RequestError(400, message, name)
     if field.kind not in (int, float):
         return
-    # Written so that NaN fails too.
+    # Not ``value < low or ...``: NaN must fail too.
     if not low <= value <= high:
         limits = f"between {low:g} and {high:g}"
         if value < low and high == Field.maximum:
@@ -193,7 +203,7 @@ def check_field(name: str, value: Any, field: Field) -> None:
 
 
 def check_supported(body: Dict[str, Any]) -> None:
-    """Refuse what OpenAI defines and this server cannot do."""
+    """Refuse features of OpenAI's API that this server does not have."""
     form = body.get("response_format", {}).get("type", "text")
     supported = {
         "n": (body.get("n", 1) == 1, "must be 1"),
@@ -222,7 +232,7 @@ def check_supported(body: Dict[str, Any]) -> None:
     for name in body.get("chat_template_kwargs", {}):
         if name in TOKENIZER_ARGUMENTS or name.startswith("_"):
             name = f"chat_template_kwargs.{name[:100]}"
-            message = f"{name} is no variable of a chat template"
+            message = f"{name} is not a variable of a chat template"
             raise RequestError(400, message, name, "unsupported_value")
     for role, text in body.get("role_mapping", {}).items():
         check_field(f"role_mapping.{role[:100]}", text, Field(str, 0, MAX_ROLE_TEXT))
@@ -235,7 +245,11 @@ def check_count(name: str, n: int, limit: int) -> None:
 
 
 def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The messages of a chat request, each with a known role and a content."""
+    """Check the messages of a chat request, and return them.
+
+    Raises:
+        RequestError: If a message lacks a known role or a content, or is wrong otherwise.
+    """
     messages = body.get("messages")
     check_type("messages", messages, list)
     if not messages:
@@ -255,7 +269,7 @@ def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 
 def count_characters(messages: List[Dict[str, Any]]) -> int:
-    """Characters of the contents of checked messages, images aside."""
+    """Characters of the texts of checked messages."""
     n = 0
     for message in messages:
         content = message.get("content") or ""
@@ -267,7 +281,8 @@ def count_characters(messages: List[Dict[str, Any]]) -> int:
 
 
 def check_content(name: str, message: Dict[str, Any]) -> None:
-    """A content is text or a list of parts; only an assistant's may be missing."""
+    """Refuse a content that is neither a text nor a list of parts. Only that of an
+    assistant may be missing."""
     content = message.get("content")
     if isinstance(content, list):
         for i, part in enumerate(content):
@@ -280,7 +295,8 @@ def check_content(name: str, message: Dict[str, Any]) -> None:
 
 
 def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
-    """Let the arguments of each call be an object, which chat templates expect."""
+    """Check the tool calls of a message, and parse their arguments in place: clients send
+    a text, and chat templates expect an object."""
     calls = message.get("tool_calls") or []
     check_type(name, calls, list)
     for i, call in enumerate(calls):
@@ -300,7 +316,7 @@ def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
 
 
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
-    """The tools that the model may call."""
+    """Check the tools, and return those that the model may call."""
     tools = body.get("tools") or []
     check_count("tools", len(tools), MAX_TOOLS)
     for i, tool in enumerate(tools):
@@ -312,7 +328,7 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
 
 
 def parse_prompt(body: Dict[str, Any]) -> Any:
-    """The prompt of a text completion: a text, or its token ids."""
+    """Check the prompt of a text completion, and return it: a text or token ids."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) in (str, list):
         prompt = prompt[0]
@@ -329,7 +345,7 @@ def parse_prompt(body: Dict[str, Any]) -> Any:
 
 
 def parse_stop(body: Dict[str, Any]) -> List[str]:
-    """The stop words."""
+    """Check the stop words, and return them as a list."""
     stop = body.get("stop", [])
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
@@ -344,7 +360,7 @@ def parse_stop(body: Dict[str, Any]) -> List[str]:
 
 
 def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
-    """Whether log probabilities are wanted, and of how many likely tokens.
+    """Whether log probabilities are wanted, and for how many of the likeliest tokens.
 
     A chat request has ``logprobs`` (bool) and ``top_logprobs`` (int), a text
     completion has ``logprobs`` (int).
@@ -362,13 +378,13 @@ def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
 
 
 def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
-    """The logit bias by token id."""
+    """Check the logit bias, and return it with token ids as integers."""
     if "logit_bias" not in body:
         return None
     biases = body["logit_bias"]
     check_count("logit_bias", len(biases), MAX_BIASES)
     try:
-        # Among longer numbers are many of the same hash.
+        # Many longer numbers could have the same hash, which makes a dictionary slow.
         if not all(map(TOKEN_ID.fullmatch, biases)):
             raise ValueError
         bias = {int(token): float(b) for token, b in biases.items()}
@@ -384,11 +400,14 @@ def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
 def parse_arguments(
     body: Dict[str, Any], defaults: argparse.Namespace
 ) -> GenerationArguments:
-    """The generation arguments of a checked body.
+    """Make the generation arguments of a request.
 
     Args:
-        body (Dict[str, Any]): What ``parse_body`` returned.
+        body (Dict[str, Any]): The body, checked by ``parse_body``.
         defaults (argparse.Namespace): The command line.
+
+    Raises:
+        RequestError: If a field is wrong.
     """
     logprobs, top_logprobs = parse_logprobs(body)
     max_tokens = body.get("max_tokens", defaults.max_tokens)
@@ -421,7 +440,7 @@ def parse_arguments(
         num_draft_tokens=body.get("num_draft_tokens", defaults.num_draft_tokens),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
-        # MLX takes seeds of 64 bits without a sign.
+        # MLX takes unsigned seeds of 64 bits.
         seed=None if seed is None else seed % 2**64,
         chat_template_kwargs=body.get("chat_template_kwargs"),
     )

@@ -1,11 +1,13 @@
-"""The images of a request: looked at, and fetched if that is allowed.
+"""Checks the images of a request, and fetches them if that is allowed.
 
-A request that names an address makes this machine connect there, from inside its network.
+A request with the URL of an image makes this machine connect there, from inside its
+network.
 
 Rules:
-1. Only data URLs, unless ``--allow-image-urls``; then HTTP to public addresses, which
-   are looked up once, checked, and connected to, for each redirect again.
-2. What a client is told of a fetch does not depend on what the other side says.
+1. Images are data URLs. With ``--allow-image-urls`` they may also be fetched by HTTP from
+   public addresses. The address of a host is looked up once, checked and connected to, and
+   again for each redirect.
+2. What a client is told of a failed fetch does not depend on what the other side answered.
 3. Formats, pixels, bytes and seconds are bounded before an image is decoded.
 """
 
@@ -23,19 +25,24 @@ from urllib.parse import urljoin, urlsplit
 from ..errors import RequestError
 from .preparation import Preparation
 
-# Images of a request; bytes of one that is fetched, and of all; pixels of all.
+logger = logging.getLogger(__name__)
+
+# Images of a request.
 MAX_IMAGES = 64
+# Bytes of an image that is fetched, and of all images of a request.
 MAX_BYTES = 20 << 20
 MAX_ALL_BYTES = 64 << 20
+# Pixels of all images of a request.
 MAX_PIXELS = 40_000_000
+# Addresses of a host that are tried.
 MAX_ADDRESSES = 4
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 3
-# Seconds for a connection to be made, and between two parts of an answer.
+# Seconds to connect, and to wait for the next part of an answer.
 TIMEOUT = 5.0
-# Pillow knows others, of which some run programs.
+# Pillow knows more formats, and starts other programs for some of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# Addresses that stand for others, which may be private, or that are no longer or not yet
-# public: not all versions of Python know.
+# Networks that older versions of Python take for public ones: some of their addresses are
+# translated to others, which may be private, and some are reserved.
 NOT_PUBLIC = [
     ip_network(network)
     for network in (
@@ -58,14 +65,22 @@ def image_parts(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def image_url(part: Dict[str, Any]) -> Any:
-    """The URL of an image part, or what is in its place."""
+    """The URL of an image part; any other JSON value if the part is wrong."""
     url = part.get("image_url", part.get("image"))
     return url.get("url") if isinstance(url, dict) else url
 
 
 def n_pixels(raw: bytes, param: str) -> int:
-    """How many pixels an image has; refuses what is none."""
-    # Without Pillow, mlx-lm says what to install.
+    """The number of pixels of an image.
+
+    Args:
+        raw (bytes): The file.
+        param (str): The field that it is from.
+
+    Raises:
+        RequestError: If it is not an image in one of ``FORMATS``.
+    """
+    # If Pillow is missing, mlx-lm says what to install when it decodes the image.
     try:
         from PIL import Image
     except ImportError:
@@ -73,14 +88,15 @@ def n_pixels(raw: bytes, param: str) -> int:
     try:
         width, height = Image.open(io.BytesIO(raw), formats=FORMATS).size
     except Exception:
-        # Pillow raises whatever a broken file leads to.
+        # For a broken file, Pillow raises many kinds of errors.
         formats = ", ".join(FORMATS)
-        raise RequestError(400, f"an image is none of {formats}, or broken", param)
+        message = f"an image is broken, or not in one of the formats {formats}"
+        raise RequestError(400, message, param)
     return width * height
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the public internet."""
+    """Whether an IP address belongs to the public internet."""
     ip = ip_address(address.partition("%")[0])
     return (
         ip.is_global
@@ -93,7 +109,9 @@ def connect(host: str, port: int, preparation: Preparation) -> socket.socket:
     """Connect to a public address of a host.
 
     Raises:
-        OSError: If it has others, or none answers.
+        ConnectionError: If the client has left.
+        OSError: If one of its addresses is not public, or none answers.
+        RequestError: If it takes too long, or the server stops.
     """
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [info[4][:2] for info in infos]
@@ -104,24 +122,24 @@ def connect(host: str, port: int, preparation: Preparation) -> socket.socket:
         try:
             return socket.create_connection(address, timeout=TIMEOUT)
         except OSError:
-            pass  # the next one may answer
+            pass  # another one may answer
     raise OSError("none of its addresses answers")
 
 
 def fetch(url: str, preparation: Preparation) -> bytes:
-    """What a URL gives, redirects followed.
+    """Fetch the content of a URL, following redirects.
 
     Raises:
         ConnectionError: If the client has left.
         OSError: If it cannot be fetched, or is too large.
-        ValueError: If it is no URL that may be fetched.
-        http.client.HTTPException: If the other side is no HTTP server.
+        ValueError: If it is not an HTTP URL.
+        http.client.HTTPException: If the answer is not HTTP.
         RequestError: If it takes too long, or the server stops.
     """
     for _ in range(MAX_REDIRECTS + 1):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("it is no URL of HTTP")
+            raise ValueError("it is not an HTTP URL")
         connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
         secure = parts.scheme == "https"
         port = parts.port or (443 if secure else 80)
@@ -145,7 +163,7 @@ def fetch(url: str, preparation: Preparation) -> bytes:
                 raw += part
                 if len(raw) > MAX_BYTES:
                     raise OSError(f"it has more than {MAX_BYTES} bytes")
-            # Its connection may have been shut.
+            # Incomplete if ``preparation.reading`` has shut the connection down.
             preparation.check()
             return bytes(raw)
     raise OSError("it has too many redirects")
@@ -154,7 +172,7 @@ def fetch(url: str, preparation: Preparation) -> bytes:
 def inline_images(
     parts: List[Dict[str, Any]], allow_urls: bool, preparation: Preparation
 ) -> None:
-    """Check the images of a request, and make data URLs of those that are fetched.
+    """Check the images of a request, and replace URLs by data URLs of what they give.
 
     Args:
         parts (List[Dict]): The image parts of its messages, changed in place.
@@ -163,7 +181,8 @@ def inline_images(
 
     Raises:
         ConnectionError: If the client has left.
-        RequestError: If an image cannot be had or used.
+        RequestError: If an image cannot be fetched or used, or the images are too many or
+          too large.
     """
     param = "messages"
     if len(parts) > MAX_IMAGES:
@@ -178,7 +197,7 @@ def inline_images(
                 raw = base64.b64decode(url.partition(",")[2])
             except (binascii.Error, ValueError):
                 raise RequestError(400, "an image is not in base64", param)
-            # In the spelling that mlx-lm knows.
+            # mlx-lm knows this scheme in small letters only.
             url = f"data:{url[5:]}"
         elif not allow_urls:
             message = "images must be data URLs (--allow-image-urls allows others)"
@@ -190,13 +209,16 @@ def inline_images(
                 raise
             except (OSError, ValueError, http.client.HTTPException) as e:
                 preparation.check()
-                logging.info(f"An image cannot be fetched: {ascii(str(e))[:300]}")
+                logger.info(f"An image cannot be fetched: {ascii(str(e))[:300]}")
                 raise RequestError(400, "an image cannot be fetched", param)
             url = "data:image;base64," + base64.b64encode(raw).decode()
         n_bytes += len(raw)
         total_pixels += n_pixels(raw, param)
         if n_bytes > MAX_ALL_BYTES or total_pixels > MAX_PIXELS:
-            message = f"images may have {MAX_PIXELS} pixels and {MAX_ALL_BYTES} bytes"
-            raise RequestError(400, f"{message} in all", param)
+            message = (
+                f"all images together may have {MAX_PIXELS} pixels and "
+                f"{MAX_ALL_BYTES} bytes at most"
+            )
+            raise RequestError(400, message, param)
         part.clear()
         part.update(type="image_url", image_url={"url": url})

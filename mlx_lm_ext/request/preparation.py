@@ -1,13 +1,13 @@
-"""Bounds for what a connection's thread does before the engine has its request.
+"""Bounds for what a handler thread does before the engine has its request.
 
-JSON, chat templates and tokenizers take time that a client chooses.
+JSON, chat templates and tokenizers take as long as a client's input makes them.
 
 Rules:
-1. Only so many requests are prepared at once; the others wait for their turn.
+1. A limited number of requests is prepared at a time; the others wait for their turn.
 2. Preparing ends when the client has left, when it takes too long, and when the server
-   stops: between two steps, and within a step that ``run`` was given.
-3. ``run`` raises an exception in the middle of whatever its step does. So it is given
-   only what shares no locks and no state with other threads.
+   stops: between two steps, and also in the middle of a step that ``run`` executes.
+3. ``run`` raises an exception at any point of its step. So a step must not take locks or
+   change state that other threads use.
 """
 
 import ctypes
@@ -23,54 +23,61 @@ from ..errors import RequestError
 
 T = TypeVar("T")
 
-# How many requests are prepared at once, of how many at once an image is fetched, and for
-# how many seconds at most. Python runs one thread at a time: more prepare nothing sooner.
+# Requests that are prepared at a time. Python runs one thread at a time, so more of them
+# would not be ready sooner.
 MAX_PREPARING = max(2, min(4, os.cpu_count() or 1))
+# Requests whose images are fetched at a time.
 MAX_FETCHES = 8
+# Seconds that a turn may take.
 MAX_SECONDS = 30.0
-# Seconds between two looks at those that are prepared, at least.
+# Least seconds between two checks of the requests that are being prepared.
 INTERVAL = 0.1
 
 
 class Interrupted(BaseException):
-    """Raised in a thread by another. Not an ``Exception``, which a template may catch."""
+    """Raised in a thread by another thread. It is not an ``Exception``, because code that
+    is called by a template may catch those."""
 
 
 class Preparation:
-    """What ends the preparation of one request.
+    """The preparation of one request, made by ``Preparations.begin``.
 
     Args:
-        server (Optional[Preparations]): Where it takes turns with others. Without it,
-          nothing ends the preparation, and ``turn`` cannot be used.
+        server (Preparations): Those with which it takes turns.
         is_gone (Callable[[], bool]): Whether its client has left (any thread).
         seconds (float): How long each of its turns may take, waiting included.
     """
 
     def __init__(
-        self,
-        server: Optional["Preparations"] = None,
-        is_gone: Callable[[], bool] = lambda: False,
-        seconds: float = inf,
+        self, server: "Preparations", is_gone: Callable[[], bool], seconds: float
     ):
         self.server = server
         self.is_gone = is_gone
+        # When its turn must be over; outside of a turn there is no limit.
         self.deadline = inf
         self.seconds = seconds
+        # Guards ``thread`` and ``connection``.
         self.lock = Lock()
         # Whether it waits for its turn.
         self.waits = False
-        # Why it ends.
+        # Why it has to end.
         self.error: Optional[Exception] = None
-        # The thread that ``run`` may be interrupted on.
+        # The thread on which ``run`` executes a step.
         self.thread: Optional[int] = None
+        # The connection from which an image is read.
         self.connection: Optional[socket.socket] = None
 
     @contextmanager
     def turn(self, slots: Optional[Semaphore] = None) -> Iterator[None]:
-        """Wait for a turn, and let the server watch what is done in it.
+        """Wait for a turn, which the server may end.
 
         Args:
-            slots (Optional[Semaphore]): Of what; of preparing, without any.
+            slots (Optional[Semaphore]): The turns to take one of; if not given, those of
+              preparing.
+
+        Raises:
+            ConnectionError: If its client has left.
+            RequestError: If it waits too long, or the server stops.
         """
         slots = slots or self.server.slots
         self.deadline = time.monotonic() + self.seconds
@@ -89,19 +96,19 @@ class Preparation:
             self.server.running.discard(self)
 
     def check(self) -> None:
-        """Between two steps: raise what ends it.
+        """Raise the error if it has to end. To be called between two steps.
 
         Raises:
             ConnectionError: If its client has left.
             RequestError: If it takes too long, or the server stops.
         """
-        if self.server is not None and self.error is None:
+        if self.error is None:
             self.look()
         if self.error is not None:
             raise self.error
 
     def look(self) -> None:
-        """Find out whether it is to end, and interrupt it then (any thread)."""
+        """Check whether it has to end, and interrupt it if so (any thread)."""
         if self.error is None:
             if self.server.stopping:
                 self.error = RequestError(503, "the server is stopping")
@@ -117,8 +124,8 @@ class Preparation:
                 self.error = ConnectionResetError("the client is gone")
             else:
                 return
-        # With a timeout, because an interrupted thread might have kept the lock, and the
-        # thread that accepts connections must not wait for it.
+        # With a timeout: an interrupted thread may never release the lock, and the thread
+        # that accepts connections must not wait for it.
         if not self.lock.acquire(timeout=1.0):
             return
         try:
@@ -128,15 +135,15 @@ class Preparation:
                 )
             if self.connection is not None:
                 try:
-                    # Not that of a TLS connection, which takes it from its reader.
+                    # Not the method of a TLS socket, which breaks its reader.
                     socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
                 except OSError:
-                    pass  # it has just ended
+                    pass  # it has ended by itself
         finally:
             self.lock.release()
 
     def run(self, step: Callable[[], T]) -> T:
-        """The result of ``step()``, which is interrupted when it is to end.
+        """Give the result of ``step()``, which is interrupted if the preparation has to end.
 
         Raises:
             ConnectionError: If its client has left.
@@ -149,8 +156,9 @@ class Preparation:
                     self.thread = get_ident()
                 return step()
             finally:
-                # To leave the lock is a call, and after a call CPython raises what is
-                # pending: what was sent just before comes here, and not to the caller.
+                # CPython raises a pending exception after a call, and to release the lock
+                # is a call. So one that was set just before is raised here, and never in
+                # the code of the caller.
                 with self.lock:
                     self.thread = None
         except Interrupted:
@@ -158,7 +166,11 @@ class Preparation:
 
     @contextmanager
     def reading(self, connection: socket.socket) -> Iterator[None]:
-        """Shut a connection of the server's own when it is to end."""
+        """Let a connection be shut down if the preparation has to end.
+
+        Args:
+            connection (socket.socket): One that this server has made, to fetch an image.
+        """
         with self.lock:
             self.connection = connection
         try:
@@ -170,10 +182,10 @@ class Preparation:
 
 
 class Preparations:
-    """The requests that a server prepares.
+    """All requests that a server is preparing.
 
     Args:
-        n (int): How many at once.
+        n (int): How many are prepared at a time.
         seconds (float): How long each turn may take.
     """
 
@@ -185,11 +197,16 @@ class Preparations:
         self.stopping = False
         self.next_look = 0.0
 
-    def begin(self, is_gone: Callable[[], bool]) -> Preparation:
+    def begin(self, is_gone: Callable[[], bool] = lambda: False) -> Preparation:
+        """Begin to prepare a request.
+
+        Args:
+            is_gone (Callable[[], bool]): Whether its client has left (any thread).
+        """
         return Preparation(self, is_gone, self.seconds)
 
     def look(self) -> None:
-        """End those that are to end. To be called every second or oftener."""
+        """End those that have to end. To be called at least once a second."""
         now = time.monotonic()
         if self.running and now >= self.next_look:
             self.next_look = now + INTERVAL
@@ -197,7 +214,7 @@ class Preparations:
                 preparation.look()
 
     def stop(self) -> None:
-        """End all, and let none begin."""
+        """End all of them, and those that begin later."""
         self.stopping = True
         for preparation in list(self.running):
             preparation.look()

@@ -121,11 +121,12 @@ class Request(RequestInfo):
             self.args.sampling.top_k = 0
 
     def fit_to_context(self) -> None:
-        """Refuse a prompt or a ``max_tokens`` that exceeds the model's context. If the
-        request does not say ``max_tokens``, it is lowered to what fits.
+        """Check that the prompt and the answer fit into the model's context. A default
+        ``max_tokens`` is lowered until it fits.
 
         Raises:
-            RequestError: A 400 with the numbers of tokens.
+            RequestError: If the prompt is empty or too long, or the ``max_tokens`` of the
+              body is too large.
         """
         prompt_field = self.prompt_field
         n_prompt, limit = len(self.prompt), self.model.context_length
@@ -163,8 +164,13 @@ class Request(RequestInfo):
         if self.started is None:
             self.started = self.clock()
 
-    def stats(self, finish_reason: str) -> RequestStats:
-        """How it went (called on any thread)."""
+    def stats(self, finish_reason: str, n_tokens: int) -> RequestStats:
+        """How it went (any thread).
+
+        Args:
+            finish_reason (str): How its answer has ended.
+            n_tokens (int): Tokens of its answer, as in ``usage``.
+        """
 
         def since_arrival(when: Optional[float]) -> Optional[float]:
             return None if when is None else when - self.arrival
@@ -174,6 +180,9 @@ class Request(RequestInfo):
             since_arrival(self.started),
             since_arrival(self.first_token),
             self.clock() - self.arrival,
+            len(self.prompt),
+            self.n_matched,
+            n_tokens,
         )
 
     def put(self, event: Union[Token, RequestError]) -> None:

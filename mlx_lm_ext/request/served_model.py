@@ -23,7 +23,7 @@ class ServedModel:
         vocabulary_size (int): Rows of the embedding; token ids are below it.
         context_length (Optional[int]): Tokens of prompt and answer together.
         most_characters (int): Characters that a prompt may have to fit into these.
-        takes_images (bool): Whether it is of a kind that takes images.
+        takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
     """
 
@@ -38,7 +38,12 @@ class ServedModel:
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
     ) -> BoundedTokenizer:
-        """Its tokenizer for one request; see there."""
+        """Make its tokenizer for one request.
+
+        Args:
+            field (str): The field of the request that the prompt is made of.
+            preparation (Preparation): Says when to give up.
+        """
         return BoundedTokenizer(
             self.tokenizer,
             self.context_length,

@@ -1,8 +1,9 @@
-"""Prompts from messages and texts, within bounds.
+"""Tokenising prompts within bounds of time and memory.
 
 Rules:
-1. What can never fit into the model's context is refused before it is tokenised.
-2. A chat template writes no more than that, and is cut off while it runs.
+1. A text that can never fit into the model's context is refused before it is tokenised.
+2. A chat template is ended as soon as it has written more than that.
+3. The exact number of tokens is compared with the context in ``Request.fit_to_context``.
 """
 
 from contextvars import ContextVar
@@ -19,18 +20,18 @@ MAX_CHARACTERS = 1 << 26
 # A text with more characters than this for each token of the context is first tokenised
 # in slices.
 USUAL_CHARACTERS = 4
-# Characters of a slice, and how many tokens the cuts at its ends may add.
+# Characters of a slice, and how many tokens the cuts at its two ends may add.
 SLICE, CUT = 1 << 16, 16
 
-# That for which a chat template is run on this thread.
+# The tokenizer for which this thread runs a chat template.
 current: ContextVar[Optional["BoundedTokenizer"]] = ContextVar("current", default=None)
 
 
 def join_bounded(pieces: Iterable[str]) -> str:
-    """What Jinja joins the pieces with that a template writes, up to the limit.
+    """Join the pieces that a template writes, in place of ``"".join`` in Jinja.
 
     Raises:
-        RequestError: If there are more.
+        RequestError: If they have more characters than the prompt may have.
     """
     tokenizer = current.get()
     if tokenizer is None:
@@ -44,10 +45,10 @@ def join_bounded(pieces: Iterable[str]) -> str:
 
 
 def bound_chat_templates(tokenizer: Any) -> None:
-    """Join what the chat templates of a tokenizer write with ``join_bounded``.
+    """Let the chat templates of a tokenizer join their pieces with ``join_bounded``.
 
-    Transformers compiles each text of a template once, so this holds for all tokenizers
-    that have the same one.
+    Transformers keeps one compiled template for each text, so this also affects other
+    tokenizers with the same template.
     """
     templates = tokenizer.chat_template
     templates = templates.values() if isinstance(templates, dict) else [templates]
@@ -56,11 +57,12 @@ def bound_chat_templates(tokenizer: Any) -> None:
             try:
                 compile_chat_template(template).environment.concat = join_bounded
             except TemplateError:
-                pass  # requests are told, when they need it
+                pass  # reported to each request that uses the template
 
 
 def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:
-    """The characters of a prompt of which all tokens are the longest ones."""
+    """The most characters that a prompt can have and still fit into the context: those of
+    a prompt that repeats the longest token."""
     if context_length is None:
         return MAX_CHARACTERS
     longest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -68,13 +70,13 @@ def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:
 
 
 class BoundedTokenizer:
-    """The tokenizer of a model, for one request.
+    """The tokenizer of a model, for one request. It refuses texts that cannot fit.
 
     Args:
-        tokenizer (TokenizerWrapper): The model's.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
         context_length (Optional[int]): Tokens that the model can take.
-        limit (int): Characters that can be so many tokens.
-        field (str): What in the request the prompt is made of.
+        limit (int): Characters that a prompt may have, see ``most_characters``.
+        field (str): The field of the request that the prompt is made of, for errors.
         preparation (Preparation): Says when to give up.
     """
 
@@ -96,14 +98,19 @@ class BoundedTokenizer:
         return getattr(self.tokenizer, name)
 
     def check_characters(self, n: int) -> None:
-        """Refuse more characters than can fit."""
+        """Raise a ``RequestError`` for more characters than can fit."""
         if n > self.limit:
             reason = f"more than {self.limit} characters never fit"
             raise too_long(self.context_length, reason, self.field)
 
     def check_slices(self, text: str) -> None:
-        """Refuse a text of which a part has more tokens than fit: the tokenizer takes
-        memory for all of it, and cannot be interrupted."""
+        """Refuse a long text as soon as a part of it has more tokens than fit. The
+        tokenizer cannot be interrupted, and takes memory for the whole text.
+
+        Raises:
+            ConnectionError: If the client has left.
+            RequestError: If the text does not fit, or its preparation has to end.
+        """
         length = self.context_length
         if length is None or len(text) <= max(SLICE, USUAL_CHARACTERS * length):
             return
@@ -113,7 +120,7 @@ class BoundedTokenizer:
             tokens = self.tokenizer.encode(
                 text[start : start + SLICE], add_special_tokens=False
             )
-            # A cut makes some tokens more of a few characters.
+            # A cut can split a token into several.
             n_tokens += max(0, len(tokens) - CUT)
             if n_tokens >= length:
                 reason = f"the prompt has more than {n_tokens}"
@@ -122,8 +129,8 @@ class BoundedTokenizer:
     def apply_chat_template(
         self, *args: Any, tokenize: bool = True, **kwargs: Any
     ) -> Union[str, List[int]]:
-        """As that of the tokenizer."""
-        # Some write no text that could be tokenised later.
+        """The tokenizer's method, with a bounded and interruptible template."""
+        # Some tokenizers write tokens at once, and no text that could be tokenised here.
         as_text = writes_text(self.tokenizer)
 
         def render():
@@ -141,13 +148,10 @@ class BoundedTokenizer:
         return prompt
 
     def encode(self, text: str, **kwargs: Any) -> List[int]:
-        """As that of the tokenizer."""
+        """The tokenizer's method, for a text that may fit."""
         self.check_characters(len(text))
         self.check_slices(text)
         self.preparation.check()
         tokens = self.tokenizer.encode(text, **kwargs)
         self.preparation.check()
-        if self.context_length is not None and len(tokens) >= self.context_length:
-            reason = f"the prompt has {len(tokens)}"
-            raise too_long(self.context_length, reason, self.field)
         return tokens

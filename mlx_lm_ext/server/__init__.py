@@ -1,1 +1,1 @@
-"""HTTP: connections, which web pages may call, routes, and the text of answers."""
+"""HTTP: connections and bodies, which web pages may call, routes, and answers."""

@@ -2,9 +2,9 @@
 
 Rules:
 1. Runs on a handler thread, and takes all tokens that have piled up at once.
-2. Streamed or not, the pieces add up to the same text.
-3. Stop words are found in the text, however they were tokenised.
-4. Tools are called only by answers to requests that have some: to others a call is text.
+2. Streamed or not, the deltas add up to the same answer.
+3. Stop words are found in the text, however it was tokenised.
+4. Only an answer to a request with tools has tool calls. Otherwise a call stays text.
 """
 
 import logging
@@ -18,13 +18,15 @@ from mlx_lm.server import ToolCallFormatter
 from ..request.request import Request, Token
 from .stop_words import StopWords
 
-# Bounds for what upstream's tool parsers get: some take a time that grows with the
-# characters times the marks in them, and cannot be interrupted.
+logger = logging.getLogger(__name__)
+
+# Bounds of a text that is given to upstream's tool parsers: the time of some grows with
+# the number of characters times the number of marks, and they cannot be interrupted.
 MAX_TOOL_TEXT = 1 << 16
 MAX_TOOL_MARKS = 64
 TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
-# What OpenAI's API gives for tokens that are ruled out.
+# The value of OpenAI's API for the log probability of a token that cannot be chosen.
 LEAST_LOGPROB = -9999.0
 
 
@@ -33,11 +35,12 @@ class Delta:
     """What some tokens add to an answer.
 
     Args:
-        text (str): The answer itself.
-        reasoning (str): What a reasoning model thinks before it answers.
-        tool_calls (List[Dict]): Whole tool calls in OpenAI's shape.
-        tokens (List[Token]): The tokens it was made from.
-        finish_reason (Optional[str]): Set on the last one.
+        text (str): Text of the answer itself.
+        reasoning (str): Text of the reasoning before the answer.
+        tool_calls (List[Dict]): Complete tool calls in OpenAI's shape.
+        tokens (List[Token]): The tokens that it was made from.
+        finish_reason (Optional[str]): "stop", "length" or "tool_calls" in the last delta
+          of an answer.
     """
 
     text: str = ""
@@ -48,7 +51,11 @@ class Delta:
 
 
 class WithoutTools:
-    """A tokenizer as one of a model that calls no tools."""
+    """Presents a tokenizer as that of a model that cannot call tools.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+    """
 
     has_tool_calling = False
 
@@ -66,12 +73,13 @@ class WithoutTools:
         }
 
 
-class Delivery:
-    """The text of one answer, made as its tokens arrive.
+class AnswerParser:
+    """Makes text, reasoning and tool calls from the tokens of one answer as they arrive.
 
     Args:
-        request (Request): The request, of which a token has arrived.
-        stream (bool): Number the tool calls, as streams do.
+        request (Request): The request. Its ``initial_state`` must be final, which it is
+          once a token has arrived.
+        stream (bool): Whether tool calls get an index, which streams need.
     """
 
     def __init__(self, request: Request, stream: bool):
@@ -82,7 +90,7 @@ class Delivery:
         )
         if not request.completion.tools:
             tokenizer = WithoutTools(tokenizer)
-        # A text completion is all text.
+        # A text completion has neither reasoning nor tool calls.
         is_chat = request.completion.request_type == "chat"
         machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
         self.state = machine.make_state(request.initial_state)
@@ -92,26 +100,26 @@ class Delivery:
         self.takes_one_call = request.body.get("parallel_tool_calls") is False
 
     def feed(self, tokens: List[Token]) -> Delta:
-        """Turn the next tokens into text.
+        """Parse the next tokens.
 
         Args:
-            tokens (List[Token]): At least one. With the last one of the answer comes
-              what was held back.
+            tokens (List[Token]): At least one.
 
         Returns:
-            What they add. A stop word ends the answer and drops the tokens after it, and
-            so does a tool call if only one is wanted.
+            What they add to the answer. If its ``finish_reason`` is set, the answer has
+            ended: at its last token, at a stop word, or at a tool call if only one is
+            wanted. The tokens after that are dropped.
         """
         delta = Delta()
-        # One by one, so that what ends the answer does so at the same token however many
-        # have piled up.
+        # If a text may end the answer, one by one: the count of tokens must not depend on
+        # how many have arrived together.
         may_end = self.stop_words.words or self.takes_one_call
         groups = [[t] for t in tokens] if may_end else [tokens]
         for group in groups:
             delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
             for token in group:
-                # The token that stops the answer is not part of it.
+                # An end-of-text token has no text.
                 if token.finish_reason != "stop":
                     self.detokenizer.add_token(token.id)
             if delta.finish_reason is not None:
@@ -124,7 +132,7 @@ class Delivery:
         return delta
 
     def split(self, text: str, delta: Delta) -> None:
-        """Sort text into answer, reasoning and tool calls."""
+        """Split text into answer, reasoning and tool calls, and add them to ``delta``."""
         last = delta.finish_reason is not None
         self.state, segments = TextStateMachine.split(self.state, text)
         if last:
@@ -144,15 +152,15 @@ class Delivery:
             delta.text += self.stop_words.flush()
 
     def add_text(self, text: str, delta: Delta) -> None:
-        """Add to the answer, up to the first stop word."""
-        # What follows the stop word is not part of the answer.
+        """Add text to the answer, up to the first stop word."""
         if not self.stop_words.found:
             delta.text += self.stop_words.split(text)
             if self.stop_words.found:
                 delta.finish_reason = "stop"
 
     def end_tool_call(self, delta: Delta) -> None:
-        """Parse the tool text, if there is any. What is no call stays text."""
+        """Parse the text of a tool call that has ended, if there is one. What cannot be
+        parsed is added to the answer as text."""
         text, self.tool_text = self.tool_text, ""
         if not text or (self.takes_one_call and self.made_tool_call):
             return
@@ -160,15 +168,15 @@ class Delivery:
             check_tool_text(text)
             calls = self.format_tool_calls([text])
         except Exception as e:
-            # Upstream's parsers raise more than the ValueError that it expects.
-            logging.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
+            # Upstream's parsers raise other errors than the ValueError that they should.
+            logger.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
             calls = []
         if calls:
             self.made_tool_call = True
             if self.takes_one_call:
                 calls, delta.finish_reason = calls[:1], "stop"
                 delta.text += self.stop_words.flush()
-                # Nothing that follows is part of the answer.
+                # As after a stop word: no more text is added.
                 self.stop_words.found = True
             delta.tool_calls += calls
         else:
@@ -176,7 +184,11 @@ class Delivery:
 
 
 def check_tool_text(text: str) -> None:
-    """Raise a ``ValueError`` for a text that is too much for a tool parser."""
+    """Check that a tool parser takes little time for a text.
+
+    Raises:
+        ValueError: If it has too many characters or too many marks.
+    """
     n_marks = len(TOOL_MARK.findall(text))
     if "<atem:" in text:
         n_marks += text.count('name="')
@@ -185,17 +197,18 @@ def check_tool_text(text: str) -> None:
 
 
 def in_json(logprob: float) -> float:
-    """The log probability, and ``LEAST_LOGPROB`` for -inf and NaN, which JSON lacks."""
-    # In this order: of NaN as the second argument, ``max`` gives the first.
+    """A log probability as a number of JSON, which has no -inf and no NaN: for them it is
+    ``LEAST_LOGPROB``."""
+    # The order matters: ``max(x, nan)`` is x, and ``max(nan, x)`` is nan.
     return max(LEAST_LOGPROB, logprob)
 
 
 def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
-    """OpenAI's ``logprobs`` of a chat choice."""
+    """The ``logprobs`` of a chat choice, in OpenAI's shape."""
 
     def entry(token_id, logprob):
         text = decode([token_id])
-        # Part of a character has no text, and its bytes are lost in decoding.
+        # A part of a character decodes to U+FFFD, and its bytes are lost.
         raw = None if "\ufffd" in text else list(text.encode())
         return {
             "id": token_id,
@@ -213,7 +226,7 @@ def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
 
 
 def text_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
-    """OpenAI's ``logprobs`` of a text completion choice."""
+    """The ``logprobs`` of a text completion choice, in OpenAI's shape."""
     return {
         "tokens": [decode([t.id]) for t in tokens],
         "token_logprobs": [in_json(t.logprob) for t in tokens],

@@ -1,8 +1,8 @@
 """The API: routes, answers and streams in OpenAI's shape.
 
 Rules:
-1. However an answer ends, its request is cancelled: no row outlives its client.
-2. Streamed or not, an answer is made of the same pieces.
+1. However an answer ends, its request is cancelled, so that its row in the batch is free.
+2. Streamed or not, an answer is made of the same deltas.
 3. Nothing here touches MLX.
 """
 
@@ -10,9 +10,6 @@ import json
 import logging
 from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote
-
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
 
 from ..errors import RequestError, internal_error
 from ..request.fields import (
@@ -30,10 +27,14 @@ from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.preparation import Preparation
 from ..request.request import Request
 from ..request.served_model import ServedModel
-from .answer import Delivery, Delta, chat_logprobs, text_logprobs
+from .answer import AnswerParser, Delta, chat_logprobs, text_logprobs
 from .connection import HTTPHandler
+from .model_list import cached_models
 
-# Seconds between two looks at a client whose answer has nothing new.
+logger = logging.getLogger(__name__)
+
+# Seconds without a new token after which a stream gets a keep-alive comment, and after
+# which it is checked that the client and the engine are still there.
 HEARTBEAT = 1.0
 
 POST_ROUTES = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
@@ -41,22 +42,24 @@ GET_ROUTES = ("/v1/models", "/health")
 
 
 class BatchAPIHandler(HTTPHandler):
-    """Upstream's handler on the batch engine, with strict bodies."""
+    """Upstream's handler on the batch engine, with checked bodies."""
+
+    # Tokens of the answer that have been handed out: when it has ended, those of ``usage``.
+    n_tokens = 0
 
     # Requests
 
     def get(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/health":
+        if self.route == "/health":
             self.handle_health_check()
-        elif path == "/v1/models" or path.startswith("/v1/models/"):
+        elif self.route == "/v1/models" or self.route.startswith("/v1/models/"):
             self.handle_models_request()
         else:
             raise self.wrong_route()
 
     def post(self) -> None:
         raw = self.read_body()
-        if self.path.partition("?")[0] not in POST_ROUTES:
+        if self.route not in POST_ROUTES:
             raise self.wrong_route()
         engine = self.response_generator
         engine.check_available()
@@ -64,7 +67,7 @@ class BatchAPIHandler(HTTPHandler):
         with preparation.turn():
             self.parse(raw)
         del raw
-        # Not in a turn: it may have to be downloaded.
+        # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
         images = image_parts(self.body["messages"]) if self.is_chat else []
         if images:
@@ -79,7 +82,7 @@ class BatchAPIHandler(HTTPHandler):
                 request, self.args, self.body, model, self.request_id, preparation
             )
         job.reads_each = self.stream or bool(self.args.stop_words)
-        reason = "error"
+        self.n_tokens, reason = 0, "error"
         try:
             reason = self.send_stream(job) if self.stream else self.send_answer(job)
         except (ConnectionError, TimeoutError):
@@ -87,10 +90,10 @@ class BatchAPIHandler(HTTPHandler):
             raise
         finally:
             engine.cancel(job)
-            engine.finished(job, job.stats(reason))
+            engine.finished(job, job.stats(reason, self.n_tokens))
 
     def parse(self, raw: bytes) -> None:
-        """Check a body, as far as that needs no model."""
+        """Parse a body and check what can be checked without the model."""
         check_size(raw, self.response_generator.cli_args.max_body_bytes)
         self.body = parse_body(raw)
         self.set_cache_salt()
@@ -99,7 +102,7 @@ class BatchAPIHandler(HTTPHandler):
         if self.requested_model == self.model_id:
             self.body["model"] = "default_model"
         self.args = parse_arguments(self.body, self.response_generator.cli_args)
-        self.is_chat = not self.path.startswith("/v1/completions")
+        self.is_chat = self.route != "/v1/completions"
         if self.is_chat:
             self.body["messages"] = parse_messages(self.body)
             self.body["tools"] = parse_tools(self.body)
@@ -107,7 +110,11 @@ class BatchAPIHandler(HTTPHandler):
             self.body["prompt"] = parse_prompt(self.body)
 
     def set_cache_salt(self) -> None:
-        """Take the salt that a proxy sets instead of the body's."""
+        """Take the cache salt from the header, which a proxy may set, instead of the body.
+
+        Raises:
+            RequestError: If it is sent twice, is too long, or is required and missing.
+        """
         name = "X-Cache-Salt"
         salts = self.headers.get_all(name, [])
         if len(salts) > 1:
@@ -121,28 +128,28 @@ class BatchAPIHandler(HTTPHandler):
             raise RequestError(400, message, "cache_salt")
 
     def wrong_route(self) -> RequestError:
-        path = self.path.partition("?")[0]
-        if path in POST_ROUTES + GET_ROUTES:
-            right = "POST" if path in POST_ROUTES else "GET"
-            message = f"{path} takes {right}, not {self.command}"
+        route = self.route
+        if route in POST_ROUTES + GET_ROUTES:
+            right = "POST" if route in POST_ROUTES else "GET"
+            message = f"{route} takes {right}, not {self.command}"
             return RequestError(405, message, headers={"Allow": f"{right}, OPTIONS"})
-        return RequestError(404, f"there is no {path[:200]} here")
+        return RequestError(404, f"there is no {route[:200]} here")
 
     def check_images(
         self, model: ServedModel, images: List[Dict], preparation: Preparation
     ) -> None:
-        """Look at the images of a chat, and fetch them, before upstream does."""
-        engine = self.response_generator
-        if not engine.model_provider.takes_images(model):
+        """Check the images of a chat and fetch them, before upstream decodes them."""
+        if not model.takes_images:
             raise RequestError(400, "the model takes no images", "messages")
-        # The generation thread makes tokens of it.
+        # This prompt is tokenised later, on the generation thread.
         tokenizer = model.bounded_tokenizer("messages", preparation)
         tokenizer.check_characters(count_characters(self.body["messages"]))
-        inline_images(images, engine.cli_args.allow_image_urls, preparation)
+        allow_urls = self.response_generator.cli_args.allow_image_urls
+        inline_images(images, allow_urls, preparation)
 
     @property
     def max_body(self) -> int:
-        """Bytes of a body; images come inside it."""
+        """Bytes that a body may have, the images in it included."""
         engine = self.response_generator
         limit = engine.cli_args.max_body_bytes
         takes_images = engine.model_provider.processor is not None
@@ -151,13 +158,13 @@ class BatchAPIHandler(HTTPHandler):
     # Answers
 
     def receive(self, job: Request) -> Iterator[Optional[Delta]]:
-        """The pieces of an answer as they come, or None when a second brings none.
+        """The deltas of an answer as they come, and None for each HEARTBEAT without one.
 
         Raises:
             ConnectionError: If the client is gone.
             RequestError: What ended the request on the generation thread.
         """
-        delivery = None
+        parser = None
         while True:
             tokens = job.receive(timeout=HEARTBEAT)
             if self.client_is_gone():
@@ -166,9 +173,11 @@ class BatchAPIHandler(HTTPHandler):
                 self.response_generator.check_available()
                 yield None
                 continue
-            delivery = delivery or Delivery(job, self.stream)
-            delta = delivery.feed(tokens)
+            # Its first state is known only when the prompt has been tokenised.
+            parser = parser or AnswerParser(job, self.stream)
+            delta = parser.feed(tokens)
             yield delta
+            self.n_tokens += len(delta.tokens)
             if delta.finish_reason is not None:
                 return
 
@@ -182,12 +191,12 @@ class BatchAPIHandler(HTTPHandler):
                 answer.tool_calls += delta.tool_calls
                 answer.tokens += delta.tokens
                 answer.finish_reason = delta.finish_reason
-        self.send_json(200, self.make_response(job, answer, len(answer.tokens)))
+        self.send_json(200, self.make_response(job, answer, self.n_tokens))
         return answer.finish_reason
 
     def send_stream(self, job: Request) -> str:
         """Answer in server-sent events; gives the finish reason."""
-        # At once: some clients give up on a silent server.
+        # Before the first token: some clients give up on a server that sends nothing.
         self.start_events()
         reason = "error"
         try:
@@ -197,18 +206,18 @@ class BatchAPIHandler(HTTPHandler):
         except (ConnectionError, TimeoutError):
             raise
         except BaseException:
-            logging.exception("A stream failed")
+            logger.exception("A stream failed")
             self.send_event(json.dumps(internal_error().to_json()))
         self.end_events()
         return reason
 
     def send_events(self, job: Request) -> str:
-        n_tokens, is_first = 0, True
+        """Send the events of a whole answer; gives the finish reason."""
+        is_first = True
         for delta in self.receive(job):
             if delta is None:
                 self.send_keepalive()
                 continue
-            n_tokens += len(delta.tokens)
             if (
                 delta.text
                 or delta.reasoning
@@ -221,7 +230,7 @@ class BatchAPIHandler(HTTPHandler):
                 is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.completion_usage_response(
-                len(job.prompt), n_tokens, job.n_matched
+                len(job.prompt), self.n_tokens, job.n_matched
             )
             usage["object"] = self.object_type
             self.send_event(json.dumps(usage))
@@ -235,7 +244,14 @@ class BatchAPIHandler(HTTPHandler):
         n_tokens: Optional[int] = None,
         is_first: bool = True,
     ) -> Dict[str, Any]:
-        """The response, or the chunk of one, that carries ``delta``."""
+        """The JSON of a whole answer, or of a chunk of a stream.
+
+        Args:
+            job (Request): The request.
+            delta (Delta): What the response carries.
+            n_tokens (Optional[int]): Tokens of the answer, for ``usage``; not for chunks.
+            is_first (bool): Whether it is the first chunk, which has the role.
+        """
         response = self.generate_response(
             delta.text,
             delta.finish_reason,
@@ -248,10 +264,10 @@ class BatchAPIHandler(HTTPHandler):
         (choice,) = response["choices"]
         message = choice.get("message") or choice.get("delta")
         if message and not is_first:
-            # Clients add up what the chunks hold.
+            # Clients concatenate the fields of the chunks.
             del message["role"]
         elif message and not delta.tool_calls:
-            # Upstream leaves out an empty text, or makes null of it.
+            # Upstream omits an empty text, or makes it null. Clients expect a string.
             message["content"] = delta.text
         if job.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
@@ -274,22 +290,15 @@ class BatchAPIHandler(HTTPHandler):
         return self.response_generator.cli_args.model_id
 
     def handle_models_request(self) -> None:
-        """The served model first, then what requests may name of the Hugging Face cache."""
-        try:
-            repos = scan_cache_dir().repos
-        except CacheNotFound:
-            repos = []
-        ids = [self.model_id]
-        provider = self.response_generator.model_provider
-        repos = [r for r in repos if holds_mlx_model(r) and provider.lists(r.repo_id)]
-        ids += sorted(r.repo_id for r in repos)
+        """List the served model first, then those of the Hugging Face cache that requests
+        may name."""
+        lists = self.response_generator.model_provider.lists
+        ids = [self.model_id, *sorted(filter(lists, cached_models()))]
         models = [
             {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
             for i in dict.fromkeys(ids)
         ]
-        wanted = unquote(
-            self.path.partition("?")[0].removeprefix("/v1/models").strip("/")
-        )
+        wanted = unquote(self.route.removeprefix("/v1/models").strip("/"))
         if not wanted:
             self.send_json(200, {"object": "list", "data": models})
             return
@@ -300,13 +309,3 @@ class BatchAPIHandler(HTTPHandler):
         raise RequestError(
             404, f"there is no model {wanted!r} here", "model", "model_not_found"
         )
-
-
-def holds_mlx_model(repo: Any) -> bool:
-    """Whether a cached Hugging Face repository looks like a model for mlx-lm."""
-    if repo.repo_type != "model" or "main" not in repo.refs:
-        return False
-    names = {f.file_path.name for f in repo.refs["main"].files}
-    return {"config.json", "tokenizer_config.json"} <= names and any(
-        name.endswith(".safetensors") for name in names
-    )

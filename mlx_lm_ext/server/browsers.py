@@ -1,12 +1,12 @@
 """Which web pages may call the server, and by which names.
 
-A page of any site can make the user's browser send requests to this machine. Two headers
-of these requests the page cannot choose: ``Origin``, the site that it came from, and
-``Host``, the name that it called the server by.
+A page of any site can make the user's browser send requests to this machine. The page
+cannot choose two headers of these requests: ``Origin``, the site that the page came from,
+and ``Host``, the name by which it calls the server.
 
 Rules:
-1. What is not allowed is refused before its body is read.
-2. Programs that are no browsers send no ``Origin``: they are asked for none.
+1. A request that is not allowed is refused before its body is read.
+2. A request without ``Origin`` is allowed, because programs other than browsers send none.
 """
 
 import re
@@ -18,16 +18,16 @@ from urllib.parse import urlsplit
 from ..errors import RequestError
 from ..patterns import matches
 
-# Stands for this machine among allowed origins and hosts.
+# Among allowed origins and hosts: all names and addresses of this machine itself.
 LOOPBACK = "loopback"
-# What browsers send: a scheme, a name and perhaps a port, or "null".
+# An origin as browsers send it: a scheme, a name and perhaps a port, or "null".
 ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\\\s]*", re.IGNORECASE)
 # A name or an address, and perhaps a port.
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/@\[\]\s]+)(?::\d*)?", re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is always that of the machine that asks."""
+    """Whether a name or an address means, on every machine, that machine itself."""
     host = host.lower().rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -38,6 +38,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_loopback_origin(origin: str) -> bool:
+    """Whether an origin is a page that this machine itself serves."""
     try:
         parts = urlsplit(origin)
         return parts.scheme in ("http", "https") and is_loopback(parts.hostname or "")
@@ -51,10 +52,10 @@ class BrowserGuard:
     Args:
         origins (List[str]): Patterns of the origins that may call, or ``LOOPBACK``.
         hosts (Optional[List[str]]): Patterns of the names that the server may be called
-          by, or ``LOOPBACK``. Without any, the names of loopback if it listens there,
-          and all names elsewhere.
-        address (str): Where the server listens.
-        name (str): What it was told to listen on.
+          by, or ``LOOPBACK``. If not given: ``LOOPBACK`` and ``name`` if the server
+          listens on a loopback address, else all names.
+        address (str): The address on which the server listens.
+        name (str): The name or address that ``--host`` gave.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class BrowserGuard:
         self.hosts = [host.lower() for host in hosts]
 
     def allows_origin(self, origin: str) -> bool:
-        # Other texts are refused, because ``urlsplit`` may find another host in them.
+        # First its form: in other texts ``urlsplit`` may find another host than a browser.
         return ORIGIN.fullmatch(origin) is not None and (
             matches(origin.lower(), self.origins)
             or (LOOPBACK in self.origins and is_loopback_origin(origin))
@@ -82,7 +83,7 @@ class BrowserGuard:
         )
 
     def check(self, headers: Message) -> None:
-        """Refuse what is not allowed.
+        """Check the headers of a request.
 
         Raises:
             RequestError: A 403 that says which argument would allow it.

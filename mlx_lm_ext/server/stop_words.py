@@ -1,10 +1,11 @@
 """Finds where the first of some words ends in a text that comes in pieces.
 
 Rules:
-1. Of the words that end at the same place, the longest counts.
-2. Held back is only what may still become a word.
-3. A list of 20,000 words costs its handler 5 ms, and leaves no garbage in cycles: to
-   collect it would stop all threads.
+1. The word that ends first counts; of those that end at the same place, the longest.
+2. Only text that may still become a word is held back.
+3. The words are sorted and nothing else is built of them. The automaton of upstream's
+   ``TextStateMachine`` takes 0.3 s to build for 128 words of 1,000 characters, during which
+   other threads get little time, and it consists of reference cycles.
 """
 
 from bisect import bisect_right
@@ -15,13 +16,13 @@ class StopWords:
     """The stop words of one answer.
 
     Args:
-        words (List[str]): Not empty ones.
+        words (List[str]): None of them empty.
     """
 
     def __init__(self, words: List[str]):
-        # Without the words that begin with another, which ends first. Then of those in
-        # order only one can be what a text begins with, and only the next one what it
-        # may become.
+        # A word that begins with another one never counts, because the other ends first.
+        # Without those, only one of the sorted words can be a prefix of a given text, and
+        # only the one after it can begin with that text.
         self.words: List[str] = []
         for word in sorted(words):
             if not (self.words and word.startswith(self.words[-1])):
@@ -30,10 +31,14 @@ class StopWords:
         self.found = False
 
     def split(self, text: str) -> str:
-        """The next part of the answer, which ends before the first word.
+        """Take the next piece of a text.
 
         Args:
-            text (str): What has come.
+            text (str): The piece.
+
+        Returns:
+            The next part of the answer, which ends before the first word. Once a word is
+            ``found``, the answer has ended.
         """
         if not self.words:
             return text

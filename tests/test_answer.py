@@ -1,4 +1,4 @@
-"""From tokens to text: the same pieces whatever piles up."""
+"""Answers are parsed to the same text however many tokens arrive together."""
 
 import math
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
 
 from mlx_lm_ext.request.request import Token
-from mlx_lm_ext.server.answer import Delivery, in_json
+from mlx_lm_ext.server.answer import AnswerParser, in_json
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ class PiecesDetokenizer:
         self.last_segment = ""
 
 
-def deliver(
+def parse(
     tokenizer,
     text,
     pile=1,
@@ -59,7 +59,7 @@ def deliver(
     tools=[{}],
     **body,
 ):
-    """Feed a text, or its tokens, in piles; gives the joined answer."""
+    """Parse a text, or its tokens, ``pile`` tokens at a time; gives the joined answer."""
     request = SimpleNamespace(
         model=SimpleNamespace(tokenizer=tokenizer),
         completion=CompletionRequest(request_type, "", [], tools, None),
@@ -73,10 +73,10 @@ def deliver(
         tokens.append(Token(0, finish_reason="stop"))
     elif finish_reason:
         tokens[-1] = Token(tokens[-1].id, finish_reason=finish_reason)
-    delivery = Delivery(request, stream=False)
+    parser = AnswerParser(request, stream=False)
     answer = SimpleNamespace(text="", reasoning="", calls=[], n_tokens=0, end=None)
     for i in range(0, len(tokens), pile):
-        delta = delivery.feed(tokens[i : i + pile])
+        delta = parser.feed(tokens[i : i + pile])
         answer.text += delta.text
         answer.reasoning += delta.reasoning
         answer.calls += delta.tool_calls
@@ -91,21 +91,21 @@ def deliver(
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
 def test_text_arrives_whole(tokenizer, pile, finish_reason):
     text = "plain text, \u00e9\u4e16\U0001f600 and more"
-    answer = deliver(tokenizer, text, pile, finish_reason=finish_reason)
+    answer = parse(tokenizer, text, pile, finish_reason=finish_reason)
     assert (answer.text, answer.end) == (text, finish_reason)
 
 
 @pytest.mark.parametrize("pile", [1, 3, 1000])
 def test_stop_word_across_tokens_and_piles_ends_the_answer(tokenizer, pile):
-    answer = deliver(tokenizer, "one two three two", pile, stop=["zzz", "two"])
+    answer = parse(tokenizer, "one two three two", pile, stop=["zzz", "two"])
     assert (answer.text, answer.end) == ("one ", "stop")
-    # The same count however many tokens had piled up.
+    # The count does not depend on how many tokens arrive together.
     assert answer.n_tokens == len("one two")
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
     tokens = tokenizer.encode("caf\u00e9")[:-1]
-    answer = deliver(tokenizer, tokens, finish_reason="length")
+    answer = parse(tokenizer, tokens, finish_reason="length")
     assert answer.text == tokenizer.decode(tokens) == "caf\ufffd"
 
 
@@ -117,13 +117,13 @@ def test_log_probability_that_is_no_number_is_the_least(logprob, expected):
 
 
 def test_start_of_a_stop_word_at_the_end_is_text(tokenizer):
-    assert deliver(tokenizer, "half a st", stop=["stop"]).text == "half a st"
+    assert parse(tokenizer, "half a st", stop=["stop"]).text == "half a st"
 
 
 @pytest.mark.parametrize("pile", [1, 4, 1000])
 def test_reasoning_and_tool_calls_are_set_apart(tokenizer, pile):
     text = "<think>hm, <x</think>so<tool>call f</tool><tool>call g</tool> end"
-    answer = deliver(ToolTokenizer(tokenizer), text, pile)
+    answer = parse(ToolTokenizer(tokenizer), text, pile)
     assert answer.reasoning == "hm, <x"
     assert answer.text == "so end"
     assert [c["function"]["name"] for c in answer.calls] == ["f", "g"]
@@ -133,7 +133,7 @@ def test_reasoning_and_tool_calls_are_set_apart(tokenizer, pile):
 @pytest.mark.parametrize("pile", [1, 4, 1000])
 def test_second_of_parallel_tool_calls_is_dropped_if_one_is_wanted(tokenizer, pile):
     text = "so<tool>call f</tool> and<tool>call g</tool> end"
-    answer = deliver(ToolTokenizer(tokenizer), text, pile, parallel_tool_calls=False)
+    answer = parse(ToolTokenizer(tokenizer), text, pile, parallel_tool_calls=False)
     assert [c["function"]["name"] for c in answer.calls] == ["f"]
     assert (answer.text, answer.end) == ("so", "tool_calls")
     assert answer.n_tokens == len("so<tool>call f</tool>")
@@ -144,33 +144,31 @@ def test_text_around_the_only_tool_call_is_kept_up_to_it(tokenizer):
     tokenizer.detokenizer = PiecesDetokenizer(
         ["so", "<tool>call f", "</tool> and", "."]
     )
-    answer = deliver(
-        tokenizer, [0, 1, 2, 3], stop=["so long"], parallel_tool_calls=False
-    )
+    answer = parse(tokenizer, [0, 1, 2, 3], stop=["so long"], parallel_tool_calls=False)
     assert (answer.text, answer.n_tokens) == ("so", 3)
     assert [c["function"]["name"] for c in answer.calls] == ["f"]
 
 
-def test_call_without_tools_is_text(tokenizer):
+def test_tool_call_in_an_answer_to_a_request_without_tools_is_text(tokenizer):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.response_transitions = {
         "normal": [("<call>", "tool"), ("<hm>", "reasoning")]
     }
     text = "<think>hm</think>so<tool>call f</tool> and<call>call g<hm>!"
-    answer = deliver(tokenizer, text, tools=None)
+    answer = parse(tokenizer, text, tools=None)
     assert answer.reasoning == "hm!"
     assert answer.text == "so<tool>call f</tool> and<call>call g"
     assert (answer.calls, answer.end) == ([], "stop")
 
 
-def test_text_completion_is_all_text(tokenizer):
+def test_text_completion_has_neither_reasoning_nor_tool_calls(tokenizer):
     text = "<think>hm</think>so<tool>call f</tool>"
-    answer = deliver(ToolTokenizer(tokenizer), text, request_type="text")
+    answer = parse(ToolTokenizer(tokenizer), text, request_type="text")
     assert (answer.text, answer.reasoning, answer.calls) == (text, "", [])
 
 
 def test_marker_cut_off_at_the_end_is_text(tokenizer):
-    assert deliver(ToolTokenizer(tokenizer), "a <thi").text == "a <thi"
+    assert parse(ToolTokenizer(tokenizer), "a <thi").text == "a <thi"
 
 
 @pytest.mark.parametrize("ending", ["</tool>", ""])
@@ -181,7 +179,7 @@ def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
 
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
-    answer = deliver(tokenizer, "so<tool>nonsense" + ending)
+    answer = parse(tokenizer, "so<tool>nonsense" + ending)
     assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
 
 
@@ -194,11 +192,11 @@ def test_text_that_would_keep_a_tool_parser_busy_stays_text(tokenizer, text):
 
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
-    answer = deliver(tokenizer, f"so<tool>{text}</tool>", pile=1000)
+    answer = parse(tokenizer, f"so<tool>{text}</tool>", pile=1000)
     assert (answer.text, answer.calls) == ("so" + text, [])
 
 
 def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):
     text = "<think>stop</think>go on stop here"
-    answer = deliver(ToolTokenizer(tokenizer), text, stop=["stop"])
+    answer = parse(ToolTokenizer(tokenizer), text, stop=["stop"])
     assert (answer.reasoning, answer.text) == ("stop", "go on ")

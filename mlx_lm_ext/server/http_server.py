@@ -1,0 +1,143 @@
+"""The HTTP server: listening, its connections, the room for their bodies, and the end.
+
+Rules:
+1. The number of connections, and the bytes of the bodies of all of them, are bounded.
+2. The thread that accepts connections never fails, and never waits for a client.
+"""
+
+import logging
+import socket
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import List, Optional
+
+from ..errors import RequestError
+from ..request.preparation import Preparations
+from .browsers import LOOPBACK, BrowserGuard
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1000
+# Bytes of the bodies of all connections together. A body is always taken up to SMALL_BODY.
+MAX_BODIES, SMALL_BODY = 512 << 20, 1 << 18
+# Seconds for the connections to end when the server stops.
+CLOSE_TIMEOUT = 5.0
+
+
+class BatchHTTPServer(ThreadingHTTPServer):
+    """Serves each connection on a thread of its own.
+
+    Args:
+        address (Tuple[str, int]): Host name or address, and port; 0 takes a free one.
+        handler (Callable): Makes the handler of a connection.
+        allowed_origins (List[str]): See ``BrowserGuard``.
+        allowed_hosts (Optional[List[str]]): See ``BrowserGuard``.
+
+    Raises:
+        OSError: If the address is not known, or cannot be listened on.
+    """
+
+    # Connections that the system keeps until they are accepted: they come in bursts.
+    request_queue_size = 512
+    # ``server_close`` waits for them itself, with a time limit.
+    daemon_threads = True
+
+    def __init__(
+        self,
+        address,
+        handler,
+        allowed_origins: List[str] = (LOOPBACK,),
+        allowed_hosts: Optional[List[str]] = None,
+    ):
+        name = address[0]
+        infos = socket.getaddrinfo(
+            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        self.address_family, _, _, _, address = infos[0]
+        self.connections = set()
+        # Bytes of bodies that are held now.
+        self.n_bytes = 0
+        # Guards the two above, and tells ``server_close`` when a connection ends.
+        self.changed = threading.Condition()
+        self.preparations = Preparations()
+        super().__init__(address, handler)
+        self.guard = BrowserGuard(
+            allowed_origins, allowed_hosts, self.server_address[0], name
+        )
+
+    def server_bind(self):
+        # Not that of ``HTTPServer``, which waits for a name server to give the host's
+        # full name.
+        TCPServer.server_bind(self)
+
+    def service_actions(self):
+        try:
+            self.preparations.look()
+        except Exception:
+            # It must not end the thread that accepts connections.
+            logger.exception("Ending the overdue preparations failed")
+
+    def reserve(self, n: int, n_held: int) -> None:
+        """Take room for a part of a body.
+
+        Args:
+            n (int): Bytes of the part.
+            n_held (int): Bytes of the same body that have room already.
+
+        Raises:
+            RequestError: A 503 if there is no room and the body is not a small one.
+        """
+        with self.changed:
+            if n_held >= SMALL_BODY and self.n_bytes + n > MAX_BODIES:
+                raise RequestError(503, "too many large requests at a time")
+            self.n_bytes += n
+
+    def release(self, n: int) -> None:
+        """Give back room for ``n`` bytes."""
+        with self.changed:
+            self.n_bytes -= n
+
+    def process_request(self, request, client_address):
+        with self.changed:
+            if len(self.connections) >= MAX_CONNECTIONS:
+                # It gets no answer, for which a thread would be needed.
+                self.shutdown_request(request)
+                return
+            self.connections.add(request)
+        try:
+            super().process_request(request, client_address)
+        except Exception:
+            # No thread could be started.
+            self.forget(request)
+            raise
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.forget(request)
+
+    def forget(self, connection: socket.socket) -> None:
+        with self.changed:
+            self.connections.discard(connection)
+            self.changed.notify_all()
+
+    def server_close(self):
+        """Close idle connections at once, and the others when their answers end."""
+        self.preparations.stop()
+        with self.changed:
+            for connection in self.connections:
+                try:
+                    connection.shutdown(socket.SHUT_RD)
+                except OSError:
+                    pass  # it has ended by itself
+            if not self.changed.wait_for(lambda: not self.connections, CLOSE_TIMEOUT):
+                logger.warning(f"{len(self.connections)} connections did not end")
+        super().server_close()
+
+    def handle_error(self, request, client_address):
+        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            return
+        logger.exception(f"A connection from {client_address[0]} failed")

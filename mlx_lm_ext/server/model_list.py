@@ -1,0 +1,26 @@
+"""The models in the Hugging Face cache, for ``/v1/models``."""
+
+from pathlib import Path
+from typing import Iterator
+
+from huggingface_hub import constants
+
+
+def cached_models() -> Iterator[str]:
+    """The repositories in the Hugging Face cache that look like models for mlx-lm.
+
+    Only names of files are read. ``huggingface_hub.scan_cache_dir`` also asks for the size
+    of every file, which takes seconds for a large cache.
+    """
+    for folder in Path(constants.HF_HUB_CACHE).glob("models--*"):
+        try:
+            revision = (folder / "refs" / "main").read_text().strip()
+            snapshot = folder / "snapshots" / revision
+            # The files are links, whose targets an interrupted download lacks.
+            names = {file.name for file in snapshot.iterdir() if file.exists()}
+        except OSError:
+            continue  # nothing of it is downloaded
+        if {"config.json", "tokenizer_config.json"} <= names and any(
+            name.endswith(".safetensors") for name in names
+        ):
+            yield folder.name.removeprefix("models--").replace("--", "/")
