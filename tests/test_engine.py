@@ -259,7 +259,7 @@ def test_row_that_goes_on_stops_at_the_rest_of_a_stop_sequence(is_eager, monkeyp
     monkeypatch.setattr(_upstream, "on_cpu", lambda: is_eager)
 
     class Always2:
-        slot = penalties = n_top = None
+        group = None
 
         def __call__(self, logits):
             return mx.full(logits.shape[:1], 2)
@@ -270,7 +270,7 @@ def test_row_that_goes_on_stops_at_the_rest_of_a_stop_sequence(is_eager, monkeyp
         inputs=mx.array([1]),
         prompt_cache=[],
         tokens=[[3]],
-        samplers=[Always2()],
+        samplers=[_upstream.RowSampling(Always2())],
         fallback_sampler=None,
         logits_processors=[[]],
         stop_sequences=[ResumedStopSequences(StopSequences([(1, 2)]), [1])],

@@ -433,9 +433,9 @@ def test_slru_follows_a_split():
     insert(cache, b"useful two")
     policy = cache.eviction
     assert sorted(e.depth for e in policy.protected) == [7, 10]
-    assert policy.n_bytes == 10 * TOKEN
+    assert policy.protected_bytes == 10 * TOKEN
     cache.trim_to(n_bytes=0)
-    assert policy.n_bytes == 0 and not policy.protected
+    assert policy.protected_bytes == 0 and not policy.protected
 
 
 def test_gdsf_prefers_what_is_used_and_costs_much_for_its_bytes():

@@ -21,14 +21,14 @@ from helpers import (
     wait_until_idle,
 )
 
-from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
-from mlx_lm_ext.policies.guard import PolicyClass
+from mlx_lm_ext.policies import guarded_sampler
+from mlx_lm_ext.policies.guarded_sampler import GuardedSampler
 from mlx_lm_ext.policies.loading import SAMPLER
-from mlx_lm_ext.request.fields import parse_arguments
-from mlx_lm_ext.sampling.groups import RowSampler, RowSamplers
+from mlx_lm_ext.policies.policy_class import PolicyClass
+from mlx_lm_ext.sampling.groups import SamplerGroups
 
 # Room for 600 tokens, of which a running request takes 256.
 CACHE = ["--use-prompt-cache", "--radix-cache-size", str(600 * 512)]
@@ -333,10 +333,9 @@ class Greedy(BatchSampler):
         return mx.argmax(logprobs, axis=-1)
 
 
-def row(slot, n):
+def row(policy_class, n):
     """The sampler of a request whose tokens start at n."""
-    args = parse_arguments({}, make_parser().parse_args([]))
-    return RowSampler(slot, None, SimpleNamespace(n=n, args=args), None)
+    return GuardedSampler(policy_class, None, SimpleNamespace(n=n), None)
 
 
 class Counter(Always):
@@ -353,12 +352,12 @@ class Counter(Always):
 
 def test_rows_keep_their_own_state_as_they_come_and_go():
     rng = random.Random(0)
-    slots = [PolicyClass(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
-    samplers, expected = RowSamplers([]), []
+    classes = [PolicyClass(SAMPLER, str(i), Counter, "test", Greedy) for i in range(3)]
+    samplers, expected = SamplerGroups([]), []
     for i in range(200):
         if rng.random() < 0.5 or not expected:
             new = [rng.randrange(100, 10**6) for _ in range(rng.randint(1, 4))]
-            samplers.extend(RowSamplers([row(rng.choice(slots), n) for n in new]))
+            samplers.extend(SamplerGroups([row(rng.choice(classes), n) for n in new]))
             expected += new
         else:
             keep = [i for i in range(len(expected)) if rng.random() < 0.7]
@@ -396,6 +395,21 @@ class Shapeless(BatchSampler):
         return logprobs
 
 
+class Listing(Greedy):
+    name = "listing"
+
+    def __call__(self, logprobs):
+        return super().__call__(logprobs).tolist()
+
+
+class Undecided(Greedy):
+    name = "undecided"
+
+    @property
+    def needs_logprobs(self):
+        raise ArithmeticError("perhaps")
+
+
 class Unready(Greedy):
     name = "unready"
 
@@ -422,7 +436,7 @@ class Tired(Greedy):
         return super().__call__(logprobs)
 
 
-@pytest.mark.parametrize("cls", [Shapeless, Unready, Lonely, Tired])
+@pytest.mark.parametrize("cls", [Shapeless, Undecided, Unready, Lonely, Tired])
 def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     engine = start_with(cls)
     reference = Reference(model_folder())
@@ -434,17 +448,106 @@ def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     assert message in only_error(caplog)
 
 
+class Fails(Greedy):
+    name = "fails"
+    needs_logprobs = False
+
+    def __call__(self, logprobs):
+        raise ArithmeticError("never")
+
+
+def test_sampler_is_not_blamed_for_what_the_server_does(monkeypatch):
+    calls = []
+
+    def normalise(logits):
+        calls.append(logits)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(guarded_sampler, "normalise", normalise)
+    policy_class = PolicyClass(
+        SAMPLER, "p", type("Plain", (Greedy,), {}), "test", Greedy
+    )
+    with pytest.raises(MemoryError):
+        row(policy_class, 0)(mx.zeros((1, 3)))
+    assert policy_class.cls is not Greedy
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "cls, problem",
+    [
+        (Listing, "it returned list, not an mx.array"),
+        (Shapeless, "of shape (1, 3), not one token id for each of 1 rows"),
+    ],
+)
+def test_log_says_what_is_wrong_with_the_tokens_of_a_sampler(cls, problem, caplog):
+    row(PolicyClass(SAMPLER, cls.name, cls, "test", Greedy), 0)(mx.zeros((1, 3)))
+    assert problem in caplog.text
+
+
+def test_sampler_that_fails_leaves_the_logits_as_they_were():
+    class Spoils(Fails):
+        def __call__(self, logprobs):
+            logprobs[:, 1] = -mx.inf
+            super().__call__(logprobs)
+
+    logits = mx.array([[1.0, 5.0, 2.0]])
+    sampler = row(PolicyClass(SAMPLER, "spoils", Spoils, "test", Greedy), 0)
+    assert sampler(logits).tolist() == [1]
+    assert logits.tolist() == [[1.0, 5.0, 2.0]]
+
+
+@pytest.mark.parametrize("use", ["call", "filter", "extend"])
+def test_no_object_of_a_class_that_failed_is_used_again(use):
+    used = []
+
+    class Used(Fails):
+        def filter(self, keep):
+            used.append(self)
+
+        def extend(self, other):
+            used.append(self)
+
+        def __call__(self, logprobs):
+            used.append(self)
+            super().__call__(logprobs)
+
+    policy_class = PolicyClass(SAMPLER, "used", Used, "test", Greedy)
+    first, second, third = (
+        row(policy_class, 0),
+        row(policy_class, 0),
+        row(policy_class, 0),
+    )
+    logits = mx.array([[1.0, 5.0, 2.0]])
+    first(logits)
+    used.clear()
+    if use == "filter":
+        second.filter([0])
+    elif use == "extend":
+        second.extend(third)
+        logits = mx.concatenate([logits, logits])
+    assert second(logits).tolist() == [1] * len(logits)
+    assert not used
+
+
+def test_class_may_choose_the_type_of_its_objects():
+    class Chooses(Counter):
+        def __new__(cls, *args):
+            return object.__new__(Chosen)
+
+    class Chosen(Chooses):
+        pass
+
+    policy_class = PolicyClass(SAMPLER, "chooses", Chooses, "test", Greedy)
+    sampler = row(policy_class, 7)
+    assert [sampler(mx.zeros((1, 99))).item() for _ in range(3)] == [7, 8, 9]
+
+
 def test_sampler_that_replaces_one_of_logits_gets_log_probabilities():
     class Normal(Greedy):
         def __call__(self, logprobs):
             assert mx.allclose(mx.exp(logprobs).sum(axis=-1), mx.array(1.0))
             return super().__call__(logprobs)
-
-    class Fails(Greedy):
-        needs_logprobs = False
-
-        def __call__(self, logprobs):
-            raise ArithmeticError("never")
 
     sampler = row(PolicyClass(SAMPLER, "fails", Fails, "test", Normal), 0)
     assert sampler(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]

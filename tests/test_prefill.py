@@ -1,4 +1,4 @@
-"""How wide the chunks of prompts are."""
+"""How many tokens of the prompts a step runs."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mlx_lm_ext.batch import prefill
 
 
 @pytest.mark.parametrize(
-    "lengths, n_tokens, width",
+    "lengths, budget, width",
     [
         ([500], 256, 256),
         ([5, 500], 256, 69),
@@ -20,6 +20,13 @@ from mlx_lm_ext.batch import prefill
         ([1000, 400], 2000, 732),
     ],
 )
-def test_padding_of_a_step_is_bounded(lengths, n_tokens, width):
-    found = prefill.chunk_width(lengths, n_tokens)
-    assert found == width
+def test_padding_of_a_step_is_bounded(lengths, budget, width):
+    assert prefill.chunk_width(lengths, budget) == width
+
+
+@pytest.mark.parametrize("is_cpu, expected", [(True, [100, 256]), (False, [100, 2048])])
+def test_step_of_a_cpu_runs_256_tokens_of_prompts_at_most(
+    is_cpu, expected, monkeypatch
+):
+    monkeypatch.setattr(prefill, "on_cpu", lambda: is_cpu)
+    assert [prefill.max_prefill_tokens(n) for n in (100, 2048)] == expected

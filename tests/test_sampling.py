@@ -20,7 +20,7 @@ from mlx_lm_ext.sampling import default as sampling
 from mlx_lm_ext.sampling import gpu as gpu_sampling
 from mlx_lm_ext.sampling.default import DefaultSampler
 from mlx_lm_ext.sampling.parameters import make_key
-from mlx_lm_ext.sampling.penalties import MAX_CONTEXT, Penalties, Row
+from mlx_lm_ext.sampling.penalties import MAX_CONTEXT, Penalties, PenaltyParameters
 
 # A few that are about as likely as each other, and a long tail.
 SPECIAL = [3, 17]
@@ -121,7 +121,7 @@ def test_distribution_is_that_of_upstream(body, temperature, device):
 
 def supports(sampler, x):
     """Which tokens each row can draw, with XTC."""
-    sampler.columns()
+    sampler.prepare()
     if sampler.backend is gpu_sampling:
         keys, parameters = sampler.keys, sampler.parameters
         x = gpu_sampling.apply_filters(mx.array(x), parameters, keys, SPECIAL)
@@ -131,7 +131,7 @@ def supports(sampler, x):
         found, x - x.max(axis=1)[:, None], sampler.parameters
     ):
         p = np.exp(logits)
-        places[cpu_sampling.possible(p, logits, row, 0.0, SPECIAL)] = True
+        places[cpu_sampling.kept_ids(p, logits, row, 0.0, SPECIAL)] = True
     return found
 
 
@@ -246,9 +246,9 @@ def test_greedy_rows_cost_an_argmax_only(monkeypatch):
 
 
 def test_parameters_of_rows_that_join_are_put_into_arrays_once(monkeypatch):
-    calls, columns = [], DefaultSampler.columns
+    calls, prepare = [], DefaultSampler.prepare
     monkeypatch.setattr(
-        DefaultSampler, "columns", lambda self: (calls.append(self), columns(self))
+        DefaultSampler, "prepare", lambda self: (calls.append(self), prepare(self))
     )
     sampler = make_rows([{"temperature": 1.0, "seed": i} for i in range(5)])
     for _ in range(2):
@@ -267,7 +267,7 @@ def test_nucleus_that_fits_the_guess_needs_no_sort(monkeypatch):
     original = np.sort
     monkeypatch.setattr(np, "sort", sort)
     logits = logits_of(50_000, spread=3.0)
-    limit = cpu_sampling.nucleus(np.exp(logits - logits.max()), 0.05)
+    limit = cpu_sampling.nucleus_limit(np.exp(logits - logits.max()), 0.05)
     monkeypatch.undo()
     kept = kept_by_upstream(logits, {"top_p": 0.05})
     assert (np.exp(logits - logits.max()) >= limit).sum() == np.isfinite(kept).sum()
@@ -281,7 +281,7 @@ def test_token_of_a_nucleus_is_drawn_without_a_search_for_it(monkeypatch):
         return cpu_sampling.sample_row(x, row, np.array(u), [])
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_sampling, "possible", None)
+        patch.setattr(cpu_sampling, "kept_ids", None)
         assert [draw(u, 0, 0) for u in (0.1, 0.6, 0.9)] == [0, 1, 2]
     # What is not in it is drawn again, of what is.
     assert [draw(0.99, 0, u) for u in (0.1, 0.6, 0.9)] == [0, 1, 2]
@@ -396,7 +396,7 @@ def test_penalties_are_those_of_upstream(dtype):
         if rng.random() < 0.3:
             body = rng.choice(PENALTIES)
             args = penalty_arguments(**body)
-            penalties.extend(Penalties([Row.make(args)]))
+            penalties.extend(Penalties([PenaltyParameters.from_arguments(args)]))
             rows.append(args)
             histories.append(rng.choices(range(12), k=rng.randint(0, 90)))
         elif rng.random() < 0.2:
@@ -432,7 +432,7 @@ def test_penalties_are_those_of_upstream(dtype):
 def test_penalty_over_a_long_context_is_upstreams_own(size, start_engine, model_folder):
     body = dict(repetition_penalty=1.5, repetition_context_size=size)
     args = penalty_arguments(**body)
-    assert not Row.make(args).is_short
+    assert not PenaltyParameters.from_arguments(args).is_short
     processors = sample_utils.make_logits_processors(**vars(args))
     reference = Reference(model_folder(), logits_processors=processors)
     prompt = texts(1)[0] * 2

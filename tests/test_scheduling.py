@@ -5,9 +5,16 @@ from argparse import Namespace
 
 import pytest
 
-from mlx_lm_ext.batch.prefill import default_budget
 from mlx_lm_ext.interfaces import RequestInfo, SchedulerView
-from mlx_lm_ext.policies.scheduling import FCFS, LPM, POLICIES, SJF, Fair, Priority
+from mlx_lm_ext.policies.scheduling import (
+    FCFS,
+    LPM,
+    POLICIES,
+    SJF,
+    Fair,
+    Priority,
+    default_prefill_budget,
+)
 
 ARGS = Namespace(prefill_budget=256, max_wait=30.0)
 
@@ -175,4 +182,4 @@ def test_prefill_is_limited_while_streams_run():
     streaming.n_generated = 1
     assert policy.prefill_tokens(view(running=[request(), streaming])) == 256
     unset = FCFS(Namespace(prefill_budget=None), lambda: 0.0)
-    assert unset.prefill_tokens(view(running=[streaming])) == default_budget()
+    assert unset.prefill_tokens(view(running=[streaming])) == default_prefill_budget()

@@ -67,7 +67,7 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
 
     for module in (warm_up, sampling, _upstream):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
-    names = ["keep_nucleus", "keep_min_p", "keep_top_k", "apply_xtc", "draw"]
+    names = ["keep_top_p", "keep_min_p", "keep_top_k", "apply_xtc", "draw"]
     for name in names:
         watch(gpu_sampling, name)
     watch(batching, "make_logits_processors")

@@ -18,9 +18,11 @@ from ..device import check_address_space
 from ..interfaces import Clock, RequestInfo, SchedulerPolicy, SchedulerView
 from ..request.mailbox import Turnstile
 from ..request.request import Request, Token
-from .generator import LeanBatchGenerator, make_logits_processors
+from ..sampling.groups import RowSampler
+from ..sampling.penalties import PenaltyParameters
+from .generator import LeanBatchGenerator, RowSampling, make_logits_processors
 from .kv_memory import KVMemory
-from .prefill import chunk_width, step_size
+from .prefill import chunk_width, max_prefill_tokens
 from .resumed import ResumedStopSequences
 from .row import Row
 from .sharing import MIN_SHARED, PrefixSharing
@@ -35,7 +37,9 @@ class BatchPolicies(Protocol):
     scheduler: SchedulerPolicy
     clock: Clock
 
-    def make_sampler(self, name: str, request: RequestInfo, tokenizer: Any) -> Any: ...
+    def make_sampler(
+        self, name: str, request: RequestInfo, tokenizer: Any
+    ) -> RowSampler: ...
 
     def make_logits_processors(
         self, request: RequestInfo, tokenizer: Any
@@ -82,7 +86,7 @@ class Batch:
         self.sharing = PrefixSharing()
         self.generator: Optional[LeanBatchGenerator] = None
         self.rows: Dict[int, Row] = {}
-        self.step_size = step_size(args.prefill_step_size)
+        self.step_size = max_prefill_tokens(args.prefill_step_size)
         # Tokens of prompts that the last step was allowed.
         self.budget = self.step_size
         self.n_steps = 0
@@ -150,9 +154,11 @@ class Batch:
             )
         self.kv_memory.check(request)
         sampler = self.policies.make_sampler(request.sampler, request, self.tokenizer)
+        n_top = request.args.top_logprobs if request.args.logprobs else None
+        penalties = PenaltyParameters.from_arguments(request.args.logits)
         processors = []
-        if sampler.penalties is None:
-            processors += make_logits_processors(request.args)
+        if not penalties.is_short:
+            penalties, processors = None, make_logits_processors(request.args)
         processors += self.policies.make_logits_processors(request, self.tokenizer)
         if self.is_caching:
             self.store_running(request)
@@ -162,7 +168,7 @@ class Batch:
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[caches],
             all_tokens=[request.prompt[: row.n_run]],
-            samplers=[sampler],
+            samplers=[RowSampling(sampler, penalties, n_top)],
             logits_processors=[processors],
             stop_sequences=[
                 ResumedStopSequences(request.model.end_of_text, request.generated)

@@ -1,44 +1,116 @@
-"""Upstream's ``BatchGenerator`` with steps that wait for nothing they need not wait for.
+"""Upstream's ``BatchGenerator`` and its two batches, with lean steps: they compute nothing
+that no request asked for, and do not wait for the device where they need not.
 
 Rules:
-1. A door: with the files named ``upstream.py``, the only one that uses private names of
+1. Of the files that are not named ``upstream.py``, only this one uses private names of
    mlx-lm. What upstream makes public (see ``patches/``) is deleted here.
+2. Upstream's tuples are read by name, through the named tuples below.
+3. The caches that ``extract_cache`` gives are views of the batch's arrays. Use them before
+   the next step, which writes into these arrays.
 """
 
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
+from mlx_lm.generate import (
+    BatchGenerator,
+    GenerationBatch,
+    PromptProcessingBatch,
+    StopSequences,
+)
 from mlx_lm.server import _make_logits_processors
 
 from ..cache.kinds import flatten, prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed, on_cpu
-from ..sampling.groups import RowSampler, RowSamplers
-from ..sampling.penalties import Penalties
+from ..sampling.groups import RowSampler, SamplerGroups
+from ..sampling.penalties import Penalties, PenaltyParameters
 from .logprobs import Logprobs
 
 make_logits_processors = _make_logits_processors
 
 
+@dataclass
+class RowSampling:
+    """How the tokens of one row are chosen. ``BatchGenerator`` carries it as the row's
+    sampler, and does not call it.
+
+    Args:
+        sampler (RowSampler): Chooses the tokens.
+        penalties (Optional[PenaltyParameters]): Bias and penalties. None if the row has
+          none, or has logits processors for them.
+        n_top (Optional[int]): How many of the most likely tokens are given with each
+          token and its log probability. None if no log probabilities are wanted.
+    """
+
+    sampler: RowSampler
+    penalties: Optional[PenaltyParameters] = None
+    n_top: Optional[int] = None
+
+
+class UnprocessedPrompt(NamedTuple):
+    """An entry of ``BatchGenerator._unprocessed_sequences``: a prompt that has not begun.
+
+    Args:
+        uid (int): The row that it will be.
+        segments (List[List[int]]): The tokens left to run; the last token is a segment of
+          its own.
+        max_tokens (int): The most tokens to generate.
+        cache (List[Any]): The KV of the tokens before the segments, one cache a layer.
+        tokens (List[int]): These tokens.
+        sampler (RowSampling): How its tokens are chosen.
+        logits_processors (Tuple[Callable, ...]): Called before its sampler.
+        stop_sequences (StopSequences): What ends it.
+    """
+
+    uid: int
+    segments: List[List[int]]
+    max_tokens: int
+    cache: List[Any]
+    tokens: List[int]
+    sampler: RowSampling
+    logits_processors: Tuple[Callable, ...]
+    stop_sequences: StopSequences
+
+
+class PromptInProgress(NamedTuple):
+    """An entry of ``BatchGenerator._currently_processing``: a row of the prompt batch.
+
+    Args:
+        segments (List[List[int]]): The tokens left to run.
+        n_done (int): Tokens run since it was inserted.
+        n_total (int): Tokens that were left to run when it was inserted.
+    """
+
+    segments: List[List[int]]
+    n_done: int
+    n_total: int
+
+
+def is_at_last_token(segments: List[List[int]]) -> bool:
+    """Whether only the last token of a prompt is left, which the decoding runs."""
+    return len(segments) == 1 and len(segments[0]) == 1
+
+
 def segmented(caches: List[Any]) -> List[BatchSegmentedKVCache]:
-    """Those of a batch's caches that rows join and leave in place."""
+    """Those of the caches of a batch that rows join and leave in place."""
     return [c for c in flatten(caches) if isinstance(c, BatchSegmentedKVCache)]
 
 
 def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
-    """Evaluate what the ``filter`` of each layer needs, in one call."""
+    """Evaluate what ``filter(keep)`` needs, for all layers in one call."""
     if keep:
         mx.eval([c.stage(keep) for c in segmented(caches)])
 
 
 class LeanPromptBatch(PromptProcessingBatch):
-    """``PromptProcessingBatch`` that does not wait for what it runs.
+    """``PromptProcessingBatch`` that does not wait for the chunk that it runs.
 
-    The tokens that were decoded before it go out, and the next decoding is prepared,
-    while the device is at it.
+    While the device runs it, the tokens decoded before are delivered, and the next decoding
+    is prepared.
     """
 
     def filter(self, keep: List[int]) -> None:
@@ -51,7 +123,8 @@ class LeanPromptBatch(PromptProcessingBatch):
         if stay:
             batch.prompt_cache = deepcopy(self.prompt_cache)
             batch.filter(indices)
-            # What shares its arrays would be copied as a whole.
+            # Until they are evaluated they hold the arrays of this batch, and a write into
+            # those would copy them as a whole.
             mx.eval([c.state for c in batch.prompt_cache])
         else:
             batch.prompt_cache = list(self.prompt_cache)
@@ -61,7 +134,7 @@ class LeanPromptBatch(PromptProcessingBatch):
     def prompt(self, tokens: List[List[int]]) -> None:
         if not tokens:
             return
-        # One chunk at a time: what runs holds memory.
+        # Wait for the last chunk: each one that is queued holds memory.
         mx.eval([c.state for c in self.prompt_cache])
         give_back_freed()
         for row, more in zip(self.tokens, tokens):
@@ -81,11 +154,15 @@ class LeanPromptBatch(PromptProcessingBatch):
         mx.async_eval([c.state for c in self.prompt_cache])
 
     def generate(self, tokens: List[List[int]]) -> "LeanGenerationBatch":
-        """The batch that goes on after these last tokens, one of each prompt."""
+        """Make the batch that decodes these rows.
+
+        Args:
+            tokens (List[List[int]]): The last token of each prompt, in a list.
+        """
         return LeanGenerationBatch(
             self.model,
             self.uids,
-            # As samplers give them: with CUDA, each type has kernels of its own.
+            # The type that samplers give: with CUDA, each type has kernels of its own.
             mx.array([token for (token,) in tokens], mx.uint32),
             self.prompt_cache,
             self.tokens,
@@ -98,17 +175,22 @@ class LeanPromptBatch(PromptProcessingBatch):
 
 
 class LeanGenerationBatch(GenerationBatch):
-    """``GenerationBatch`` that samples all rows in one call. It makes log probabilities
-    only of the rows that asked, and runs logits processors only on rows that have some.
+    """``GenerationBatch`` that samples all rows in one call, computes log probabilities only
+    of the rows that asked for them, and runs logits processors only on the rows that have
+    some.
 
-    In its responses ``logprobs`` is a function: what ``Logprobs.row`` gives. For rows
-    that did not ask, it is ``None``.
+    - ``logprobs`` of its responses is a function that gives what ``Logprobs.row`` does, or
+      None for a row that did not ask.
+    - New rows have no step of their own: their first step is one of the whole batch.
+    - A GPU gets the next step before the tokens of this one are read, so that it never
+      waits. On a CPU that would only delay the tokens: each step gives those that it makes.
 
-    New rows have no step of their own: their first is one of the whole batch.
-
-    A GPU is given the next step before this one's tokens are read. On the CPU, that would
-    only keep them back: there each step gives the tokens that it makes.
+    Args:
+        samplers (List[RowSampling]): How the tokens of each row are chosen.
+        *args, **kwargs: See ``GenerationBatch``.
     """
+
+    _next_logprobs: List[Optional[Callable]]
 
     def __init__(
         self,
@@ -117,16 +199,17 @@ class LeanGenerationBatch(GenerationBatch):
         inputs: mx.array,
         prompt_cache: List[Any],
         tokens: List[List[int]],
-        samplers: List[RowSampler],
+        samplers: List[RowSampling],
         *args: Any,
         **kwargs: Any,
     ):
-        self.row_samplers = RowSamplers(samplers)
-        self.penalties = Penalties([s.penalties for s in samplers])
-        self.n_top = [s.n_top for s in samplers]
+        self.sampler_groups = SamplerGroups([row.sampler for row in samplers])
+        self.penalties = Penalties([row.penalties for row in samplers])
+        self.n_top = [row.n_top for row in samplers]
         self.is_eager = on_cpu()
+        # Upstream's constructor runs a step, which is skipped.
         self.is_new = True
-        # Upstream counts them, and calls none.
+        # Upstream wants one for each row, and calls none of them.
         samplers = [None] * len(uids)
         super().__init__(
             model, uids, inputs, prompt_cache, tokens, samplers, *args, **kwargs
@@ -134,27 +217,27 @@ class LeanGenerationBatch(GenerationBatch):
         self.is_new = False
         self._next_logprobs = [None] * len(uids)
         if not self.is_eager:
-            # Their first step gives no token yet.
+            # Upstream counts each step, and the first one gives no token.
             self._num_tokens = [-1] * len(uids)
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
-        self.row_samplers.extend(batch.row_samplers)
+        self.sampler_groups.extend(batch.sampler_groups)
         self.penalties.extend(batch.penalties)
         self.n_top += batch.n_top
         super().extend(batch)
         mx.async_eval([c.state for c in self.prompt_cache])
 
     def filter(self, keep: List[int]) -> None:
-        # The last rows take the places of those that leave: few have to move.
+        # The last rows take the places of those that leave, so that few rows move.
         stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
         keep = [i if i in stay else next(movers) for i in range(len(keep))]
         evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
-        self.row_samplers.filter(keep)
+        self.sampler_groups.filter(keep)
         self.penalties.filter(keep)
         self.n_top = [self.n_top[i] for i in keep]
 
-    def _step(self) -> Tuple[List[int], List[Optional[Callable]]]:
+    def _step(self) -> Tuple[List[Optional[int]], List[Optional[Callable]]]:
         if self.is_new:
             return [], []
         inputs, logprobs = self._next_tokens, self._next_logprobs
@@ -162,8 +245,8 @@ class LeanGenerationBatch(GenerationBatch):
         prepare_step(self.prompt_cache)
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         logits = self.penalties(self.tokens, inputs, logits)
-        logits, contexts = self.process(inputs, logits)
-        tokens = self._next_tokens = self.row_samplers(logits)
+        logits, to_evaluate = self.apply_logits_processors(inputs, logits)
+        tokens = self._next_tokens = self.sampler_groups(logits)
         self._next_logprobs = [None] * len(self.uids)
         rows = [i for i, n in enumerate(self.n_top) if n is not None]
         if rows:
@@ -172,58 +255,85 @@ class LeanGenerationBatch(GenerationBatch):
             found = Logprobs(logits[asked], tokens[asked], max(n_top))
             for i, row in enumerate(rows):
                 self._next_logprobs[row] = partial(found.row, i, n_top[i])
-            contexts += found.arrays
-        mx.async_eval(tokens, contexts)
-        done = inputs.tolist()
-        for row, token in zip(self.tokens, done):
+            to_evaluate += found.arrays
+        mx.async_eval(tokens, to_evaluate)
+        input_ids = inputs.tolist()
+        for row, token in zip(self.tokens, input_ids):
             row.append(token)
         if self.is_eager:
             return tokens.tolist(), self._next_logprobs
-        return [None if n < 0 else t for t, n in zip(done, self._num_tokens)], logprobs
+        # In the first step of a row, the input is the last token of its prompt.
+        given = [None if n < 0 else t for t, n in zip(input_ids, self._num_tokens)]
+        return given, logprobs
 
     def next(self) -> List[GenerationBatch.Response]:
         responses = super().next()
         given = [r for r in responses if r.token is not None]
         if len(given) < len(responses):
-            # The matchers of the new rows took ``None`` for a token.
+            # Upstream has fed the ``None`` of the new rows to their matchers.
             rows = zip(self._num_tokens, self._matchers, self.stop_sequences)
             self._matchers = [s.matcher() if n == 0 else m for n, m, s in rows]
         return given
 
-    def process(
+    def apply_logits_processors(
         self, inputs: mx.array, logits: mx.array
     ) -> Tuple[mx.array, List[mx.array]]:
-        """Run the logits processors; gives the logits, and what is to be evaluated."""
+        """Run the logits processors of the rows that have some.
+
+        Returns:
+            Tuple[mx.array, List[mx.array]]: The logits, and arrays that are to be evaluated
+            in this step.
+        """
         rows = [i for i, p in enumerate(self.logits_processors) if p]
         processed, contexts = [], []
         for i in rows:
             context = self._token_context[i].update_and_fetch(inputs[i : i + 1])
             contexts.append(context)
-            x = logits[i : i + 1]
+            row_logits = logits[i : i + 1]
             for processor in self.logits_processors[i]:
-                x = processor(context, x)
-            processed.append(x)
+                row_logits = processor(context, row_logits)
+            processed.append(row_logits)
         if rows:
             logits[mx.array(rows)] = mx.concatenate(processed)
         return logits, contexts
 
 
 class LeanBatchGenerator(BatchGenerator):
-    """``BatchGenerator`` on lean batches. Each sampler is a ``RowSampler``."""
+    """``BatchGenerator`` on lean batches, whose step has two parts: ``decode`` and
+    ``prefill``. Each sampler that it is given is a ``RowSampling``."""
+
+    _currently_processing: List[List[Any]]
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model, **kwargs)
         self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
         self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
 
-    def decode(self) -> Tuple[List[Any], List[Any]]:
+    @property
+    def unprocessed_prompts(self) -> List[UnprocessedPrompt]:
+        """The prompts that have not begun."""
+        return [UnprocessedPrompt(*entry) for entry in self._unprocessed_sequences]
+
+    @property
+    def prompts_in_progress(self) -> List[PromptInProgress]:
+        """The rows of the prompt batch."""
+        return [PromptInProgress(*entry) for entry in self._currently_processing]
+
+    @prompts_in_progress.setter
+    def prompts_in_progress(self, prompts: List[PromptInProgress]) -> None:
+        self._currently_processing = [list(prompt) for prompt in prompts]
+
+    def decode(
+        self,
+    ) -> Tuple[List[PromptProcessingBatch.Response], List[GenerationBatch.Response]]:
         """Run a step of all rows whose prompts are run.
 
         Returns:
-            Tuple: Responses of the prompts that have joined them, and of the tokens.
+            Tuple: Responses of the prompts that have ended and joined these rows, and of
+            the tokens.
         """
         with mx.stream(self._stream):
-            joined = self.begin()
+            joined = self.start_generation()
             responses = self._generation_batch.next()
         if responses:
             self._counters.generation_steps += 1
@@ -232,74 +342,89 @@ class LeanBatchGenerator(BatchGenerator):
         return joined, responses
 
     def prefill(self) -> List[PromptProcessingBatch.Response]:
-        """Run some tokens of the prompts; gives the responses of these."""
+        """Run up to ``prefill_step_size`` tokens of each prompt, and give a response for
+        each prompt."""
         with mx.stream(self._stream):
             n = self.prefill_batch_size - len(self._prompt_batch)
             n = min(n, len(self._unprocessed_sequences))
             joined = []
             if n > 0:
                 self._prompt_batch.extend(self._make_batch(n))
-                joined = self.begin()
-            responses, tokens = [], []
-            for uid, row in zip(self._prompt_batch.uids, self._currently_processing):
-                segments = row[0]
-                tokens.append(segments[0][: self.prefill_step_size])
-                segments[0] = segments[0][self.prefill_step_size :]
-                ended = not segments[0]
-                if ended:
-                    del segments[0]
-                row[1] += len(tokens[-1])
+                joined = self.start_generation()
+            prompts, responses, chunks = [], [], []
+            for uid, prompt in zip(self._prompt_batch.uids, self.prompts_in_progress):
+                segment, *others = prompt.segments
+                chunk = segment[: self.prefill_step_size]
+                rest = segment[self.prefill_step_size :]
+                n_done = prompt.n_done + len(chunk)
+                segments = [rest, *others] if rest else others
+                prompts.append(PromptInProgress(segments, n_done, prompt.n_total))
                 responses.append(
-                    PromptProcessingBatch.Response(uid, tuple(row[1:]), ended, False)
+                    PromptProcessingBatch.Response(
+                        uid=uid,
+                        progress=(n_done, prompt.n_total),
+                        end_of_segment=not rest,
+                        end_of_prompt=False,
+                    )
                 )
-            self._prompt_batch.prompt(tokens)
+                chunks.append(chunk)
+            self.prompts_in_progress = prompts
+            self._prompt_batch.prompt(chunks)
         return joined + responses
 
-    def begin(self) -> List[PromptProcessingBatch.Response]:
-        """Let the prompts of which only the last token is left join the decoding."""
-        rows = self._currently_processing
-        ready = [i for i, row in enumerate(rows) if [*map(len, row[0])] == [1]]
+    def start_generation(self) -> List[PromptProcessingBatch.Response]:
+        """Move the prompts of which only the last token is left to the rows that decode, and
+        give their responses."""
+        prompts = self.prompts_in_progress
+        ready = [i for i, p in enumerate(prompts) if is_at_last_token(p.segments)]
         if not ready:
             return []
-        tokens = [rows[i][0][0] for i in ready]
-        self._currently_processing = [
-            row for i, row in enumerate(rows) if i not in set(ready)
+        self.prompts_in_progress = [
+            prompt for i, prompt in enumerate(prompts) if i not in set(ready)
         ]
-        batch = self._prompt_batch.split(ready).generate(tokens)
+        last_tokens = [prompts[i].segments[0] for i in ready]
+        batch = self._prompt_batch.split(ready).generate(last_tokens)
         responses = [
-            PromptProcessingBatch.Response(uid, (rows[i][2],) * 2, True, True)
+            PromptProcessingBatch.Response(
+                uid=uid,
+                progress=(prompts[i].n_total, prompts[i].n_total),
+                end_of_segment=True,
+                end_of_prompt=True,
+            )
             for i, uid in zip(ready, batch.uids)
         ]
         self._generation_batch.extend(batch)
         return responses
 
     def cut(self, uid: int, n: int) -> None:
-        """Let a segment of a prompt end after ``n`` of the tokens that were left to run
-        when it was inserted."""
+        """Let a segment of a prompt end after ``n`` of the tokens that were left to run when
+        it was inserted."""
         uids = self._prompt_batch.uids
         if uid in uids:
-            segments, n_run, _ = self._currently_processing[uids.index(uid)]
+            segments, n_done, _ = self.prompts_in_progress[uids.index(uid)]
+            n -= n_done
         else:
-            rows = [s[1] for s in self._unprocessed_sequences if s[0] == uid]
-            segments, n_run = rows[0], 0
-        n -= n_run
+            (segments,) = (p.segments for p in self.unprocessed_prompts if p.uid == uid)
         for i, segment in enumerate(segments):
             if n < len(segment):
                 if n > 0:
+                    # In place: the list is upstream's own.
                     segments[i : i + 1] = [segment[:n], segment[n:]]
                 return
             n -= len(segment)
 
     @property
     def segment_lengths(self) -> List[int]:
-        """Tokens left of the current segment of each prompt that is not at its last."""
-        rows = [row[0] for row in self._currently_processing]
-        rows += [row[1] for row in self._unprocessed_sequences]
-        return [len(row[0]) for row in rows if len(row) > 1 or len(row[0]) > 1]
+        """Tokens left of the current segment of each prompt, without the prompts of which
+        only the last token is left."""
+        segments = [p.segments for p in self.prompts_in_progress]
+        segments += [p.segments for p in self.unprocessed_prompts]
+        return [len(left[0]) for left in segments if not is_at_last_token(left)]
 
     @property
     def kv_shape(self) -> Tuple[int, int]:
-        """Rows, spare ones included, and places of tokens in the KV of what decodes."""
+        """Rows, spare ones included, and places of tokens in the KV of the rows that
+        decode."""
         layers = segmented(self._generation_batch.prompt_cache)
         layers = [c for c in layers if c.keys is not None]
         n_rows = max((c.keys.shape[0] for c in layers), default=0)
@@ -307,4 +432,5 @@ class LeanBatchGenerator(BatchGenerator):
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:
+        """The rows that decode."""
         return self._generation_batch

@@ -1,46 +1,51 @@
-"""How much of the prompts is run in a step."""
+"""How many tokens of the prompts a step runs."""
 
 from itertools import accumulate
 from typing import List
 
-import mlx.core as mx
-
 from ..device import on_cpu
 
-# Tokens of padding in a step that cost less than another step.
+# So many tokens of padding cost less than another step.
 FREE_PADDING = 64
 
 
-def step_size(wanted: int) -> int:
-    """How many tokens to run in a step at most.
+def max_prefill_tokens(step_size: int) -> int:
+    """The most tokens of prompts that one step runs.
 
-    On a CPU, a long prompt takes a third longer in chunks of 2,048 than of 256 tokens.
-    """
-    return min(wanted, 256) if on_cpu() else wanted
-
-
-def default_budget() -> int:
-    """Tokens between two decode steps: an NVIDIA GPU takes hardly longer for more."""
-    return 2048 if mx.cuda.is_available() else 256
-
-
-def chunk_width(lengths: List[int], n_tokens: int) -> int:
-    """How much of each prompt to run next: as much as fits into ``n_tokens``, if no more
-    than a quarter of it is padding.
+    On a CPU, a long prompt takes a third longer in chunks of 2,048 tokens than in chunks
+    of 256.
 
     Args:
-        lengths (List[int]): Tokens left to run of each prompt, at least one prompt.
-        n_tokens (int): At most so many in all, with the padding; one of each at least.
+        step_size (int): ``--prefill-step-size``.
+    """
+    return min(step_size, 256) if on_cpu() else step_size
+
+
+def chunk_width(lengths: List[int], budget: int) -> int:
+    """How many tokens of each prompt the next step runs.
+
+    The prompts run side by side, and the shorter ones are padded. The chunk keeps within
+    the budget, and its padding within ``FREE_PADDING`` tokens or a quarter of the chunk.
+    Of the widths where the padding of one more prompt begins, or fills ``FREE_PADDING``,
+    the largest is taken that does so.
+
+    Args:
+        lengths (List[int]): Tokens left of each prompt; at least one prompt.
+        budget (int): The most tokens of the chunk, padding included. If there are more
+          prompts than that, one token of each is run.
 
     Returns:
-        int: Tokens of each prompt, or all it has left if those are fewer.
+        int: Tokens of each prompt. Of shorter prompts all tokens are run.
     """
     n = len(lengths)
-    widest = min(max(lengths), max(1, n_tokens // n))
-    # Where padding begins, and where the n shortest would fill the free padding.
-    sums = enumerate(accumulate(sorted(lengths)), 1)
-    widths = [*lengths, *((FREE_PADDING + total) // n for n, total in sums)]
-    for width in sorted({min(width, widest) for width in widths}, reverse=True):
+    widest = min(max(lengths), max(1, budget // n))
+    # Padded to a width, the k shortest prompts have k * width - total tokens of padding.
+    totals = enumerate(accumulate(sorted(lengths)), 1)
+    widths = [*lengths, *((FREE_PADDING + total) // k for k, total in totals)]
+
+    def fits(width: int) -> bool:
         padding = sum(max(0, width - length) for length in lengths)
-        if padding <= max(FREE_PADDING, width * n // 4):
-            return width
+        return padding <= max(FREE_PADDING, width * n // 4)
+
+    # At least the shortest length, which needs no padding.
+    return max(width for width in {min(w, widest) for w in widths} if fits(width))

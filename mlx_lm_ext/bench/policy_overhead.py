@@ -1,7 +1,7 @@
 """What the policies cost a decode step of a tiny model when no plugin is installed.
 
-Two batches decode the same prompts in turns: one as the server runs it, and one
-without guards, policies and groups of rows.
+Two batches decode the same prompts in turns: one as the server runs it, and one without
+guards, a scheduler policy and groups of samplers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mlx_lm_ext.request.mailbox import Turnstile
 
 
 class Greedy:
-    """Stands for ``RowSamplers``: one function for all rows, and nothing else."""
+    """Takes the place of ``SamplerGroups``: one function for all rows."""
 
     def extend(self, samplers):
         pass
@@ -44,8 +44,8 @@ def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
     """A batch of ``n_rows`` requests that decode."""
     provider = BatchModelProvider(args)
     provider.switch_to(provider.default_key)
-    model, tokenizer = provider.model, provider.tokenizer
     policies = Policies(Plugins(), args)
+    model, tokenizer = provider.model, provider.tokenizer
     batch = Batch(model, tokenizer, args, policies, None, Turnstile())
     for i in range(n_rows):
         prompt = [i + 3, 4, 5]
@@ -56,11 +56,11 @@ def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
 
 
 def measure(batch: Batch, n_steps: int) -> float:
-    """Seconds of a step."""
+    """Seconds that a step takes, on average over ``n_steps``."""
     start = time.perf_counter()
     for _ in range(n_steps):
         batch.step()
-    # The last step runs on.
+    # On a GPU the last step is still running.
     mx.synchronize()
     return (time.perf_counter() - start) / n_steps
 
@@ -79,17 +79,17 @@ def main() -> None:
         with_policies, without = (
             start_batch(args, options.rows, n_tokens) for _ in range(2)
         )
-    # A policy that does nothing, without a guard.
+    # The interface itself: each method does nothing.
     without.policies.scheduler = SchedulerPolicy(args, time.monotonic)
-    without.generator.generation_batch.row_samplers = Greedy()
+    without.generator.generation_batch.sampler_groups = Greedy()  # type: ignore[assignment]
     pairs = []
     for i in range(options.rounds):
-        # Whichever goes first is slower: A B B A.
+        # The one that goes first is slower, so they take turns at that.
         sides = [with_policies, without][:: -1 if i % 2 else 1]
         times = {side: measure(side, options.steps) for side in sides}
         pairs.append((times[with_policies], times[without]))
     first, second = (timings.spread(list(side))[0] * 1e6 for side in zip(*pairs))
-    # A round of each order together.
+    # One ratio for each two rounds, of which each side went first once.
     both = [(a + c) / (b + d) for (a, b), (c, d) in zip(pairs[::2], pairs[1::2])]
     ratio, low, high = timings.spread(both)
     print(

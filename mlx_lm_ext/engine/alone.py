@@ -13,7 +13,7 @@ from mlx_lm.server import GenerationArguments, GenerationContext, Response
 
 from ..errors import RequestError
 from ..request.request import Request, Token
-from ..sampling.penalties import Row
+from ..sampling.penalties import PenaltyParameters
 from .models import BatchModelProvider
 from .upstream import SingleGenerator
 
@@ -129,7 +129,7 @@ class SaltedCache:
     def __init__(self, request: Request, cache: LRUPromptCache):
         self.key = request.cache_key
         self.cache = cache
-        self.contexts = Row.make(request.args.logits).contexts
+        self.contexts = PenaltyParameters.from_arguments(request.args.logits).contexts
         if request.model.key[2] is not None:
             # With a draft model the penalties see no prompt in any case.
             self.contexts = []

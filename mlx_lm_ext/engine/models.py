@@ -6,7 +6,6 @@ Rules:
 """
 
 import logging
-import os
 from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, Optional

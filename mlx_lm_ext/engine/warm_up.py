@@ -13,10 +13,10 @@ from typing import Any, Callable, List
 from mlx_lm.generate import StopSequences
 
 from ..batch.batch import Batch
-from ..batch.prefill import default_budget
 from ..device import on_cpu
 from ..policies.guard import Policies
 from ..policies.loading import Plugins
+from ..policies.scheduling import default_prefill_budget
 from ..request.fields import parse_arguments
 from ..request.mailbox import Turnstile
 from ..request.request import Request
@@ -99,7 +99,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         for _ in range(2):
             batch.step()
 
-    extras = [(default_budget(), {})]
+    extras = [(default_prefill_budget(), {})]
     if not on_cpu():
         extras += [(8, body) for body in GPU_BODIES]
     size, n_tokens = 1, 64 + 2 * args.batch_size

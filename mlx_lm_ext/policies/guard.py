@@ -12,7 +12,7 @@ import argparse
 import logging
 import time
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar
 
 from ..errors import RequestError
 from ..interfaces import (
@@ -24,7 +24,7 @@ from ..interfaces import (
     SchedulerPolicy,
     SchedulerView,
 )
-from ..sampling.groups import RowSampler
+from .guarded_sampler import GuardedSampler
 from .loading import (
     EVICTION,
     SAMPLER,
@@ -34,61 +34,11 @@ from .loading import (
     PolicyKind,
     one_line,
 )
+from .policy_class import PolicyClass
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class PolicyClass:
-    """A class that a plugin has registered, and the seconds that its objects have taken.
-
-    Args:
-        kind (PolicyKind): What it is for.
-        name (str): Its name.
-        cls (Type): The class. The built-in one takes its place when it fails.
-        plugin (str): The plugin that registered it.
-        default (Type): The built-in class.
-    """
-
-    def __init__(
-        self, kind: PolicyKind, name: str, cls: Type[Any], plugin: str, default: Any
-    ):
-        self.kind = kind
-        self.name = name
-        self.cls = cls
-        self.plugin = plugin
-        self.default = default
-        self.seconds = 0.0
-
-    def make(self, *args: Any) -> Any:
-        """An object of the class. A class that raises ``RequestError`` refuses a request,
-        which is no failure of the class."""
-        cls = self.cls
-        try:
-            return cls(*args)
-        except RequestError:
-            raise
-        except BaseException as e:
-            self.fail(cls, e)
-            return self.cls(*args)
-
-    def fail(self, cls: Type[Any], error: BaseException) -> None:
-        """Use the built-in class from now on, because ``cls`` has raised ``error``.
-
-        Raises:
-            BaseException: ``error`` itself, if the built-in class has raised it.
-        """
-        if cls is self.default:
-            raise error
-        # Several objects of one class may fail.
-        if self.cls is cls:
-            self.cls = self.default
-            logger.error(
-                f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
-                f"{self.default.name!r} replaces it",
-                exc_info=error,
-            )
 
 
 class Guarded:
@@ -267,9 +217,11 @@ class Policies:
                 f"{one_line(e)}"
             )
 
-    def make_sampler(self, name: str, request: RequestInfo, tokenizer: Any) -> Any:
+    def make_sampler(
+        self, name: str, request: RequestInfo, tokenizer: Any
+    ) -> GuardedSampler:
         """The sampler of a request, guarded."""
-        return RowSampler(self.samplers[name], self.args, request, tokenizer)
+        return GuardedSampler(self.samplers[name], self.args, request, tokenizer)
 
     def make_logits_processors(
         self, request: RequestInfo, tokenizer: Any

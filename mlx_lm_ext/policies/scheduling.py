@@ -1,14 +1,22 @@
 """Built-in scheduler policies: which request starts next.
 
-Rule: under any load, who has waited for ``--max-wait`` seconds starts before all who
-came later. So nobody waits longer than that and the time to serve those before them.
+Rule: under any load, a request that has waited for ``--max-wait`` seconds starts before all
+that came later. So it waits no longer than that plus the time to serve those before it.
 """
 
+import argparse
 import heapq
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Set, Tuple
 
-from ..batch.prefill import default_budget
-from ..interfaces import RequestInfo, SchedulerPolicy
+import mlx.core as mx
+
+from ..interfaces import Clock, RequestInfo, SchedulerPolicy, SchedulerView
+
+
+def default_prefill_budget() -> int:
+    """Tokens of prompts in a step beside running streams, without ``--prefill-budget``. An
+    NVIDIA GPU takes hardly longer for 2,048 tokens than for 256."""
+    return 2048 if mx.cuda.is_available() else 256
 
 
 class FCFS(SchedulerPolicy):
@@ -16,92 +24,100 @@ class FCFS(SchedulerPolicy):
 
     name = "fcfs"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
-        self.budget = args.prefill_budget or default_budget()
+        self.budget = args.prefill_budget or default_prefill_budget()
 
-    def prefill_tokens(self, view):
-        """A few beside streams that run; as many as there are when nobody reads yet."""
+    def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
+        """The budget while a running request has tokens already. Before that, nobody waits
+        for a next token, and there is no limit."""
         return self.budget if any(r.n_generated for r in view.running) else None
 
 
 class Ageing(FCFS):
-    """Orders by a key; who has waited too long goes first."""
+    """Orders by a key. Requests that have waited for ``--max-wait`` seconds go first."""
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.max_wait = args.max_wait
 
     def key(self, request: RequestInfo) -> Any:
-        """The lowest goes first, and of those that are equal, who came first."""
+        """The request with the lowest key goes first; of equal ones, the one that came
+        first."""
         raise NotImplementedError
 
-    def order(self, waiting, view):
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
         late = [r for r in waiting if view.now - r.arrival >= self.max_wait]
         return late + sorted(waiting[len(late) :], key=self.key)
 
 
 class LPM(Ageing):
-    """Longest prefix match: what the prompt cache has most tokens of goes first.
+    """Longest prefix match: the request of which the prompt cache has most tokens goes first.
 
-    Its order keeps what was just used in the cache. Zheng et al., "SGLang: Efficient
-    Execution of Structured Language Model Programs", 2024.
+    So requests that share a prefix follow each other while it is in the cache. Zheng et
+    al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024.
     """
 
     name = "lpm"
     most_known = 128
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return -request.n_known
 
-    def order(self, waiting, view):
-        # Looking up so many prompts would take longer than it saves.
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
+        # To look up more prompts than that would take longer than it saves.
         return None if len(waiting) > self.most_known else super().order(waiting, view)
 
 
 class SJF(Ageing):
-    """Shortest job first, by the tokens of the prompt and of the longest answer."""
+    """Shortest job first: by the tokens of the prompt plus the most tokens of the answer."""
 
     name = "sjf"
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return request.n_prompt + request.max_tokens
 
 
 class Priority(Ageing):
-    """The lowest ``priority`` of the request goes first."""
+    """The request with the lowest ``priority`` goes first."""
 
     name = "priority"
 
-    def key(self, request):
+    def key(self, request: RequestInfo) -> Any:
         return request.priority
 
 
 class Fair(FCFS):
-    """Each ``user`` gets the same share of tokens, whoever asks more often.
+    """Each ``user`` gets the same share of tokens, however many requests they send.
 
-    The user who was served least goes first. One who comes back starts where the least
-    served of the others are, and cannot save up a share. It needs no ageing: each
-    user's turn comes, and their requests are in order of arrival. The virtual token
-    counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024,
-    with its weights: a generated token counts as two of a prompt.
+    The user who was served least goes first. The count of a user who comes back is raised
+    to the lowest of the others, so that nobody saves up a share. Ageing is not needed:
+    every user gets a turn, and their own requests are in order of arrival. This is the
+    virtual token counter of Sheng et al., "Fairness in Serving Large Language Models",
+    OSDI 2024, with its weights: a generated token counts as much as two of a prompt.
     """
 
     name = "fair"
 
-    def __init__(self, args, clock):
+    def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
         self.served: Dict[Optional[str], float] = {}
         self.users: Set[Optional[str]] = set()
 
-    def on_tokens(self, counts):
+    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
         for request, n in counts:
             first = request.n_generated == 0
             prompt = request.n_prompt - request.n_matched if first else 0
             served = self.served.get(request.user, 0)
             self.served[request.user] = served + prompt + 2 * n
 
-    def order(self, waiting, view):
+    def order(
+        self, waiting: List[RequestInfo], view: SchedulerView
+    ) -> Optional[List[RequestInfo]]:
         users = {r.user for r in (*waiting, *view.running)}
         served = self.served
         stayed = [served[user] for user in users & self.users]
@@ -121,15 +137,15 @@ class Fair(FCFS):
         heapq.heapify(turns)
         ordered = []
         while turns:
-            served, arrival, i, queue = turns[0]
-            request = next(queue, None)
-            if request is None:
+            n, _, i, queue = turns[0]
+            following = next(queue, None)
+            if following is None:
                 heapq.heappop(turns)
                 continue
-            ordered.append(request)
-            # As if it were served now.
-            served += request.n_prompt + 2 * request.max_tokens
-            heapq.heapreplace(turns, (served, request.arrival, i, queue))
+            ordered.append(following)
+            # The next request of this user is placed as if this one had been served.
+            n += following.n_prompt + 2 * following.max_tokens
+            heapq.heapreplace(turns, (n, following.arrival, i, queue))
         return ordered
 
 

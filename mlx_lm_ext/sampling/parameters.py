@@ -1,8 +1,8 @@
 """What a row of a batch is sampled with: its parameters, and its keys.
 
-A row's n-th token, counted from 0, is drawn with MLX's generator (threefry) and the key
-``(a, b + n)``, modulo 2**32. For a ``seed``, a and b are the first two little-endian words
-of the BLAKE2b hash of its decimal digits; without one, they are random.
+The n-th token of a row, counted from 0, is drawn with MLX's generator (threefry) and the
+key ``(a, b + n)``, modulo 2**32. With a ``seed``, a and b are the first two little-endian
+words of the BLAKE2b hash of its decimal digits. Without one they are random.
 """
 
 import secrets
@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 
 
 def make_key(seed: Optional[int]) -> Tuple[int, int]:
-    """The two words that a row's keys start from."""
+    """The two words of the key of a row's first token."""
     if seed is None:
         raw = secrets.token_bytes(8)
     else:
@@ -21,14 +21,26 @@ def make_key(seed: Optional[int]) -> Tuple[int, int]:
     return struct.unpack("<2I", raw)
 
 
-# What is smaller would divide by 0 in float32, and is one with it as far as logits tell.
+# Smaller positive values are raised to these. They choose the same tokens, and float32 can
+# divide by them.
 MIN_TEMPERATURE = 1e-6
 MIN_TOP_P = 1e-30
 
 
 @dataclass
-class Row:
-    """The parameters of one row, and the key of its first token."""
+class SamplingParameters:
+    """The parameters of one row; a value of 0 turns each of them off.
+
+    Args:
+        temperature (float): 0 is greedy.
+        top_p (float): Share of the probability that the nucleus has; 1 turns it off, too.
+        min_p (float): Least probability, as a share of the highest.
+        top_k (int): How many of the most likely tokens stay.
+        xtc_probability (float): How often XTC is applied.
+        xtc_threshold (float): Least probability of the tokens that XTC drops.
+        key (Tuple[int, int]): The key of the next token, whose second word may be beyond
+          2**32.
+    """
 
     temperature: float
     top_p: float
@@ -43,11 +55,9 @@ class Row:
             self.temperature = max(self.temperature, MIN_TEMPERATURE)
         if self.top_p:
             self.top_p = max(self.top_p, MIN_TOP_P)
-        # Whether some tokens cannot be drawn.
-        self.filters = (
-            0 < self.top_p < 1 or self.min_p or self.top_k or self.xtc_probability > 0
-        )
-        # Whether those that cannot are the ones outside of a nucleus, or of min-p.
-        self.has_only_nucleus = 0 < self.top_p < 1 and not (
-            self.top_k or self.xtc_probability > 0
+        # Read in each step: as attributes they are faster than as properties.
+        self.has_top_p = 0 < self.top_p < 1
+        self.has_xtc = self.xtc_probability > 0
+        self.has_filters = bool(
+            self.has_top_p or self.min_p or self.top_k or self.has_xtc
         )

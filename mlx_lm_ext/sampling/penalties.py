@@ -1,9 +1,10 @@
-"""Bias and penalties of the rows of a batch, in one call for all rows.
+"""Logit bias and penalties of the rows of a batch, in one call for all rows.
 
 Rules:
 1. A row gets what mlx-lm's ``make_logits_processors`` gives it, in the same order: logit
    bias, then the repetition, presence and frequency penalty.
-2. Penalties over long contexts are not made here: a row of those is not ``is_short``.
+2. Penalties over more than ``MAX_CONTEXT`` tokens are not computed here: such rows use
+   mlx-lm's logits processors.
 """
 
 from dataclasses import dataclass
@@ -13,30 +14,32 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.server import LogitsProcessorArguments
 
-# Tokens of context, each of which is compared with each other.
+# Each token of a context is compared with each other one.
 MAX_CONTEXT = 64
 
 
 @dataclass
-class Row:
-    """What is done to one row.
+class PenaltyParameters:
+    """Bias and penalties of one row.
 
     Args:
-        bias (Tuple[np.ndarray, np.ndarray]): Token ids, and what is added to each.
-        penalties (List[Tuple[float, int]]): Each penalty and its tokens of context.
+        bias (Tuple[np.ndarray, np.ndarray]): Token ids, and what is added to the logit of
+          each.
+        penalties (List[Tuple[float, int]]): The strength of the repetition, presence and
+          frequency penalty, and how many of the last tokens each of them sees; 0 is all.
     """
 
     bias: Tuple[np.ndarray, np.ndarray]
     penalties: List[Tuple[float, int]]
 
     @classmethod
-    def make(cls, args: LogitsProcessorArguments) -> "Row":
-        """The row of a request."""
+    def from_arguments(cls, args: LogitsProcessorArguments) -> "PenaltyParameters":
+        """The parameters of a request."""
         bias = args.logit_bias or {}
         return cls(
             (np.array([*bias], np.int32), np.array([*bias.values()], np.float32)),
             [
-                # Upstream's 0 is none. It would divide by it.
+                # A repetition penalty of 0 is none, as in mlx-lm.
                 (args.repetition_penalty or 1.0, args.repetition_context_size),
                 (args.presence_penalty or 0.0, args.presence_context_size),
                 (args.frequency_penalty or 0.0, args.frequency_context_size),
@@ -45,12 +48,12 @@ class Row:
 
     @property
     def contexts(self) -> List[int]:
-        """The contexts of the penalties that change something; 0 is all tokens."""
+        """The context sizes of the penalties that change something; 0 is all tokens."""
         return [n for (p, n), none in zip(self.penalties, (1.0, 0.0, 0.0)) if p != none]
 
     @property
     def is_short(self) -> bool:
-        """Whether ``Penalties`` can make it. If not, upstream's processors have to."""
+        """Whether all contexts are short enough for ``Penalties``."""
         return all(0 < n <= MAX_CONTEXT for n in self.contexts)
 
 
@@ -58,15 +61,16 @@ class Penalties:
     """The bias and the penalties of the rows of a batch.
 
     Args:
-        rows (List[Optional[Row]]): One of each row.
+        rows (List[Optional[PenaltyParameters]]): One for each row; None for a row that
+          has none or has mlx-lm's logits processors for them.
     """
 
-    def __init__(self, rows: List[Optional[Row]]):
+    def __init__(self, rows: List[Optional[PenaltyParameters]]):
         self.rows = rows
-        self.columns()
+        self.make_arrays()
 
-    def columns(self) -> None:
-        """Put what the rows have into arrays."""
+    def make_arrays(self) -> None:
+        """Put the parameters of the rows into arrays. Called when the rows change."""
         rows = [(i, row) for i, row in enumerate(self.rows) if row]
         biased = [i for i, row in rows if len(row.bias[0])]
         self.bias = ()
@@ -78,7 +82,7 @@ class Penalties:
         self.penalised = [i for i, row in rows if row.contexts]
         if self.penalised:
             chosen = [self.rows[i] for i in self.penalised]
-            # The input is one of the tokens of each context.
+            # The input token is the last one of each context.
             self.n_before = max(max(row.contexts) for row in chosen) - 1
             table = np.array([row.penalties for row in chosen], np.float32)
             # Of shape (penalties, rows, 1).
@@ -87,21 +91,24 @@ class Penalties:
             )
 
     def extend(self, other: "Penalties") -> None:
+        """Add the rows of another batch after these."""
         self.rows += other.rows
-        self.columns()
+        self.make_arrays()
 
     def filter(self, keep: List[int]) -> None:
+        """Keep only the rows of these indices, in this order."""
         self.rows = [self.rows[i] for i in keep]
-        self.columns()
+        self.make_arrays()
 
     def __call__(
         self, tokens: List[List[int]], inputs: mx.array, logits: mx.array
     ) -> mx.array:
-        """
+        """Apply bias and penalties.
+
         Args:
-            tokens (List[List[int]]): What each row ran before its input.
+            tokens (List[List[int]]): The tokens of each row before its input.
             inputs (mx.array): The tokens that gave the logits, of shape (rows,).
-            logits (mx.array): Of shape (rows, vocabulary).
+            logits (mx.array): Of shape (rows, vocabulary). They may be changed in place.
 
         Returns:
             mx.array: The new logits.
@@ -118,6 +125,7 @@ class Penalties:
         rows = mx.array(self.penalised)
         latest = inputs[rows][:, None].astype(mx.int32)
         ids = mx.concatenate([mx.array(before), latest], axis=1)
+        # Shorter rows are filled up with their input, which is not counted again.
         is_there = ids >= 0
         ids = mx.where(is_there, ids, latest)
         age = mx.arange(self.n_before, -1, -1)
@@ -127,11 +135,11 @@ class Penalties:
             for context in self.contexts
         )
         repetition, presence, frequency = self.strengths
-        # A token that is there twice gets the same value twice.
+        # A token that occurs twice is written twice, with the same value.
         places = rows[:, None], ids
-        x = logits[places].astype(mx.float32)
-        weaker = mx.where(x < 0, x * repetition, x / repetition)
-        x = mx.where(repetitions > 0, weaker, x)
-        x = mx.where(presences > 0, x - presence, x)
-        logits[places] = (x - frequency * counts).astype(logits.dtype)
+        seen = logits[places].astype(mx.float32)
+        weaker = mx.where(seen < 0, seen * repetition, seen / repetition)
+        seen = mx.where(repetitions > 0, weaker, seen)
+        seen = mx.where(presences > 0, seen - presence, seen)
+        logits[places] = (seen - frequency * counts).astype(logits.dtype)
         return logits

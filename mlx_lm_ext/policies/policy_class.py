@@ -1,0 +1,64 @@
+"""A class that a plugin has registered, and its replacement by the built-in one.
+
+Rule: a policy that raises is named in the log once. From then on the built-in policy of its
+kind does its work.
+"""
+
+import logging
+from typing import Any, Type
+
+from ..errors import RequestError
+from .loading import PolicyKind
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyClass:
+    """A class that a plugin has registered, and the seconds that its objects have taken.
+
+    Args:
+        kind (PolicyKind): What it is for.
+        name (str): Its name.
+        cls (Type): The class. The built-in one takes its place when it fails.
+        plugin (str): The plugin that registered it.
+        default (Type): The built-in class.
+    """
+
+    def __init__(
+        self, kind: PolicyKind, name: str, cls: Type[Any], plugin: str, default: Any
+    ):
+        self.kind = kind
+        self.name = name
+        self.cls = cls
+        self.plugin = plugin
+        self.default = default
+        self.seconds = 0.0
+
+    def make(self, *args: Any) -> Any:
+        """An object of the class. A class that raises ``RequestError`` refuses a request,
+        which is no failure of the class."""
+        cls = self.cls
+        try:
+            return cls(*args)
+        except RequestError:
+            raise
+        except BaseException as e:
+            self.fail(cls, e)
+            return self.cls(*args)
+
+    def fail(self, cls: Type[Any], error: BaseException) -> None:
+        """Use the built-in class from now on, because ``cls`` has raised ``error``.
+
+        Raises:
+            BaseException: ``error`` itself, if the built-in class has raised it.
+        """
+        if cls is self.default:
+            raise error
+        # Several objects of one class may fail.
+        if self.cls is cls:
+            self.cls = self.default
+            logger.error(
+                f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
+                f"{self.default.name!r} replaces it",
+                exc_info=error,
+            )
