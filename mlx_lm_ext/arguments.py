@@ -11,7 +11,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
 from jinja2 import Environment, TemplateSyntaxError
 
@@ -22,7 +22,7 @@ from .policies.loading import KINDS, PluginError, Plugins
 class ArgumentParser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage text."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 from functools import partial
 from threading import Thread
-from typing import List, Optional
+from typing import Any, List, Optional
 
 from . import blas, demo_model
 from .arguments import parse_arguments
@@ -39,7 +39,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     if blas_line:
         logger.info(blas_line)
     server = BatchServer(args, plugins, log)
-    code, error = 0, None
+    code = 0
+    error: Optional[Exception] = None
     try:
         try:
             server.start()
@@ -89,8 +90,9 @@ class BatchServer:
         self.args = args
         self.plugins = plugins
         self.log = log
-        self.httpd = None
-        self.engine = None
+        # Their classes are imported after a fast BLAS is loaded.
+        self.httpd: Any = None
+        self.engine: Any = None
         self.accepting: Optional[Thread] = None
 
     def start(self) -> None:

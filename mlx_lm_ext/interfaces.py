@@ -15,7 +15,17 @@ Rules:
 import argparse
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -166,7 +176,7 @@ class RequestInfo:
     @property
     def max_tokens(self) -> int:
         """The most tokens that its answer may have."""
-        return self.args.max_tokens
+        return int(self.args.max_tokens)
 
     @property
     def stream(self) -> bool:
@@ -247,8 +257,8 @@ class SchedulerPolicy(ABC):
         self.clock = clock
 
     def order(
-        self, waiting: List[RequestInfo], view: SchedulerView
-    ) -> Optional[List[RequestInfo]]:
+        self, waiting: Sequence[RequestInfo], view: SchedulerView
+    ) -> Optional[Sequence[RequestInfo]]:
         """Who starts first.
 
         Called before a step if there is room in the batch and, since the last call, a
@@ -257,7 +267,7 @@ class SchedulerPolicy(ABC):
         same prefix; those after it then go first.
 
         Args:
-            waiting (List[RequestInfo]): The requests that wait, in order of arrival.
+            waiting (Sequence[RequestInfo]): The requests that wait, in order of arrival.
             view (SchedulerView): The server.
 
         Returns:
@@ -282,7 +292,7 @@ class SchedulerPolicy(ABC):
     def on_start(self, request: RequestInfo) -> None:
         """A request has left the waiting list and runs for the first time."""
 
-    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
+    def on_tokens(self, counts: Sequence[Tuple[RequestInfo, int]]) -> None:
         """A step has generated so many tokens for each of these requests. Called before
         their ``n_generated`` counts them."""
 

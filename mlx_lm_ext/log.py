@@ -44,11 +44,12 @@ class LogWriter(QueueListener):
     """
 
     def __init__(self, level: str, max_lines: int = MAX_LINES):
-        self.source = BoundedQueueHandler(Queue(max_lines))
+        self.lines: "Queue[logging.LogRecord]" = Queue(max_lines)
+        self.source = BoundedQueueHandler(self.lines)
         # Dropped lines that a line of the log has reported.
         self.n_told = 0
         # No formatter here: lines are formatted by the thread that logs them.
-        super().__init__(self.source.queue, logging.StreamHandler())
+        super().__init__(self.lines, logging.StreamHandler())
         self.source.setFormatter(logging.Formatter(FORMAT))
         logging.getLogger().setLevel(level)
         logging.getLogger().addHandler(self.source)
@@ -69,7 +70,7 @@ class LogWriter(QueueListener):
             logger.propagate = True
 
     def dequeue(self, block: bool) -> logging.LogRecord:
-        if not self.queue.qsize():
+        if not self.lines.qsize():
             time.sleep(INTERVAL)
         return super().dequeue(block)
 
@@ -91,7 +92,7 @@ class LogWriter(QueueListener):
         Returns:
             Whether all are written.
         """
-        with self.queue.all_tasks_done:
-            return self.queue.all_tasks_done.wait_for(
-                lambda: not self.queue.unfinished_tasks, timeout
+        with self.lines.all_tasks_done:
+            return self.lines.all_tasks_done.wait_for(
+                lambda: not self.lines.unfinished_tasks, timeout
             )

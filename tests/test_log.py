@@ -83,7 +83,7 @@ def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
             text += os.read(read, 1000)
         port = int(text.rpartition(b":")[2].partition(b"/")[0])
         # More than a pipe holds.
-        for i in range(1200):
+        for _ in range(1200):
             assert call(port, "GET", "/health")[0] == 200
         assert complete(port, "hello", max_tokens=2)
         process.send_signal(signal.SIGTERM)

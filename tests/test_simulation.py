@@ -140,7 +140,7 @@ def test_every_request_ends_once_with_its_tokens(policy, cache, start_engine):
     done = Simulation(start_engine, arrivals, *flags, cancels=cancels)
     assert len(done.jobs) == 60
     assert set(done.ended.values()) == {1} and len(done.ended) == 60
-    for i, job in enumerate(done.jobs):
+    for job in done.jobs:
         if not job.cancelled:
             assert read(job) == expected(job)
         assert job.generated == expected(job)[: len(job.generated)]

@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 class BatchPolicies(Protocol):
     """What a batch asks for: see ``policies.guard.Policies``."""
 
-    scheduler: SchedulerPolicy
     clock: Clock
+
+    @property
+    def scheduler(self) -> SchedulerPolicy: ...
 
     def make_sampler(
         self, name: str, request: RequestInfo, tokenizer: Any

@@ -17,6 +17,8 @@ from ..device import device_memory
 from ..errors import RequestError
 from ..interfaces import RequestInfo
 
+logger = logging.getLogger(__name__)
+
 
 class KVMemory:
     """What the KV of a model's batch may take.
@@ -37,9 +39,7 @@ class KVMemory:
         try:
             layout = Layout(caches)
         except TypeError as e:
-            logging.warning(
-                f"The size of the KV of {e} is not known: it is not bounded"
-            )
+            logger.warning(f"The size of the KV of {e} is not known: it is not bounded")
             return
         model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
         self.layers = [

@@ -8,6 +8,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_lm_ext import blas
 
@@ -80,7 +81,8 @@ def main() -> None:
             start_batch(args, options.rows, n_tokens) for _ in range(2)
         )
     # The interface itself: each method does nothing.
-    without.policies.scheduler = SchedulerPolicy(args, time.monotonic)
+    policies: Any = without.policies
+    policies.scheduler = SchedulerPolicy(args, time.monotonic)
     without.generator.generation_batch.sampler_groups = Greedy()  # type: ignore[assignment]
     pairs = []
     for i in range(options.rounds):

@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from math import inf
 from threading import Event, Thread
-from typing import Deque, List, Optional
+from typing import Deque, List, Optional, Sequence, cast
 
 from ..batch.batch import Batch
 from ..cache.prompt_cache import RadixPromptCache
@@ -323,7 +323,7 @@ class Engine:
         view = SchedulerView(
             self.policies.clock(), tuple(self.running), self.cli_args.batch_size
         )
-        self.waiting = deque(scheduler.order(arrived, view))
+        self.waiting = deque(cast(Sequence[Request], scheduler.order(arrived, view)))
 
     @property
     def has_batches(self) -> bool:

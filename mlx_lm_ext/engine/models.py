@@ -79,10 +79,9 @@ class BatchModelProvider(ModelProviderBase):
         # In the order in which they were last asked for.
         self._served: Dict[ModelKey, ServedModel] = {}
         self.allowed = AllowedModels(cli_args.allow_models)
-        self.default_key: ModelKey = tuple(
-            None if name is None else normalize(name)
-            for name in (cli_args.model, cli_args.adapter_path, cli_args.draft_model)
-        )
+        others = (cli_args.adapter_path, cli_args.draft_model)
+        adapter, draft = (name and normalize(name) for name in others)
+        self.default_key: ModelKey = (normalize(cli_args.model), adapter, draft)
 
     def key(self, model: ModelDescription) -> ModelKey:
         """The model, the adapter and the draft model that a request names.
@@ -94,7 +93,8 @@ class BatchModelProvider(ModelProviderBase):
         names = self.resolve(model)
         if names == self.resolve(default):
             return self.default_key
-        return tuple(map(self._allow, PARAMS, names, self.default_key))
+        model_name, adapter, draft = map(self._allow, PARAMS, names, self.default_key)
+        return model_name, adapter, draft
 
     def _allow(
         self, param: str, name: Optional[str], served: Optional[str]

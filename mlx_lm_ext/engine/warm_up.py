@@ -8,9 +8,10 @@ import argparse
 import logging
 import time
 from dataclasses import replace
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List, Tuple
 
 from mlx_lm.generate import StopSequences
+from mlx_lm.server import CompletionRequest
 
 from ..batch.batch import Batch
 from ..device import on_cpu
@@ -26,15 +27,19 @@ from .models import BatchModelProvider
 logger = logging.getLogger(__name__)
 
 # A greedy row, a sampled one, and one with log probabilities.
-BODIES = [{}, {"temperature": 0.7, "top_p": 0.95}, {"logprobs": 1}]
-PENALTIES = dict(
+BODIES: List[Dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_p": 0.95},
+    {"logprobs": 1},
+]
+PENALTIES: Dict[str, Any] = dict(
     repetition_penalty=1.1,
     presence_penalty=0.1,
     frequency_penalty=0.1,
     logit_bias={"0": 1},
 )
 # With CUDA, each of these needs kernels of its own, which take seconds to compile.
-GPU_BODIES = [
+GPU_BODIES: List[Dict[str, Any]] = [
     dict(
         temperature=0.7,
         top_p=0.95,
@@ -62,6 +67,7 @@ def make_request(
     return Request(
         "",
         generation_args,
+        completion=CompletionRequest("text", "", [], None, None),
         model=replace(model, end_of_text=StopSequences()),
         prompt=prompt,
         n_prompt=len(prompt),
@@ -99,7 +105,7 @@ def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> No
         for _ in range(2):
             batch.step()
 
-    extras = [(default_prefill_budget(), {})]
+    extras: List[Tuple[int, Dict[str, Any]]] = [(default_prefill_budget(), {})]
     if not on_cpu():
         extras += [(8, body) for body in GPU_BODIES]
     size, n_tokens = 1, 64 + 2 * args.batch_size

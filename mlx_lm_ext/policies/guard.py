@@ -12,7 +12,17 @@ import argparse
 import logging
 import time
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
 from ..errors import RequestError
 from ..interfaces import (
@@ -131,11 +141,11 @@ class GuardedScheduler(Guarded, SchedulerPolicy):
         return self.ask(lambda policy: int(policy.most_known))
 
     def order(
-        self, waiting: List[RequestInfo], view: SchedulerView
-    ) -> List[RequestInfo]:
+        self, waiting: Sequence[RequestInfo], view: SchedulerView
+    ) -> Sequence[RequestInfo]:
         """All waiting requests, in the order in which they start."""
 
-        def order(policy: SchedulerPolicy) -> List[RequestInfo]:
+        def order(policy: SchedulerPolicy) -> Sequence[RequestInfo]:
             first = policy.order(list(waiting), view)
             if first is None:
                 return waiting
@@ -160,7 +170,7 @@ class GuardedScheduler(Guarded, SchedulerPolicy):
     def on_start(self, request: RequestInfo) -> None:
         self.ask(lambda policy: policy.on_start(request))
 
-    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
+    def on_tokens(self, counts: Sequence[Tuple[RequestInfo, int]]) -> None:
         self.ask(lambda policy: policy.on_tokens(counts))
 
     def on_finish(self, request: RequestInfo) -> None:

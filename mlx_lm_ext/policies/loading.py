@@ -271,6 +271,6 @@ def objection(kind: PolicyKind, cls: Any) -> str:
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name:
         return f"the {kind.title} {cls.__name__} has no name"
-    if missing := sorted(getattr(cls, "__abstractmethods__")):
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         return f"the {kind.title} {name!r} lacks the method {', '.join(missing)}"
     return ""

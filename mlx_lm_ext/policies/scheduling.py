@@ -6,7 +6,7 @@ that came later. So it waits no longer than that plus the time to serve those be
 
 import argparse
 import heapq
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
 
 import mlx.core as mx
 
@@ -47,8 +47,8 @@ class Ageing(FCFS):
         raise NotImplementedError
 
     def order(
-        self, waiting: List[RequestInfo], view: SchedulerView
-    ) -> Optional[List[RequestInfo]]:
+        self, waiting: Sequence[RequestInfo], view: SchedulerView
+    ) -> Optional[Sequence[RequestInfo]]:
         late = [r for r in waiting if view.now - r.arrival >= self.max_wait]
         return late + sorted(waiting[len(late) :], key=self.key)
 
@@ -67,8 +67,8 @@ class LPM(Ageing):
         return -request.n_known
 
     def order(
-        self, waiting: List[RequestInfo], view: SchedulerView
-    ) -> Optional[List[RequestInfo]]:
+        self, waiting: Sequence[RequestInfo], view: SchedulerView
+    ) -> Optional[Sequence[RequestInfo]]:
         # To look up more prompts than that would take longer than it saves.
         return None if len(waiting) > self.most_known else super().order(waiting, view)
 
@@ -108,7 +108,7 @@ class Fair(FCFS):
         self.served: Dict[Optional[str], float] = {}
         self.users: Set[Optional[str]] = set()
 
-    def on_tokens(self, counts: List[Tuple[RequestInfo, int]]) -> None:
+    def on_tokens(self, counts: Sequence[Tuple[RequestInfo, int]]) -> None:
         for request, n in counts:
             first = request.n_generated == 0
             prompt = request.n_prompt - request.n_matched if first else 0
@@ -116,8 +116,8 @@ class Fair(FCFS):
             self.served[request.user] = served + prompt + 2 * n
 
     def order(
-        self, waiting: List[RequestInfo], view: SchedulerView
-    ) -> Optional[List[RequestInfo]]:
+        self, waiting: Sequence[RequestInfo], view: SchedulerView
+    ) -> Optional[Sequence[RequestInfo]]:
         users = {r.user for r in (*waiting, *view.running)}
         served = self.served
         stayed = [served[user] for user in users & self.users]
@@ -149,4 +149,4 @@ class Fair(FCFS):
         return ordered
 
 
-POLICIES = [FCFS, LPM, SJF, Priority, Fair]
+POLICIES: List[Type[SchedulerPolicy]] = [FCFS, LPM, SJF, Priority, Fair]

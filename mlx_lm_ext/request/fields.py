@@ -244,13 +244,13 @@ def check_count(name: str, n: int, limit: int) -> None:
         raise RequestError(400, f"{name} may have {limit} at most, not {n}", name)
 
 
-def parse_messages(body: Dict[str, Any]) -> List[Dict[str, Any]]:
+def parse_messages(body: Dict[str, Any]) -> Any:
     """Check the messages of a chat request, and return them.
 
     Raises:
         RequestError: If a message lacks a known role or a content, or is wrong otherwise.
     """
-    messages = body.get("messages")
+    messages: Any = body.get("messages")
     check_type("messages", messages, list)
     if not messages:
         raise RequestError(400, "messages must not be empty", "messages")

@@ -92,7 +92,7 @@ def n_pixels(raw: bytes, param: str) -> int:
         formats = ", ".join(FORMATS)
         message = f"an image is broken, or not in one of the formats {formats}"
         raise RequestError(400, message, param)
-    return width * height
+    return int(width * height)
 
 
 def is_public(address: str) -> bool:
@@ -114,7 +114,7 @@ def connect(host: str, port: int, preparation: Preparation) -> socket.socket:
         RequestError: If it takes too long, or the server stops.
     """
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [info[4][:2] for info in infos]
+    addresses = [(str(info[4][0]), port) for info in infos]
     if not all(is_public(address) for address, _ in addresses):
         raise OSError("it is not on the public internet")
     for address in addresses[:MAX_ADDRESSES]:

@@ -162,6 +162,7 @@ class Preparation:
                 with self.lock:
                     self.thread = None
         except Interrupted:
+            assert self.error is not None  # it is set before the interruption
             raise self.error from None
 
     @contextmanager

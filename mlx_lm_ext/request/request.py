@@ -40,7 +40,7 @@ class Token(NamedTuple):
     finish_reason: Optional[str] = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Request(RequestInfo):
     """A request on its way through the engine.
 
@@ -67,8 +67,8 @@ class Request(RequestInfo):
           tokens that came before.
     """
 
-    model: Optional[ServedModel] = None
-    completion: Optional[CompletionRequest] = None
+    model: ServedModel
+    completion: CompletionRequest
     prompt: List[int] = field(default_factory=list)
     segments: List[List[int]] = field(default_factory=list)
     segment_types: List[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Request(RequestInfo):
     error: Optional[RequestError] = None
 
     @property
-    def cache_key(self) -> Tuple:
+    def cache_key(self) -> Tuple[Any, ...]:
         """The key of its KV in the prompt cache. Requests with another model or another
         ``cache_salt`` do not find it."""
         salt = self.body.get("cache_salt")

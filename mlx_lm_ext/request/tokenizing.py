@@ -133,17 +133,17 @@ class BoundedTokenizer:
         # Some tokenizers write tokens at once, and no text that could be tokenised here.
         as_text = writes_text(self.tokenizer)
 
-        def render():
+        def render() -> Any:
             return self.tokenizer.apply_chat_template(
                 *args, tokenize=tokenize and not as_text, **kwargs
             )
 
         token = current.set(self)
         try:
-            prompt = self.preparation.run(render)
+            prompt: Union[str, List[int]] = self.preparation.run(render)
         finally:
             current.reset(token)
-        if tokenize and as_text:
+        if tokenize and isinstance(prompt, str):
             return self.encode(prompt, add_special_tokens=False)
         return prompt
 
@@ -152,6 +152,6 @@ class BoundedTokenizer:
         self.check_characters(len(text))
         self.check_slices(text)
         self.preparation.check()
-        tokens = self.tokenizer.encode(text, **kwargs)
+        tokens: List[int] = self.tokenizer.encode(text, **kwargs)
         self.preparation.check()
         return tokens

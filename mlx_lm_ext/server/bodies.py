@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from email.message import Message
-from typing import BinaryIO, Callable
+from typing import BinaryIO, Callable, Optional
 
 from ..errors import RequestError
 
@@ -43,7 +43,8 @@ class Incoming(io.RawIOBase):
     def begin(self) -> None:
         """Start the time and the count anew: what comes next is another request."""
         # The time of the first byte, and how many have come since.
-        self.start, self.n = None, 0
+        self.start: Optional[float] = None
+        self.n = 0
 
     def readable(self):
         return True

@@ -12,7 +12,7 @@ Rules:
 import re
 from email.message import Message
 from ipaddress import ip_address
-from typing import List, Optional
+from typing import List, Optional, Sequence
 from urllib.parse import urlsplit
 
 from ..errors import RequestError
@@ -50,7 +50,7 @@ class BrowserGuard:
     """Refuses requests that a browser sends for pages that are not allowed.
 
     Args:
-        origins (List[str]): Patterns of the origins that may call, or ``LOOPBACK``.
+        origins (Sequence[str]): Patterns of the origins that may call, or ``LOOPBACK``.
         hosts (Optional[List[str]]): Patterns of the names that the server may be called
           by, or ``LOOPBACK``. If not given: ``LOOPBACK`` and ``name`` if the server
           listens on a loopback address, else all names.
@@ -59,7 +59,11 @@ class BrowserGuard:
     """
 
     def __init__(
-        self, origins: List[str], hosts: Optional[List[str]], address: str, name: str
+        self,
+        origins: Sequence[str],
+        hosts: Optional[List[str]],
+        address: str,
+        name: str,
     ):
         if hosts is None:
             hosts = [LOOPBACK, name] if is_loopback(address) else ["*"]

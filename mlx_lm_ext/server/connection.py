@@ -13,7 +13,8 @@ import select
 import socket
 import time
 from email.errors import MissingHeaderBodySeparatorDefect
-from typing import Any, Callable, Dict
+from email.message import Message
+from typing import Any, Callable, Dict, Optional
 
 from mlx_lm.server import APIHandler
 
@@ -38,8 +39,6 @@ class HTTPHandler(APIHandler):
     # Seconds to wait for a client that sends nothing, or takes nothing.
     timeout = 60
 
-    # Bytes that the body of a request may have.
-    max_body = 8 << 20
     # Bytes that the server has reserved for the body of the current request.
     n_reserved = 0
     # Whether the client waits for "100 Continue" before it sends the body.
@@ -48,6 +47,11 @@ class HTTPHandler(APIHandler):
     is_unread = False
     # The path of the request without its query.
     route = ""
+
+    @property
+    def max_body(self) -> int:
+        """Bytes that the body of a request may have."""
+        return 8 << 20
 
     def setup(self):
         super().setup()
@@ -218,7 +222,10 @@ class HTTPHandler(APIHandler):
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
 
     def send_json(
-        self, status: int, content: Dict[str, Any], headers: Dict[str, str] = {}
+        self,
+        status: int,
+        content: Dict[str, Any],
+        headers: Optional[Dict[str, str]] = None,
     ) -> None:
         raw = json.dumps(content).encode()
         self.send_response(status)
@@ -228,7 +235,7 @@ class HTTPHandler(APIHandler):
             self.send_header("Retry-After", "1")
         if self.close_connection:
             self.send_header("Connection", "close")
-        for name, value in headers.items():
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_cors_headers()
         self.end_headers()
@@ -268,7 +275,7 @@ class HTTPHandler(APIHandler):
     def send_error(self, code, message=None, explain=None):
         """Answer what ``http.server`` refuses by itself, in OpenAI's shape."""
         self.close_connection = self.is_unread = True
-        self.headers = getattr(self, "headers", None) or {}
+        self.headers = getattr(self, "headers", None) or Message()
         error = RequestError(code, message or explain or "the request is not HTTP")
         if code == 501:
             error = self.wrong_route()

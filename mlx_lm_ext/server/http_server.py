@@ -11,7 +11,7 @@ import sys
 import threading
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import List, Optional
+from typing import Any, List, Optional, Sequence, Set, Tuple
 
 from ..errors import RequestError
 from ..request.preparation import Preparations
@@ -46,25 +46,26 @@ class BatchHTTPServer(ThreadingHTTPServer):
 
     def __init__(
         self,
-        address,
-        handler,
-        allowed_origins: List[str] = (LOOPBACK,),
+        address: Tuple[str, int],
+        handler: Any,
+        allowed_origins: Sequence[str] = (LOOPBACK,),
         allowed_hosts: Optional[List[str]] = None,
     ):
-        name = address[0]
+        name, port = address
         infos = socket.getaddrinfo(
-            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        self.address_family, _, _, _, address = infos[0]
-        self.connections = set()
+        found: Any
+        self.address_family, _, _, _, found = infos[0]
+        self.connections: Set[socket.socket] = set()
         # Bytes of bodies that are held now.
         self.n_bytes = 0
         # Guards the two above, and tells ``server_close`` when a connection ends.
         self.changed = threading.Condition()
         self.preparations = Preparations()
-        super().__init__(address, handler)
+        super().__init__(found, handler)
         self.guard = BrowserGuard(
-            allowed_origins, allowed_hosts, self.server_address[0], name
+            allowed_origins, allowed_hosts, str(self.server_address[0]), name
         )
 
     def server_bind(self):
