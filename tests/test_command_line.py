@@ -20,7 +20,9 @@ from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL
 from mlx_lm_ext.request.fields import FIELDS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "mlx_lm_ext" / "server" / "README.md").read_text()
 
 DEFAULTS = {
     "model": None,
@@ -263,7 +265,7 @@ def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):
 
 
 def test_readme_lists_every_field_of_a_request():
-    section = README.partition("## Fields of a request")[2].partition("\n## ")[0]
+    section = API.partition("## Fields of a request")[2].partition("\n## ")[0]
     for field in FIELDS:
         assert f"`{field}`" in section, field
 

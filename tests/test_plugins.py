@@ -90,6 +90,18 @@ def test_every_method_and_field_of_the_interfaces_is_described():
             assert f"    {field.name} (" in cls.__doc__, f"{cls.__name__}.{field.name}"
 
 
+def test_class_that_a_plugin_does_not_register_is_named_in_the_error():
+    p = plugin(mlx_lm_register_eviction_policies=lambda: [])
+    p.Largest = Largest
+    args = make_parser().parse_args(["--eviction-policy", "largest"])
+    with pytest.raises(PluginError) as error:
+        Policies(load(p), args)
+    assert str(error.value).endswith(
+        "not 'largest'; plugin 'first' (first-dist 1.0) defines the class Largest, and its "
+        "mlx_lm_register_eviction_policies does not return it"
+    )
+
+
 def test_plugin_of_the_readme_works_as_printed(tmp_path, monkeypatch):
     code = re.search(r"```python\n(from mlx_lm_ext.*?)```", README, re.DOTALL)[1]
     assert len(code.splitlines()) <= 15

@@ -174,6 +174,62 @@ def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(
     assert Counting.ended == [job]
 
 
+def test_scheduler_policy_hears_once_of_each_start(start_with, model_folder):
+    class Counting(SchedulerPolicy):
+        name = "counting"
+        started, ended = [], []
+
+        def on_start(self, request):
+            assert request not in self.ended
+            self.started.append(request)
+
+        def on_finish(self, request):
+            self.ended.append(request)
+
+    engine = start_with(Counting, "--batch-size", "2")
+    step, failures = engine.step, []
+
+    def failing_step():
+        if not failures and engine.running and engine.running[0].n_generated == 3:
+            failures.append(True)
+            raise ArithmeticError("a step failed")
+        step()
+
+    engine.step = failing_step
+    jobs = [submit(engine, p, max_tokens=8) for p in texts(3)]
+    for job in jobs:
+        read(job)
+    engine.stop_and_join()
+    assert failures
+    assert sorted(Counting.started, key=jobs.index) == jobs
+
+
+def test_error_of_scheduling_is_no_failed_step(start_engine, monkeypatch, caplog):
+    engine = start_engine("llama", "--use-prompt-cache", "--scheduler", "lpm")
+    stream = submit(engine, "a stream that runs", max_tokens=3000)
+    stream.receive(timeout=60)
+    search = engine.prompt_cache.search
+
+    def failing_search(model, tokens):
+        if tokens == bad.prompt:
+            raise ArithmeticError("a fault of the lookup")
+        return search(model, tokens)
+
+    bad = submit(engine, "b", max_tokens=1)
+    read(bad)
+    monkeypatch.setattr(engine.prompt_cache, "search", failing_search)
+    with pytest.raises(RequestError, match="its log says why"):
+        read(submit(engine, "b", max_tokens=1))
+    n_steps = engine.batch.n_steps
+    read(submit(engine, "c", max_tokens=1))
+    assert engine.batch.n_steps > n_steps and not stream.finished
+    assert engine.limit == engine.cli_args.batch_size
+    assert stream in engine.running
+    engine.client.cancel(stream)
+    assert "a fault of the lookup" in caplog.text
+    assert "A step of" not in caplog.text
+
+
 class Twice(SchedulerPolicy):
     name = "twice"
 

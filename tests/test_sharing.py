@@ -8,7 +8,9 @@ import pytest
 from helpers import Reference, read, submit, texts, wait_until_idle
 from tiny_models import CONFIGS
 
+from mlx_lm_ext.batch import sharing
 from mlx_lm_ext.batch.batch import MIN_SHARED, Batch
+from mlx_lm_ext.cache.tree import n_common
 from mlx_lm_ext.engine.loop import Engine
 
 PREFIX = texts(1, seed=21)[0] * 2
@@ -218,6 +220,49 @@ def test_prefix_that_cannot_be_kept_is_waited_for_once(model_folder, start_toget
         assert read(job) == expected
         assert job.n_matched == 0
     assert gave_up == [False, True, True, True]
+
+
+def test_prompts_are_compared_once_however_long_they_wait(start_together, monkeypatch):
+    compared = []
+
+    def counted(run, tokens):
+        compared.append((run, tokens))
+        return n_common(run, tokens)
+
+    monkeypatch.setattr(sharing, "n_common", counted)
+    argv = ["--prefill-budget", "16", "--prompt-concurrency", "1"]
+    engine = start_together("llama", *argv)
+    jobs = [submit(engine, letter * 200, max_tokens=2) for letter in "abc"]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert engine.batch.n_steps > 30
+    # Each with those that were prefilling while it was the first to wait.
+    assert len(compared) == 2
+
+
+def test_cached_tokens_stay_those_that_were_taken_after_a_failed_step(start_together):
+    """Before a request starts again, its scheduler policy asks what is known of its prompt:
+    that is not what it took."""
+
+    def step(self):
+        if self.n_steps == 20:
+            self.n_steps += 1
+            # Because it comes, the policy is asked for an order.
+            jobs.append(submit(engine, "another one", max_tokens=1))
+            raise ArithmeticError("a step failed")
+        return Batch.step(self)
+
+    argv = ["--use-prompt-cache", "--scheduler", "lpm"]
+    engine = start_together("llama", *argv, step=step)
+    # The second one waits until the first has run the prompt, which is stored for it.
+    jobs = [submit(engine, PREFIX, max_tokens=40) for _ in range(2)]
+    engine.gate.set()
+    for job in jobs:
+        read(job)
+    assert engine.batch.n_steps > 20
+    assert [job.n_matched for job in jobs] == [0, len(PREFIX) - 1, 0]
+    assert jobs[0].n_known == len(PREFIX) - 1
 
 
 @pytest.mark.slow

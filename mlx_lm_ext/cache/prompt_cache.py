@@ -41,7 +41,7 @@ def set_cache_type(entry: Entry, cache_type: str) -> None:
         entry.cache_type = cache_type
 
 
-class Sequence(NamedTuple):
+class KVSequence(NamedTuple):
     """What is inserted: the tokens of a prompt and their KV.
 
     Args:
@@ -228,7 +228,7 @@ class RadixPromptCache(LRUPromptCache):
         n, arrays = layout.read(prompt_cache, len(tokens)) if layout else (0, [])
         if not n:
             return
-        sequence = Sequence(model, layout, tokens[:n], arrays, cache_type)
+        sequence = KVSequence(model, layout, tokens[:n], arrays, cache_type)
         plan = self.plan(sequence)
         if not self.make_room(plan):
             if not plan.splits or len(self) >= self.max_size:
@@ -246,7 +246,7 @@ class RadixPromptCache(LRUPromptCache):
                 return
         self.commit(sequence, plan)
 
-    def plan(self, sequence: Sequence) -> Plan:
+    def plan(self, sequence: KVSequence) -> Plan:
         """Find out what an insertion has to change. Nothing is changed yet."""
         layout, tokens, n = sequence.layout, sequence.tokens, len(sequence.tokens)
         root = self.roots.get(sequence.model, {}).get(layout.key) or Node(layout)
@@ -284,7 +284,7 @@ class RadixPromptCache(LRUPromptCache):
         self.evict(n_bytes, n_nodes, path)
         return True
 
-    def commit(self, sequence: Sequence, plan: Plan) -> None:
+    def commit(self, sequence: KVSequence, plan: Plan) -> None:
         """Change the tree as planned. The copies are not evaluated yet."""
         model, layout, tokens = sequence.model, sequence.layout, sequence.tokens
         # The root is not there if it is new, or if all its nodes were evicted for this.
