@@ -1158,6 +1158,7 @@ def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
     assert not engine.running
 
 
+@pytest.mark.logs_errors
 def test_failure_in_a_stream_is_an_event(start_server):
     class FailingPlugin:
         @hookimpl

@@ -98,6 +98,7 @@ def test_prompt_cache_is_bounded_by_the_limits(start_engine, monkeypatch):
     assert engine.prompt_cache.max_bytes == engine.batch.kv_memory.limit < 3_000_000
 
 
+@pytest.mark.logs_errors
 def test_step_without_address_space_fails_its_requests_and_not_the_server(
     start_server, monkeypatch
 ):

@@ -134,6 +134,7 @@ class FaultyPlugin:
         return [process] if request.max_tokens == 13 else None
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("culprits", [[0], [3], [2, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
 def test_failed_step_costs_only_the_requests_at_fault(
     culprits, model_folder, start_engine
@@ -153,6 +154,7 @@ def test_failed_step_costs_only_the_requests_at_fault(
     assert read(submit(engine, "after", max_tokens=4)) == reference.tokens("after", 4)
 
 
+@pytest.mark.logs_errors
 def test_rows_that_fail_only_together_end_in_smaller_batches(
     model_folder, start_engine
 ):

@@ -37,6 +37,7 @@ def policy(interface, method, error):
     return type("Leaver", (interface,), names)
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize(
     "interface, method, kind",
@@ -65,6 +66,7 @@ def test_policy_that_exits_is_replaced(
     assert "'leaver' of plugin 'test'" in caplog.text
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("error", ERRORS)
 def test_hook_that_exits_costs_only_its_request(error, start_server):
     def make(request):

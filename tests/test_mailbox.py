@@ -33,7 +33,7 @@ def test_all_that_has_come_is_taken_at_once():
 
 
 def test_tokens_that_came_before_an_error_are_taken_before_it_is_raised():
-    request = Request("", None)
+    request = Request("", None, model=None, completion=None)
     tokens = [Token(1), Token(2)]
     for event in (*tokens, RequestError(503, "over")):
         request.put(event)

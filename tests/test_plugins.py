@@ -430,6 +430,7 @@ def test_hooks_are_called_last_registered_first_but_for_tryfirst_and_trylast(
 # Plugins that fail while requests are served
 
 
+@pytest.mark.logs_errors
 def test_hook_that_fails_for_a_request_costs_only_that_request(start_server, caplog):
     def make(request):
         raise LookupError("no words")
@@ -459,6 +460,7 @@ def test_plugin_can_refuse_a_request(start_server):
     assert answer["error"]["param"] == "words"
 
 
+@pytest.mark.logs_errors
 def test_observer_that_raises_is_logged_and_the_others_are_told(start_server, caplog):
     def fail(request):
         raise LookupError("no file")

@@ -95,6 +95,7 @@ class Incomparable(EvictionPolicy):
         return object()
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("cls", [Raising, Incomparable])
 def test_eviction_policy_that_fails_is_replaced(cls, start_with, caplog):
     engine = start_with(cls, *CACHE)
@@ -150,6 +151,7 @@ def test_order_is_not_asked_for_while_nothing_changes(start_with, model_folder):
     assert len(Counting.calls) <= 3
 
 
+@pytest.mark.logs_errors
 def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(
     start_engine, monkeypatch
 ):
@@ -174,6 +176,7 @@ def test_scheduler_policy_hears_once_of_a_request_that_fails_alone(
     assert Counting.ended == [job]
 
 
+@pytest.mark.logs_errors
 def test_scheduler_policy_hears_once_of_each_start(start_with, model_folder):
     class Counting(SchedulerPolicy):
         name = "counting"
@@ -204,6 +207,7 @@ def test_scheduler_policy_hears_once_of_each_start(start_with, model_folder):
     assert sorted(Counting.started, key=jobs.index) == jobs
 
 
+@pytest.mark.logs_errors
 def test_error_of_scheduling_is_no_failed_step(start_engine, monkeypatch, caplog):
     engine = start_engine("llama", "--use-prompt-cache", "--scheduler", "lpm")
     stream = submit(engine, "a stream that runs", max_tokens=3000)
@@ -266,6 +270,7 @@ class Unmatched(SchedulerPolicy):
         return waiting
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("cls", [Twice, Invented, Failing, Wordy, Unmatched])
 def test_scheduler_policy_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     engine = start_with(cls)
@@ -492,6 +497,7 @@ class Tired(Greedy):
         return super().__call__(logprobs)
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("cls", [Shapeless, Undecided, Unready, Lonely, Tired])
 def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     engine = start_with(cls)

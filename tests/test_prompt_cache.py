@@ -131,6 +131,7 @@ def test_rows_that_end_together_are_copied_in_one_call(start_engine, monkeypatch
     assert set(calls) == {0, 3} and len(cache) == 3
 
 
+@pytest.mark.logs_errors
 def test_rows_end_as_always_when_their_kv_cannot_be_copied(
     start_engine, monkeypatch, caplog
 ):

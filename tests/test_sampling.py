@@ -320,6 +320,7 @@ def test_seed_gives_the_same_tokens_whatever_else_runs(
         assert [read(job) for job in jobs] == expected
 
 
+@pytest.mark.logs_errors
 @pytest.mark.slow
 def test_seeded_request_goes_on_as_it_began_after_a_failed_step(start_engine):
     class FailsOnce(Batch):

@@ -120,6 +120,7 @@ def test_other_prompts_do_not_wait(start_together):
     assert started[0][0] == started[1][0] < started[2][0]
 
 
+@pytest.mark.logs_errors
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
 def test_next_takes_over_when_the_one_that_runs_the_prefix_leaves(
@@ -241,6 +242,7 @@ def test_prompts_are_compared_once_however_long_they_wait(start_together, monkey
     assert len(compared) == 2
 
 
+@pytest.mark.logs_errors
 def test_cached_tokens_stay_those_that_were_taken_after_a_failed_step(start_together):
     """Before a request starts again, its scheduler policy asks what is known of its prompt:
     that is not what it took."""

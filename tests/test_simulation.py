@@ -203,6 +203,7 @@ def test_request_that_waits_past_its_time_never_starts(batch_size, start_engine)
     assert begun == [True, batch_size == "2"]
 
 
+@pytest.mark.logs_errors
 def test_failed_step_leaves_the_others_their_time(start_engine, monkeypatch):
     def isolate(self, suspects, error):
         self.batch.close()
