@@ -1,4 +1,4 @@
-"""A fast BLAS for MLX's CPU build on Linux.
+"""Loads a fast BLAS for MLX's CPU build on Linux.
 
 MLX's CPU wheels for Linux contain the reference BLAS, which multiplies float32 matrices
 about 25 times slower than OpenBLAS. If OpenBLAS is loaded with RTLD_GLOBAL before MLX, the

@@ -104,7 +104,8 @@ class EvictionPolicy(ABC):
 
     def on_split(self, parent: Entry, child: Entry) -> None:
         """An entry was cut in two. ``child`` is the entry that was known, with its history
-        and fewer tokens. ``parent`` is new: a copy that has the first tokens."""
+        and fewer tokens. ``parent`` is new: it has the first tokens and the same history,
+        and its ``data`` is None."""
 
     def on_remove(self, entry: Entry, reason: str) -> None:
         """An entry has left. ``reason`` is "evicted" or "expired"."""

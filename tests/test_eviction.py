@@ -45,9 +45,10 @@ class Recorder(EvictionPolicy):
         self.note("hit", entry, n_tokens)
 
     def on_split(self, parent, child):
+        assert parent.data is None
+        parent.data = child.data
         self.note("parent", parent)
         self.note("child", child)
-        assert parent.data == child.data and parent.data is not child.data
 
     def on_remove(self, entry, reason):
         self.note(reason, entry)

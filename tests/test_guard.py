@@ -124,6 +124,24 @@ def test_policy_is_not_blamed_for_what_the_cache_raises(monkeypatch, caplog):
     assert len(removals) == 1
 
 
+def test_data_of_a_policy_is_its_own(caplog):
+    class Uncopied:
+        def __copy__(self):
+            raise ArithmeticError("no copy")
+
+    class Keeping(ByLength):
+        def on_insert(self, entry):
+            entry.data = Uncopied()
+
+    cache = make_cache()
+    cache.eviction = guard_eviction(Keeping)
+    for tokens in ([1, 2, 3], [1, 2, 4]):
+        cache.insert_cache("model", tokens, make("KVCache", tokens))
+    assert [type(e.data) for e in cache.nodes if e.data] == [Uncopied, Uncopied]
+    assert len(cache) == 3 and not caplog.records
+    integrity.check(cache)
+
+
 def test_what_a_policy_gives_later_is_checked_at_once(caplog):
     class Lazy(ByLength):
         def expired(self, now):

@@ -1,2 +1,3 @@
-"""The running batch: how rows join it, run and leave it, what prompts share, how much of
-them a step runs, and the memory of their KV. Knows no plugins."""
+"""The running batch: how rows join it, run and leave it, which prefixes they share, how many
+tokens of their prompts a step runs, and how much memory their KV takes. It knows no plugins.
+"""

@@ -1,4 +1,6 @@
-"""The running batch: rows join it, it runs a step at a time, and rows leave it.
+"""The running batch: which requests are in it, and one step after the other of all of them.
+
+The steps' arithmetic is in ``generator.py``; what is stored of the KV, in ``storage.py``.
 
 Rules:
 1. Lives on the generation thread; every array here is made and freed there.

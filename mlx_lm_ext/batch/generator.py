@@ -1,5 +1,6 @@
-"""Upstream's ``BatchGenerator`` and its two batches, with lean steps: they compute nothing
-that no request asked for, and do not wait for the device where they need not.
+"""Runs the steps of the batch: mlx-lm's ``BatchGenerator`` with its batches of prompts and of
+rows that decode, changed so that a step computes nothing that no request asked for, and does
+not wait for the device where it need not.
 
 Rules:
 1. Of the files that are not named ``upstream.py``, only this one uses private names of

@@ -1,4 +1,5 @@
-"""How much memory the KV of a batch takes, and how much there is for it.
+"""How much memory the KV of a batch may take, how much it would take with one more request,
+and the refusal of a request that can never fit.
 
 Rule: what a model's KV takes is read off the shapes of its caches after one token,
 which MLX knows without running it.

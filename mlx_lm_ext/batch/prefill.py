@@ -1,4 +1,4 @@
-"""How many tokens of the prompts a step runs."""
+"""Decides how many tokens of each prompt the next step runs."""
 
 from itertools import accumulate
 from typing import List

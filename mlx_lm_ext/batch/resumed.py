@@ -1,4 +1,5 @@
-"""Requests that go on after a failed step, from the tokens that they have."""
+"""Stop sequences for a request that starts again after a failed step: it goes on after the
+tokens that were generated before."""
 
 from typing import List
 

@@ -1,4 +1,4 @@
-"""A request that runs, as the rooms of the batch see it."""
+"""A row of the batch: a request that runs, and how far its prompt is."""
 
 from dataclasses import dataclass, field
 from typing import Dict

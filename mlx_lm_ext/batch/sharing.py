@@ -1,4 +1,4 @@
-"""Requests that wait until another one has run the prefix that their prompts share.
+"""Waiting requests whose prompts share a prefix with a row that runs it: who waits for whom.
 
 Rules:
 1. Only requests and rows are known here. The batch moves the KV.

@@ -1,4 +1,5 @@
-"""What rows take from the prompt cache, and what of them is stored there.
+"""What a row takes from the prompt cache when it starts, and which KV of a row is stored in the
+prompt cache.
 
 KV that can be cut after any token is stored when a row ends or another request asks for
 it. Other KV, of sliding windows and recurrent layers, is stored at the ends of the segments

@@ -1,4 +1,4 @@
-"""An ideal prompt cache, which counts tokens and holds no KV."""
+"""The most tokens that any prompt cache could have known of a series of prompts."""
 
 from typing import Any, Dict, List
 

@@ -1,4 +1,4 @@
-"""How large the KV arrays of a batch are: the rules by which they grow and shrink.
+"""The sizes of the KV arrays of a batch: the rules by which they grow and shrink.
 
 Rules:
 1. The batch caches call these functions when they change their arrays, and who predicts

@@ -1,4 +1,5 @@
-"""How each of upstream's cache types becomes segments or a snapshot, and a cache again.
+"""How the KV of each of mlx-lm's cache types is cut into segments that prompts can share, or
+copied as a snapshot, and how a cache is made of these again.
 
 Rules:
 1. A segment is the KV of a run of tokens in one layer. Its arrays own their memory: an MLX

@@ -1,4 +1,5 @@
-"""The eviction policy that the prompt cache uses unless it is given another one."""
+"""LRU, the default eviction policy: here and not with the others in ``policies/``, because the
+prompt cache uses it when it is given none."""
 
 from ..interfaces import EvictionPolicy
 

@@ -1,4 +1,5 @@
-"""Where the rows of a batch start, in Python: the device may be a step behind."""
+"""At which place of the batch's arrays the tokens of each row start. This is known in Python,
+so that no array has to be read from the device."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -9,7 +9,6 @@ Rules:
 """
 
 import logging
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -251,7 +250,7 @@ class Node:
             nbytes=nbytes_of_layers(above),
             depth=n,
             recompute_cost=n_upper,
-            data=copy(entry.data),
+            data=None,
         )
         node = Node(self.layout, self.parent, self.tokens[:n_upper], above, upper)
         node.parent.children[node.tokens[0]] = node

@@ -1,4 +1,5 @@
-"""Requests that upstream cannot serve in a batch: one at a time, between batches.
+"""Serves requests that mlx-lm cannot batch (those with images, with a draft model, or with
+quantized KV) one at a time, between batches.
 
 Those are requests with images, and all requests with a draft model, with ``--kv-bits``, and
 to models whose caches cannot be merged.

@@ -1,5 +1,4 @@
-"""The engine as the threads of connections see it: they tokenise a request, submit it, and
-cancel it."""
+"""The engine as handlers see it: they tokenise a request, submit it, and cancel it."""
 
 import argparse
 from typing import Any, Dict, Optional

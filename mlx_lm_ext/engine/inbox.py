@@ -1,4 +1,4 @@
-"""What handlers give to the generation thread, and what it lets them know."""
+"""Takes new and cancelled requests from the handlers to the generation thread."""
 
 from queue import Empty, SimpleQueue
 from threading import Event

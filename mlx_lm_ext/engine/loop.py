@@ -1,4 +1,5 @@
-"""The generation thread: it takes requests from the inbox, starts them, and runs the batch.
+"""The generation thread, the only one that touches MLX: it takes requests from the inbox, holds
+those that wait, starts them, and runs the batch.
 
 Rules:
 1. Only this thread touches MLX. What comes from and goes to other threads is plain Python.

@@ -1,4 +1,4 @@
-"""The private names of mlx-lm that the engine uses, under public names.
+"""Public names for the private parts of mlx-lm that the engine uses.
 
 What upstream makes public (see ``patches/``) is deleted here.
 """

@@ -1,2 +1,2 @@
-"""What is built in and registers itself as any plugin does. Nothing imports this room: its
-modules are loaded by name."""
+"""The plugins that are part of this package. No module imports them: they are loaded by name,
+as any plugin is."""

@@ -1,4 +1,5 @@
-"""The built-in policies and the built-in sampler, registered as those of any plugin are."""
+"""Registers the built-in policies of ``policies/`` and the built-in sampler of ``sampling/``,
+as any plugin registers its own."""
 
 from typing import List, Type
 

@@ -1,2 +1,2 @@
-"""What plugins register: found, checked, timed, and replaced if it fails. The built-in
-eviction and scheduler policies."""
+"""Finds plugins, checks the classes that they register, times their objects, and replaces
+those that fail. Contains the built-in eviction and scheduler policies."""

@@ -56,6 +56,7 @@ class SLRU(EvictionPolicy):
             oldest.data = self.clock()
 
     def on_split(self, parent: Entry, child: Entry) -> None:
+        parent.data = child.data
         if child in self.protected:
             self.on_hit(child, 0)
             self.on_hit(parent, 0)
@@ -92,6 +93,9 @@ class GDSF(EvictionPolicy):
     def on_hit(self, entry: Entry, n_tokens: int) -> None:
         cost = entry.recompute_cost / entry.nbytes if entry.nbytes else 0
         entry.data = self.floor + (1 + entry.hits) * cost
+
+    def on_split(self, parent: Entry, child: Entry) -> None:
+        parent.data = child.data
 
     def on_remove(self, entry: Entry, reason: str) -> None:
         if reason == "evicted":

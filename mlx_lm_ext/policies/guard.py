@@ -1,4 +1,5 @@
-"""The policies in use: each call is timed, and a policy that fails is replaced.
+"""The eviction and the scheduler policy in use: each call is timed, and a policy that raises is
+replaced by the built-in one.
 
 Rules:
 1. Within a ``try`` that blames a policy are only calls of its methods, and checks of what

@@ -1,4 +1,5 @@
-"""A class that a plugin has registered, and its replacement by the built-in one.
+"""A class that a plugin has registered, and the built-in class that takes its place after it
+has failed.
 
 Rule: a policy that raises is named in the log once. From then on the built-in policy of its
 kind does its work.

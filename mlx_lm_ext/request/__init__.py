@@ -1,2 +1,3 @@
-"""From the body of a request to what crosses the threads: its fields, images and prompt, the
-``Request`` itself, and the mailbox for its tokens."""
+"""What is made of a request's body on the thread of its connection (the handler): checked
+fields, images, the prompt's tokens, the ``Request`` that goes to the generation thread, and
+the mailbox in which tokens come back."""

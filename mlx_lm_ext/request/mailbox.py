@@ -1,5 +1,4 @@
-"""Takes events from the generation thread to the handler threads, and wakes these one after
-the other.
+"""Brings tokens from the generation thread to the handlers, which it wakes one at a time.
 
 Python runs one thread at a time. If each token woke its handler at once, the generation
 thread would wait for all handlers to give back the interpreter lock, several times a step.

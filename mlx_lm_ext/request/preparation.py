@@ -1,4 +1,4 @@
-"""Bounds for what a handler thread does before the engine has its request.
+"""Limits how many requests handlers prepare at a time, and for how long.
 
 JSON, chat templates and tokenizers take as long as a client's input makes them.
 

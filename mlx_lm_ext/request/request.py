@@ -1,5 +1,5 @@
-"""A request, and the tokens of its answer: what crosses between the thread of a connection
-and the generation thread.
+"""A request, and the tokens of its answer: what goes between a handler and the generation
+thread.
 
 Rules:
 1. Plain Python only: no arrays, and nothing that owns one.

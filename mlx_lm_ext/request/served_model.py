@@ -1,4 +1,4 @@
-"""What a connection's thread knows of a model: no arrays."""
+"""What a handler knows of a model. It has no arrays."""
 
 from dataclasses import dataclass
 from typing import Any, Optional, Tuple

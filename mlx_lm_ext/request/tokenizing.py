@@ -1,4 +1,4 @@
-"""Tokenising prompts within bounds of time and memory.
+"""Tokenises prompts, and refuses those that cannot fit before they take time and memory.
 
 Rules:
 1. A text that can never fit into the model's context is refused before it is tokenised.

@@ -1,5 +1,4 @@
-"""The private names of mlx-lm and transformers that the making of prompts uses, under
-public names."""
+"""Public names for the private parts of mlx-lm and transformers that making a prompt uses."""
 
 from typing import Any
 

@@ -1,5 +1,4 @@
-"""The samplers of a batch: one call for each group of rows, and the tokens in the order of
-the rows.
+"""The samplers of a batch, grouped by their class: one call for all rows of a group.
 
 Rule: nothing is evaluated here.
 """

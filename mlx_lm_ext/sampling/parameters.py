@@ -1,4 +1,5 @@
-"""What a row of a batch is sampled with: its parameters, and its keys.
+"""The sampling parameters of a row of the batch, and the random keys that its tokens are drawn
+with.
 
 The n-th token of a row, counted from 0, is drawn with MLX's generator (threefry) and the
 key ``(a, b + n)``, modulo 2**32. With a ``seed``, a and b are the first two little-endian

@@ -1,4 +1,4 @@
-"""Which web pages may call the server, and by which names.
+"""Which web pages may call the server, and by which host names it may be called.
 
 A page of any site can make the user's browser send requests to this machine. The page
 cannot choose two headers of these requests: ``Origin``, the site that the page came from,

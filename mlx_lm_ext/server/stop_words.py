@@ -1,4 +1,4 @@
-"""Finds where the first of some words ends in a text that comes in pieces.
+"""Finds the first stop word in a text that comes in pieces, and cuts the text before it.
 
 Rules:
 1. The word that ends first counts; of those that end at the same place, the longest.
