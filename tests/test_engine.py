@@ -383,18 +383,9 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
     assert read(submit(engine, "hello", max_tokens=5)) == expected
 
 
-def test_stopping_ends_a_request_served_alone_and_those_behind_it(start_engine):
-    engine = start_engine("llama", *ALONE)
-    jobs = [submit(engine, p, max_tokens=3000) for p in texts(4)]
-    jobs[0].receive(timeout=60)
-    engine.stop_and_join()
-    for job in jobs:
-        with pytest.raises(RequestError, match="stopping"):
-            read(job)
-
-
-def test_stopping_ends_every_request(start_engine):
-    engine = start_engine("llama", "--batch-size", "1")
+@pytest.mark.parametrize("argv", [ALONE, ["--batch-size", "1"]])
+def test_stopping_ends_every_request(argv, start_engine):
+    engine = start_engine("llama", *argv)
     jobs = [submit(engine, p, max_tokens=3000) for p in texts(3)]
     jobs[0].receive(timeout=60)
     engine.stop_and_join()
