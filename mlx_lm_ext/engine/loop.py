@@ -141,7 +141,7 @@ class Engine:
     def serve(self) -> None:
         """Serve requests until the inbox is closed."""
         while not self.inbox.is_closed:
-            is_idle = not (self.waiting or self.running)
+            is_idle = not (self.waiting or self.n_running)
             self.report(is_idle)
             self.take_new(block=is_idle)
             if is_idle:
@@ -170,6 +170,10 @@ class Engine:
     def running(self) -> List[Request]:
         return self.batch.requests if self.batch else []
 
+    @property
+    def n_running(self) -> int:
+        return len(self.batch) if self.batch else 0
+
     def report(self, is_idle: bool) -> None:
         """Log what was done: every few seconds, and when nothing is left to do."""
         seconds = self.policies.clock() - self.reported
@@ -182,7 +186,7 @@ class Engine:
             lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
             if self.prompt_cache is not None:
                 lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")
-            lines.append(f"{len(self.running)} running, {len(self.waiting)} waiting")
+            lines.append(f"{self.n_running} running, {len(self.waiting)} waiting")
             lines.append(f"time in policies: {self.policies.describe_times()}")
             logger.info("; ".join(lines))
         self.n_reported += n
@@ -256,7 +260,7 @@ class Engine:
         What raises here is no failed step: no row is in the middle of one.
         """
         try:
-            if self.changed and self.waiting and len(self.running) < self.limit:
+            if self.changed and self.waiting and self.n_running < self.limit:
                 self.order_waiting()
             self.start_waiting()
             if self.batch is not None:
@@ -266,7 +270,7 @@ class Engine:
 
     def start_waiting(self) -> None:
         for request in list(self.waiting):
-            if len(self.running) >= self.limit or self.inbox.is_closed:
+            if self.n_running >= self.limit or self.inbox.is_closed:
                 return
             try:
                 if not self.is_turn(request):
@@ -285,7 +289,7 @@ class Engine:
     def is_turn(self, request: Request) -> bool:
         """Whether a request can run beside the rows of the batch, if there are any."""
         is_served = request.model.key == self.model_provider.model_key
-        return not self.running or (is_served and self.is_batchable(request))
+        return not self.n_running or (is_served and self.is_batchable(request))
 
     def begin(self, request: Request) -> None:
         """Let a request run.
