@@ -12,10 +12,12 @@ import argparse
 import gc
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 from functools import partial
+from importlib.metadata import version
 from threading import Thread
 from typing import Any, List, Optional
 
@@ -77,6 +79,20 @@ def check_open_files() -> None:
         )
 
 
+def check_mlx_lm() -> None:
+    """Check that the private names of mlx-lm that are used here are those of its version.
+
+    Raises:
+        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
+    """
+    installed = version("mlx-lm")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:3])
+    if not (0, 32, 2) <= numbers < (0, 33):
+        raise RuntimeError(
+            f"mlx-lm {installed} is installed, and mlx-lm-ext needs mlx-lm>=0.32.2,<0.33"
+        )
+
+
 class BatchServer:
     """The HTTP server and the engine of this process.
 
@@ -90,7 +106,7 @@ class BatchServer:
         self.args = args
         self.plugins = plugins
         self.log = log
-        # Their classes are imported after a fast BLAS is loaded.
+        # Any: their classes import MLX, and OpenBLAS must be loaded before it.
         self.httpd: Any = None
         self.engine: Any = None
         self.accepting: Optional[Thread] = None
@@ -105,11 +121,9 @@ class BatchServer:
             KeyboardInterrupt: On SIGINT or SIGTERM.
         """
         check_open_files()
+        check_mlx_lm()
         import mlx.core as mx
 
-        from .engine.upstream import check_version
-
-        check_version()
         from .device import share_arenas
         from .policies.guard import Policies
 
@@ -122,8 +136,10 @@ class BatchServer:
         self.find_model()
         self.listen()
         self.start_engine(policies)
-        self.accepting = Thread(target=self.httpd.serve_forever)
-        self.accepting.start()
+        accepting = Thread(target=self.httpd.serve_forever)
+        accepting.start()
+        # Assigned after its start, because ``stop`` waits for its end.
+        self.accepting = accepting
         self.engine.loaded.wait()
         if self.engine.load_error is not None:
             raise RuntimeError(self.engine.load_error)
@@ -133,13 +149,13 @@ class BatchServer:
 
     def find_model(self) -> None:
         """Set ``args.model``, and ``args.model_id``, the name that clients see."""
-        import mlx.core as mx
+        from .device import on_cpu
 
         args = self.args
         args.model_id = args.model
         if args.model is None:
             args.model_id = demo_model.NAME
-            args.model = str(demo_model.ensure(mx.default_device() != mx.cpu))
+            args.model = str(demo_model.ensure(quantized=not on_cpu()))
             logger.info(f"No --model was given: serving {args.model_id}")
 
     def listen(self) -> None:

@@ -24,12 +24,13 @@ def is_needed() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        return distribution("mlx-cpu") is not None
+        distribution("mlx-cpu")
     except PackageNotFoundError:
         return False
+    return True
 
 
-def find() -> Optional[str]:
+def load_openblas() -> Optional[str]:
     """Load OpenBLAS where MLX needs it.
 
     Returns:
@@ -46,7 +47,7 @@ def find() -> Optional[str]:
 
 
 def load() -> str:
-    """Load OpenBLAS where MLX needs it. Call this before ``mlx`` is imported.
+    """Load OpenBLAS if MLX needs it, before ``mlx`` is imported.
 
     Returns:
         A line for the log that says which BLAS is used; empty on macOS and with a GPU.
@@ -58,5 +59,5 @@ def load() -> str:
         return ""
     if "mlx.core" in sys.modules:
         raise RuntimeError("blas.load() must run before mlx is imported.")
-    name = find()
+    name = load_openblas()
     return ADVICE if name is None else f"CPU BLAS: OpenBLAS ({name})."

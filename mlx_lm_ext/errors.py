@@ -43,7 +43,7 @@ class RequestError(Exception):
 
 
 def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
-    """The 400 for more tokens than the model can take. Clients recognise OpenAI's words.
+    """The 400 for more tokens than the model can take. Clients recognize OpenAI's words.
 
     Args:
         limit (Optional[int]): Tokens that the model can take, if that is known.

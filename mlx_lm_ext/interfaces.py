@@ -153,7 +153,8 @@ class RequestInfo:
         id (str): The id of its answer.
         args (GenerationArguments): mlx-lm's sampling parameters and limits, with the
           defaults filled in: ``args.sampling.temperature``, ``args.max_tokens``, ...
-        body (Dict[str, Any]): The JSON that the client sent, without its null fields.
+        body (Dict[str, Any]): The JSON that the client sent, after it was checked: without
+          null fields, with the arguments of tool calls parsed and images as data URLs.
           Fields that the server does not know are not checked and reach plugins here.
         arrival (float): When it came, in seconds of the clock.
         n_prompt (int): Tokens of its prompt.
@@ -319,7 +320,7 @@ class BatchSampler(ABC):
     name: str
 
     # False if the sampler needs only the order of the values, as for the most likely
-    # token. It is then given logits, which saves their normalisation.
+    # token. It is then given logits, which saves their normalization.
     needs_logprobs = True
 
     def __init__(

@@ -47,7 +47,7 @@ class LogWriter(QueueListener):
         self.lines: "Queue[logging.LogRecord]" = Queue(max_lines)
         self.source = BoundedQueueHandler(self.lines)
         # Dropped lines that a line of the log has reported.
-        self.n_told = 0
+        self.n_reported = 0
         # No formatter here: lines are formatted by the thread that logs them.
         super().__init__(self.lines, logging.StreamHandler())
         self.source.setFormatter(logging.Formatter(FORMAT))
@@ -75,9 +75,9 @@ class LogWriter(QueueListener):
         return super().dequeue(block)
 
     def handle(self, record: logging.LogRecord) -> None:
-        n = self.source.n_dropped - self.n_told
+        n = self.source.n_dropped - self.n_reported
         if n:
-            self.n_told += n
+            self.n_reported += n
             text = f"{n} lines of the log were dropped: nobody read them in time"
             lost = logging.LogRecord("root", logging.WARNING, "", 0, text, (), None)
             super().handle(self.source.prepare(lost))

@@ -12,7 +12,7 @@ from mlx_lm.server import CompletionRequest
 
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.interfaces import BatchSampler
-from mlx_lm_ext.request.fields import parse_arguments, parse_body
+from mlx_lm_ext.request.fields import make_generation_arguments, parse_body
 
 # A server with these has upstream serve each request alone.
 ALONE = ["--kv-bits", "8", "--quantized-kv-start", "100000"]
@@ -103,7 +103,7 @@ def only_error(caplog):
 def submit(engine, prompt="", messages=(), **body):
     """Put a text completion or a chat into the engine, as a handler thread does."""
     body = parse_body(json.dumps(body).encode())
-    args = parse_arguments(body, engine.cli_args)
+    args = make_generation_arguments(body, engine.cli_args)
     kind = "chat" if messages else "text"
     request = CompletionRequest(kind, prompt, list(messages), None, None)
     return engine.client.generate(request, args, body, engine.client.describe(args))

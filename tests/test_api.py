@@ -274,7 +274,7 @@ def test_images_are_served_by_upstream(start_server):
     assert answer["usage"]["completion_tokens"] == 4
     assert answer["usage"]["prompt_tokens"] > 1
     assert engine.batch is None
-    # The first is refused before it is tokenised, the second after.
+    # The first is refused before it is tokenized, the second after.
     limit = model.most_characters
     for n in (limit + 1, 5000):
         text = {"type": "text", "text": "x" * n}

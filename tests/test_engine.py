@@ -1,10 +1,11 @@
 """The generation thread: batches, order, cancellation, and steps that fail."""
 
 import threading
+import weakref
 
 import mlx.core as mx
 import pytest
-from helpers import ALONE, Reference, read, submit, texts
+from helpers import ALONE, Reference, plugin, read, submit, texts
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
@@ -16,6 +17,7 @@ from mlx_lm_ext.batch.resumed import ResumedStopSequences
 from mlx_lm_ext.device import on_cpu
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import SchedulerPolicy
 from mlx_lm_ext.sampling.default import DefaultSampler
 
 
@@ -381,6 +383,83 @@ def test_model_that_cannot_be_loaded_costs_only_its_request(
         read(submit(engine, "hello", model=str(tmp_path)))
     expected = Reference(model_folder()).tokens("hello", 5)
     assert read(submit(engine, "hello", max_tokens=5)) == expected
+
+
+@pytest.mark.logs_errors
+def test_arrays_of_a_failed_step_are_freed_before_its_requests_run_again(start_engine):
+    """Otherwise a step that fails for lack of memory leaves even less to the next ones."""
+
+    class Large:
+        pass
+
+    class FailsOnce(Batch):
+        def step(self):
+            if len(self) == 2 and not references:
+                large = Large()
+                references.append(weakref.ref(large))
+                raise MemoryError("once")
+            return super().step()
+
+        def add(self, request):
+            if references:
+                freed.append(references[0]() is None)
+            super().add(request)
+
+    class FailingEngine(Engine):
+        batch_class = FailsOnce
+
+    references, freed = [], []
+    engine = start_engine(make_engine=FailingEngine)
+    for job in [submit(engine, p, max_tokens=5) for p in texts(2)]:
+        read(job)
+    assert freed and all(freed)
+
+
+@pytest.mark.logs_errors
+def test_step_whose_log_probabilities_cannot_be_read_loses_no_token(
+    start_engine, model_folder, monkeypatch
+):
+    def row(self, i, n_top):
+        calls.append(i)
+        if len(calls) == 8:
+            raise ArithmeticError("once")
+        return row_of(self, i, n_top)
+
+    calls, row_of = [], logprobs.Logprobs.row
+    monkeypatch.setattr(logprobs.Logprobs, "row", row)
+    reference = Reference(model_folder())
+    engine = start_engine()
+    jobs = [submit(engine, p, max_tokens=10, logprobs=1) for p in texts(3)]
+    for prompt, job in zip(texts(3), jobs):
+        assert read(job) == reference.tokens(prompt, 10)
+    assert len(calls) > 8
+
+
+@pytest.mark.logs_errors
+def test_policy_hears_of_the_end_although_a_row_cannot_be_taken_out(start_engine):
+    class Hearing(SchedulerPolicy):
+        name = "hearing"
+        ended = []
+
+        def on_finish(self, request):
+            self.ended.append(request)
+
+    class Clinging(Batch):
+        def remove(self, requests):
+            if any(r in requests for r in self.requests):
+                raise ArithmeticError("it cannot be taken out")
+
+    class ClingingEngine(Engine):
+        batch_class = Clinging
+
+    hook = plugin(mlx_lm_register_scheduler_policies=lambda: [Hearing])
+    argv = ["llama", "--scheduler", "hearing"]
+    engine = start_engine(*argv, make_engine=ClingingEngine, plugin=hook)
+    job = submit(engine, "hello", max_tokens=4000)
+    job.receive(timeout=60)
+    engine.client.cancel(job)
+    read(submit(engine, "after", max_tokens=2))
+    assert job in Hearing.ended
 
 
 @pytest.mark.parametrize("argv", [ALONE, ["--batch-size", "1"]])

@@ -227,7 +227,7 @@ def test_error_of_scheduling_is_no_failed_step(start_engine, monkeypatch, caplog
     n_steps = engine.batch.n_steps
     read(submit(engine, "c", max_tokens=1))
     assert engine.batch.n_steps > n_steps and not stream.finished
-    assert engine.limit == engine.cli_args.batch_size
+    assert engine.max_rows == engine.cli_args.batch_size
     assert stream in engine.running
     engine.client.cancel(stream)
     assert "a fault of the lookup" in caplog.text
@@ -521,11 +521,11 @@ class Fails(Greedy):
 def test_sampler_is_not_blamed_for_what_the_server_does(monkeypatch):
     calls = []
 
-    def normalise(logits):
+    def normalize(logits):
         calls.append(logits)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(guarded_sampler, "normalise", normalise)
+    monkeypatch.setattr(guarded_sampler, "normalize", normalize)
     policy_class = PolicyClass(
         SAMPLER, "p", type("Plain", (Greedy,), {}), "test", Greedy
     )

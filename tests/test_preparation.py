@@ -126,7 +126,7 @@ def test_interruption_never_comes_after_the_step():
         while not stop.is_set():
             for preparation in current[-1:]:
                 preparation.is_gone = lambda: True
-                preparation.look()
+                preparation.end_if_due()
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -221,7 +221,7 @@ def test_template_writes_no_more_than_can_fit(template, start_server):
     assert "characters" in answer["error"]["message"]
 
 
-def test_text_that_can_never_fit_is_not_tokenised(start_server, monkeypatch):
+def test_text_that_can_never_fit_is_not_tokenized(start_server, monkeypatch):
     engine, port = start_server()
     (model,) = engine.model_provider._served.values()
     limit = most_characters(model.tokenizer, model.context_length)
@@ -235,7 +235,7 @@ def test_text_that_can_never_fit_is_not_tokenised(start_server, monkeypatch):
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_text_of_which_a_part_does_not_fit_is_not_tokenised_as_a_whole(
+def test_text_of_which_a_part_does_not_fit_is_not_tokenized_as_a_whole(
     start_server, monkeypatch
 ):
     engine, port = start_server()

@@ -31,7 +31,7 @@ from mlx_lm_ext.cache import prompt_cache as radix_cache
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.engine.alone import SaltedCache
 from mlx_lm_ext.engine.loop import Engine
-from mlx_lm_ext.request.fields import parse_arguments
+from mlx_lm_ext.request.fields import make_generation_arguments
 
 CACHE = "--use-prompt-cache"
 
@@ -388,7 +388,7 @@ def test_request_alone_runs_what_its_penalties_look_at(context, draft, n_sought)
     body = {"presence_penalty": 1.0, "presence_context_size": context}
     if context is None:
         body = {}
-    args = parse_arguments(body, make_parser().parse_args([]))
+    args = make_generation_arguments(body, make_parser().parse_args([]))
     model = SimpleNamespace(key=("model", None, draft))
     cache = Cache()
     single = SaltedCache(SimpleNamespace(args=args, model=model, cache_key=1), cache)
@@ -499,7 +499,7 @@ def test_what_a_hit_takes_is_held_for_one_step_at_most(start_engine):
     engine = start_engine("llama", *argv, make_engine=WatchedEngine)
     for job in [submit(engine, p, max_tokens=5) for p in texts(20)]:
         read(job)
-    assert engine.limit == 32, "a step failed"
+    assert engine.max_rows == 32, "a step failed"
 
 
 def test_model_with_an_unknown_cache_type_is_served(
@@ -535,7 +535,9 @@ def test_upstreams_engine_takes_it_for_its_own_cache(architecture, model_folder)
     def generate(prompt):
         request = CompletionRequest("text", prompt, [], None, None)
         body = dict(max_tokens=10)
-        context, responses = generator.generate(request, parse_arguments(body, args))
+        context, responses = generator.generate(
+            request, make_generation_arguments(body, args)
+        )
         return [r.token for r in responses], context.prompt_cache_count
 
     try:

@@ -14,7 +14,7 @@ from tiny_models import CONFIGS
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.engine.loop import Engine
-from mlx_lm_ext.request.fields import parse_arguments
+from mlx_lm_ext.request.fields import make_generation_arguments
 from mlx_lm_ext.sampling import cpu as cpu_sampling
 from mlx_lm_ext.sampling import default as sampling
 from mlx_lm_ext.sampling import gpu as gpu_sampling
@@ -43,7 +43,7 @@ def logits_of(n_tokens, seed=0, spread=2.0):
 
 def make_row(n_generated=0, **body):
     """A sampler of one row."""
-    args = parse_arguments(body, make_parser().parse_args([]))
+    args = make_generation_arguments(body, make_parser().parse_args([]))
     tokenizer = SimpleNamespace(encode=lambda text: SPECIAL[:1], eos_token_ids=[17])
     request = SimpleNamespace(args=args, n_generated=n_generated)
     return DefaultSampler(None, request, tokenizer)
@@ -385,7 +385,7 @@ PENALTIES = [
 
 
 def penalty_arguments(**body):
-    return parse_arguments(body, make_parser().parse_args([])).logits
+    return make_generation_arguments(body, make_parser().parse_args([])).logits
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -447,7 +447,7 @@ def test_penalty_over_a_long_context_is_upstreams_own(size, start_engine, model_
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_penalised_rows_give_what_mlx_lm_generates(
+def test_penalized_rows_give_what_mlx_lm_generates(
     architecture, start_engine, model_folder
 ):
     engine = start_engine(architecture)

@@ -67,10 +67,10 @@ def test_keys_and_values_have_the_tokens_on_the_last_axis_but_one(name):
         assert (n_rows, n_heads, head_dim) == (1, 2, 32) and n_tokens >= 3
 
 
-def test_quantised_keys_and_values_are_weights_scales_and_biases():
+def test_quantized_keys_and_values_are_weights_scales_and_biases():
     made = filled(STATES["QuantizedKVCache"][0])
-    for quantised in (made.keys, made.values):
-        weights, scales, biases = quantised
+    for quantized in (made.keys, made.values):
+        weights, scales, biases = quantized
         # Eight values of 4 bits in each integer, and one group of 32.
         assert (weights.shape[-1], scales.shape[-1], biases.shape[-1]) == (4, 1, 1)
 

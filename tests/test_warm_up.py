@@ -74,7 +74,7 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
 
     class WatchedPenalties(Penalties):
         def __call__(self, *args):
-            ran.update(["bias"] * bool(self.bias), ["penalty"] * bool(self.penalised))
+            ran.update(["bias"] * bool(self.bias), ["penalty"] * bool(self.penalized))
             return super().__call__(*args)
 
     monkeypatch.setattr(_upstream, "Penalties", WatchedPenalties)

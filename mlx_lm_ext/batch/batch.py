@@ -1,4 +1,4 @@
-"""The running batch: which requests are in it, and one step after the other of all of them.
+"""The running batch: the requests in it, and the steps that it runs.
 
 The steps' arithmetic is in ``generator.py``; what is stored of the KV, in ``storage.py``.
 
@@ -115,11 +115,11 @@ class Batch:
     # Joining
 
     def can_start(self, request: Request) -> bool:
-        """Whether there is room for a request, and its prompt would be in the next step.
+        """Whether there is room for a request, and its prompt can run in the next step.
 
-        A request that started earlier would hold the KV that it took from the prompt cache
-        although the bound of the prompt cache does not count it. A short prompt may start
-        beside a long one, of which it delays little.
+        Until it runs, the KV that it takes from the prompt cache is not counted in the bound
+        of the cache. A short prompt may start beside a long one, because it delays it
+        little.
         """
         if not self.rows:
             return True
@@ -189,10 +189,10 @@ class Batch:
         will be in the prompt cache before the request could have run it itself."""
         shared = self.sharing.awaited.get(request)
         if shared is not None:
-            if shared.is_running:
+            if shared.is_pending:
                 return True
             is_there = True
-            if shared.is_run:
+            if shared.is_ready:
                 self.store_running(request)
                 # It is not there if there was no room for it.
                 is_there = self.storage.n_known(request) >= shared.n_tokens
@@ -217,7 +217,7 @@ class Batch:
         stored = [
             row
             for row in rows.values()
-            if (row.n_run or row.request.generated) and self.is_stored(row)
+            if (row.n_run or row.request.generated) and self.must_store(row)
         ]
         for row in rows.values():
             row.is_prefilling = False
@@ -271,18 +271,21 @@ class Batch:
         if responses:
             counts = [(self.rows[r.uid].request, 1) for r in responses]
             self.policies.scheduler.on_tokens(counts)
-        events, ended = [], {}
+        # All of them before the first is noted: reading log probabilities may raise.
+        tokens = []
         for r in responses:
-            row = self.rows[r.uid]
             logprob, top = r.logprobs() if r.logprobs else (None, ())
-            token = Token(r.token, logprob, top, r.finish_reason)
+            tokens.append(Token(r.token, logprob, top, r.finish_reason))
+        events, ended = [], {}
+        for r, token in zip(responses, tokens):
+            row = self.rows[r.uid]
             events.append(row.request.note(token))
             if r.finish_reason is not None:
                 ended[row] = r.prompt_cache, r.all_tokens
                 del self.rows[r.uid]
         self.turnstile.put(events)
         self.storage.store(
-            {row: kv for row, kv in ended.items() if self.is_stored(row)}
+            {row: kv for row, kv in ended.items() if self.must_store(row)}
         )
         return [row.request for row in ended], len(responses)
 
@@ -310,8 +313,8 @@ class Batch:
 
     # Storing
 
-    def is_stored(self, row: Row) -> bool:
-        """Whether what a row runs is stored for others."""
+    def must_store(self, row: Row) -> bool:
+        """Whether the KV of a row is to be stored."""
         return self.is_caching or row in self.sharing.followed
 
     def store_segments(self, uids: List[int]) -> None:
@@ -320,7 +323,7 @@ class Batch:
         if self.storage.can_cut:
             return
         rows = [self.rows[uid] for uid in uids]
-        rows = [row for row in rows if row.is_prefilling and self.is_stored(row)]
+        rows = [row for row in rows if row.is_prefilling and self.must_store(row)]
         caches = self.generator.extract_cache([row.uid for row in rows])
         self.storage.store({row: caches[row.uid] for row in rows})
 
@@ -336,10 +339,11 @@ class Batch:
                 n_run = min(n_run, n_common(other.prompt, request.prompt[:-1]))
                 if n_run > n:
                     longest, n = row, n_run
-        if longest is not None and n >= self.storage.n_known(request) + MIN_SHARED:
+        if longest is None or not self.must_store(longest):
+            return
+        if n >= self.storage.n_known(request) + MIN_SHARED:
             caches, tokens = self.generator.extract_cache([longest.uid])[longest.uid]
-            if self.is_stored(longest):
-                self.storage.store({longest: (caches, tokens[:n])})
+            self.storage.store({longest: (caches, tokens[:n])})
 
     def drop_unneeded(self) -> None:
         """Drop the stored KV that no waiting request needs, if none is to be kept."""

@@ -30,16 +30,16 @@ class SharedPrefix:
     n_tokens: int
 
     @property
-    def is_run(self) -> bool:
+    def is_ready(self) -> bool:
         return self.leader.n_run >= self.n_tokens
 
     @property
-    def is_running(self) -> bool:
-        return self.leader.is_prefilling and not self.is_run
+    def is_pending(self) -> bool:
+        return self.leader.is_prefilling and not self.is_ready
 
 
 class PrefixSharing:
-    """Who waits for whom, and for how many tokens."""
+    """Which requests wait for which rows, and for how many tokens."""
 
     def __init__(self) -> None:
         # What each waiting request waits for at present.
@@ -103,7 +103,7 @@ class PrefixSharing:
 
         Args:
             request (Request): The request.
-            is_there (bool): Whether it has not waited in vain.
+            is_there (bool): Whether the prompt cache has the prefix now.
         """
         del self.awaited[request]
         if not is_there:

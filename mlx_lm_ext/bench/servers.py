@@ -82,7 +82,7 @@ def start(command: str, model: str) -> Iterator[Server]:
         for word in shlex.split(command)
     ]
     environment = dict(os.environ)
-    if library := blas.find():
+    if library := blas.load_openblas():
         # Let every server use the BLAS library that this one would find.
         environment["LD_PRELOAD"] = library
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """The sizes of the KV arrays of a batch: the rules by which they grow and shrink.
 
 Rules:
-1. The batch caches call these functions when they change their arrays, and who predicts
-   the memory of a batch calls the same ones. The rules are written nowhere else.
+1. The batch caches call these functions when they change their arrays, and ``KVMemory``
+   calls them to predict the memory of a batch. The rules are written nowhere else.
 2. A larger array is a copy of all that is in it. So there is room for more than is needed
    now, and what is no longer needed is given up only when that is a good part of the
    array.

@@ -130,7 +130,7 @@ class QuantizedKind(CacheKind):
         return slices([*keys, *values], 0, offset)
 
     def from_arrays(self, arrays, n):
-        # Keys and values are tuples: quantised weights, scales and biases.
+        # Keys and values are tuples: quantized weights, scales and biases.
         k, k_scales, k_biases, v, v_scales, v_biases = arrays
         keys, values = (k, k_scales, k_biases), (v, v_scales, v_biases)
         state = (keys, values, n, self.group_size, self.bits)

@@ -121,7 +121,7 @@ class RadixPromptCache(LRUPromptCache):
         super().__init__(max_size, max_bytes)
         self.eviction = LRU(Namespace(), clock) if eviction is None else eviction
         self.clock = clock
-        # By model, and then by layout: quantised KV and plain KV cannot be shared.
+        # By model, and then by layout: quantized KV and plain KV cannot be shared.
         self.roots: Dict[Any, Dict[Tuple, Node]] = {}
         self.nodes: Dict[Entry, Node] = {}
         # Nodes with copies that ``evaluate`` has to make.

@@ -1,2 +1,2 @@
-"""The generation thread and what handlers call to reach it: models by name, the warm-up,
-and requests that are served alone."""
+"""The generation thread, the client through which handlers reach it, the models, the warm-up,
+and requests that are served one at a time."""

@@ -1,9 +1,6 @@
-"""Serves requests that mlx-lm cannot batch (those with images, with a draft model, or with
-quantized KV) one at a time, between batches.
-
-Those are requests with images, and all requests with a draft model, with ``--kv-bits``, and
-to models whose caches cannot be merged.
-"""
+"""Serves requests that mlx-lm cannot batch one at a time, between batches: requests with
+images, and all requests with a draft model, with ``--kv-bits``, or to a model whose caches
+cannot be merged."""
 
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -53,8 +50,6 @@ class Alone:
         queue = ResponseQueue(request, args, self.is_stopping, self.fail)
         stream = mx.default_stream(mx.default_device())
         generator.serve_single(queue, request.completion, args, stream)
-        if not request.finished:
-            request.put(RequestError(503, "the server is stopping"))
 
 
 class ResponseQueue:
@@ -83,7 +78,8 @@ class ResponseQueue:
     def put(self, item: Any) -> None:
         request = self.request
         if isinstance(item, Exception):
-            if self.context is None and isinstance(item, (OSError, ValueError)):
+            has_images = not request.prompt
+            if has_images and isinstance(item, (OSError, ValueError)):
                 message = f"the images cannot be used: {item}"
                 item = RequestError(400, message, "messages")
             self.fail(request, item)
@@ -112,8 +108,10 @@ class ResponseQueue:
     def check_goes_on(self) -> None:
         """Raise a ``RequestError`` if the request has to end."""
         self.request.check_time()
-        if self.request.cancelled or self.is_stopping():
+        if self.is_stopping():
             raise RequestError(503, "the server is stopping")
+        if self.request.cancelled:
+            raise RequestError(503, "the request was cancelled")
 
 
 class SaltedCache:

@@ -1,4 +1,4 @@
-"""The engine as handlers see it: they tokenise a request, submit it, and cancel it."""
+"""The engine as handlers see it: they tokenize a request, submit it, and cancel it."""
 
 import argparse
 from typing import Any, Dict, Optional
@@ -69,16 +69,19 @@ class EngineClient:
         args: GenerationArguments,
         body: Dict[str, Any],
         model: ServedModel,
+        arrival: Optional[float] = None,
         id: str = "",
         preparation: Optional[Preparation] = None,
     ) -> Request:
-        """Tokenise a request on the caller's thread, and submit it.
+        """Tokenize a request on the caller's thread, and submit it.
 
         Args:
             completion (CompletionRequest): The prompt or the messages.
             args (GenerationArguments): Sampling parameters and limits.
             body (Dict[str, Any]): What the client sent.
             model (ServedModel): What ``describe`` gave.
+            arrival (Optional[float]): When it came, on the clock of the policies. Without
+              it, now.
             id (str): The id of its answer.
             preparation (Optional[Preparation]): Says when to give up. Without one, never.
 
@@ -87,21 +90,27 @@ class EngineClient:
             RequestError: If it cannot be served.
         """
         self.check_available()
-        model.name_roles(completion)
+        model.replace_developer_role(completion)
         request = Request(
             id=id,
             args=args,
             body=body,
-            arrival=self.policies.clock(),
+            arrival=self.policies.clock() if arrival is None else arrival,
             model=model,
             completion=completion,
             sampler=body.get("sampler", self.cli_args.sampler),
             clock=self.policies.clock,
             timeout=self.cli_args.request_timeout,
             mailbox=Mailbox(self.inbox.turnstile),
+            # What may end an answer at any token, and streams, want each token at once.
+            reads_each=bool(
+                body.get("stream")
+                or args.stop_words
+                or body.get("parallel_tool_calls") is False
+            ),
         )
         check_choice("sampler", request.sampler, self.policies.samplers)
-        # Prompts with images are tokenised on the generation thread.
+        # Prompts with images are tokenized on the generation thread.
         if not image_parts(completion.messages):
             self.tokenize(request, preparation or Preparations().begin())
         request.check_tokens()
@@ -115,7 +124,7 @@ class EngineClient:
 
         Raises:
             ConnectionError: If its client has left.
-            RequestError: If it cannot be tokenised, or is too long.
+            RequestError: If it cannot be tokenized, or is too long.
         """
         name = request.prompt_field
         tokenizer = request.model.bounded_tokenizer(name, preparation)
@@ -130,13 +139,13 @@ class EngineClient:
             raise
         except Exception as e:
             # Chat templates are code, and can raise anything.
-            raise RequestError(400, f"{name} cannot be tokenised: {e}", name)
+            raise RequestError(400, f"{name} cannot be tokenized: {e}", name)
         request.n_prompt = len(request.prompt)
 
     def cancel(self, request: Request) -> None:
         """Let a request leave the waiting list or the batch before the next step."""
         self.inbox.cancel(request)
 
-    def finished(self, request: Request, stats: RequestStats) -> None:
+    def request_finished(self, request: Request, stats: RequestStats) -> None:
         """Tell the plugins that observe requests that an answer has ended."""
         self.policies.request_finished(request, stats)

@@ -25,9 +25,10 @@ class Inbox:
         self.requests.put(request)
 
     def cancel(self, request: Request) -> None:
-        """Let a request leave before the next step. One that has ended may be cancelled."""
+        """Take a request out before the next step. It may have ended already."""
         request.cancelled = True
-        self.cancelled.put(request)
+        if not request.finished:
+            self.cancelled.put(request)
 
     def close(self) -> None:
         """Let no request be served any more, and wake the generation thread."""

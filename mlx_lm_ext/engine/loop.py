@@ -5,13 +5,13 @@ Rules:
 1. Only this thread touches MLX. What comes from and goes to other threads is plain Python.
 2. Requests start in the order of the scheduler policy. One that needs another model, or
    that cannot be batched, starts when the batch is empty.
-3. A step that raises costs only the request at fault. The other requests go on from the
-   tokens that they have, and the thread lives. What raises before a request is in the batch
-   is no failed step: it costs that request, or nothing.
+3. A step that raises fails only the requests that cause it. The others go on from the
+   tokens that they have. An error before a request is in the batch fails that request only.
 """
 
 import gc
 import logging
+import traceback
 from collections import deque
 from math import inf
 from threading import Event, Thread
@@ -43,7 +43,6 @@ class Engine:
         policies (Policies): The policies and hooks of plugins.
         prompt_cache (Optional[RadixPromptCache]): Where KV is kept between requests.
           Without one, none is kept.
-        inbox (Optional[Inbox]): Where requests come from.
     """
 
     batch_class = Batch
@@ -53,13 +52,12 @@ class Engine:
         model_provider: BatchModelProvider,
         policies: Policies,
         prompt_cache: Optional[RadixPromptCache] = None,
-        inbox: Optional[Inbox] = None,
     ):
         self.model_provider = model_provider
         self.cli_args = model_provider.cli_args
         self.policies = policies
         self.prompt_cache = prompt_cache
-        self.inbox = inbox or Inbox()
+        self.inbox = Inbox()
         # Requests that have not started, in the order in which they are to start.
         self.waiting: Deque[Request] = deque()
         # Whether a request came or left since they were put in that order.
@@ -67,7 +65,7 @@ class Engine:
         # When the first of all requests has to be looked at, because it takes too long.
         self.deadline = inf
         # How many rows may run: for a while, fewer than --batch-size after a failed step.
-        self.limit = self.cli_args.batch_size
+        self.max_rows = self.cli_args.batch_size
         # The batch of the loaded model, made for its first request.
         self.batch: Optional[Batch] = None
         self.alone = Alone(
@@ -78,7 +76,7 @@ class Engine:
         self.ended = Event()
         self.has_failed = False
         self.n_generated = self.n_reported = 0
-        self.reported = policies.clock()
+        self.last_report = policies.clock()
         self.thread = Thread(target=self.run)
 
     # Any thread
@@ -145,7 +143,7 @@ class Engine:
             self.report(is_idle)
             self.take_new(block=is_idle)
             if is_idle:
-                self.reported = self.policies.clock()
+                self.last_report = self.policies.clock()
             try:
                 self.drop_unwanted()
                 self.admit()
@@ -176,7 +174,7 @@ class Engine:
 
     def report(self, is_idle: bool) -> None:
         """Log what was done: every few seconds, and when nothing is left to do."""
-        seconds = self.policies.clock() - self.reported
+        seconds = self.policies.clock() - self.last_report
         if not is_idle and seconds < STATISTICS_INTERVAL:
             return
         if self.prompt_cache is not None:
@@ -190,7 +188,7 @@ class Engine:
             lines.append(f"time in policies: {self.policies.describe_times()}")
             logger.info("; ".join(lines))
         self.n_reported += n
-        self.reported += seconds
+        self.last_report += seconds
 
     # Requests come and leave
 
@@ -201,10 +199,10 @@ class Engine:
             block (bool): Wait until there is one, or something else to do.
         """
         timeout = None
-        if self.prompt_cache is not None and self.policies.eviction.overrides(
-            "expired"
-        ):
-            timeout = STATISTICS_INTERVAL
+        if block and self.prompt_cache is not None:
+            # Expired KV leaves while the engine is idle, too.
+            if self.policies.eviction.overrides("expired"):
+                timeout = STATISTICS_INTERVAL
         for request in self.inbox.take(block, timeout):
             self.waiting.append(request)
             self.changed = True
@@ -219,10 +217,11 @@ class Engine:
         if not gone:
             return
         self.waiting = deque(r for r in self.waiting if r not in gone)
-        if self.batch is not None:
-            self.batch.remove(gone)
+        # First, because the batch may fail in ``remove``.
         for request in gone:
             self.forget(request)
+        if self.batch is not None:
+            self.batch.remove(gone)
 
     def end_late(self) -> None:
         """End the requests that have taken longer than ``--request-timeout``."""
@@ -231,8 +230,8 @@ class Engine:
             try:
                 request.check_time()
             except RequestError as e:
-                request.put(e)
                 self.inbox.cancel(request)
+                request.put(e)
         self.deadline = min((r.deadline for r in requests), default=inf)
 
     def forget(self, request: Request) -> None:
@@ -260,17 +259,17 @@ class Engine:
         What raises here is no failed step: no row is in the middle of one.
         """
         try:
-            if self.changed and self.waiting and self.n_running < self.limit:
+            if self.changed and self.waiting and self.n_running < self.max_rows:
                 self.order_waiting()
             self.start_waiting()
             if self.batch is not None:
                 self.batch.drop_unneeded()
         except BaseException:
-            logger.exception("Waiting requests could not be looked after")
+            logger.exception("Starting the waiting requests failed")
 
     def start_waiting(self) -> None:
         for request in list(self.waiting):
-            if self.n_running >= self.limit or self.inbox.is_closed:
+            if self.n_running >= self.max_rows or self.inbox.is_closed:
                 return
             try:
                 if not self.is_turn(request):
@@ -325,9 +324,10 @@ class Engine:
             for request in arrived:
                 match = cache.search(request.cache_key, request.prompt)
                 request.n_known = match.n_tokens
-        view = SchedulerView(
-            self.policies.clock(), tuple(self.running), self.cli_args.batch_size
-        )
+        if self.batch is None:
+            view = SchedulerView(self.policies.clock(), (), self.cli_args.batch_size)
+        else:
+            view = self.batch.view
         self.waiting = deque(cast(Sequence[Request], scheduler.order(arrived, view)))
 
     @property
@@ -337,7 +337,7 @@ class Engine:
 
     def is_batchable(self, request: Request) -> bool:
         """Whether a request to the loaded model can be batched. One with images cannot:
-        its prompt is not tokenised yet."""
+        its prompt is not tokenized yet."""
         return self.has_batches and bool(request.segments)
 
     def switch_model(self, key: ModelKey) -> None:
@@ -378,7 +378,7 @@ class Engine:
         self.n_generated += n_tokens
         for request in ended:
             self.forget(request)
-        self.limit = min(self.limit + len(ended), self.cli_args.batch_size)
+        self.max_rows = min(self.max_rows + len(ended), self.cli_args.batch_size)
 
     def recover(self, error: BaseException) -> None:
         """After a failed step: fail the requests that make it fail, and let the others start
@@ -389,13 +389,15 @@ class Engine:
         innocent = [r for r in suspects if not (r.finished or r.cancelled)]
         if innocent and len(innocent) == len(suspects):
             # None fails by itself: they were too many at a time.
-            self.limit = max(1, len(suspects) // 2)
+            self.max_rows = max(1, len(suspects) // 2)
         self.waiting.extendleft(reversed(innocent))
         # Those that start again may have taken too long.
         self.deadline = -inf
 
     def isolate(self, suspects: List[Request], error: BaseException) -> None:
         """Run ever smaller halves of the suspects, until each that fails is alone."""
+        # The frames of the failed step hold the arrays of its batch.
+        traceback.clear_frames(error.__traceback__)
         if self.batch is not None:
             self.batch.close()
         if len(suspects) <= 1:

@@ -55,7 +55,8 @@ class AllowedModels:
 
     Args:
         patterns (Optional[List[str]]): Names and paths, in which ``*`` stands for any
-          characters but slashes. Without any, what the Hugging Face cache holds is allowed.
+          characters but slashes. None allows what the Hugging Face cache holds; an empty
+          list allows nothing.
     """
 
     def __init__(self, patterns: Optional[List[str]]):

@@ -6,6 +6,7 @@ Rules:
 """
 
 import logging
+from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, Optional
@@ -71,13 +72,17 @@ def check_room(path: Path) -> None:
 
 
 class BatchModelProvider(ModelProviderBase):
-    """Upstream's ``ModelProvider`` that also answers handler threads."""
+    """Upstream's ``ModelProvider`` that also answers handlers.
+
+    Args:
+        cli_args (argparse.Namespace): The command line.
+    """
 
     def __init__(self, cli_args):
         super().__init__(cli_args)
         self._lock, self._describing = Lock(), Lock()
         # In the order in which they were last asked for.
-        self._served: Dict[ModelKey, ServedModel] = {}
+        self._served: "OrderedDict[ModelKey, ServedModel]" = OrderedDict()
         self.allowed = AllowedModels(cli_args.allow_models)
         others = (cli_args.adapter_path, cli_args.draft_model)
         adapter, draft = (name and normalize(name) for name in others)
@@ -124,11 +129,10 @@ class BatchModelProvider(ModelProviderBase):
         key = self.key(model)
         served = self._served.get(key)
         if served is None:
-            # Many handlers may ask for it at the same time.
+            # Not under the lock, because it may take minutes to download a model.
+            path = self._locate(key, self.resolve(model))
             with self._describing:
-                served = self._served.get(key)
-                if served is None:
-                    served = self._describe(key, self._locate(key, self.resolve(model)))
+                served = self._served.get(key) or self._describe(key, path)
         self._keep(served)
         return served
 
@@ -136,11 +140,17 @@ class BatchModelProvider(ModelProviderBase):
         """Keep a model that was asked for, and drop those that were not for the longest
         time."""
         with self._lock:
-            self._served.pop(served.key, None)
             self._served[served.key] = served
+            self._served.move_to_end(served.key)
             others = [key for key in self._served if key != self.default_key]
             for key in others[: max(0, len(others) - MAX_DESCRIBED)]:
                 del self._served[key]
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether one of the models that were asked for takes images (any thread)."""
+        with self._lock:
+            return any(served.takes_images for served in self._served.values())
 
     def _describe(
         self, key: ModelKey, path: Path, tokenizer: Any = None

@@ -6,7 +6,6 @@ What upstream makes public (see ``patches/``) is deleted here.
 from typing import Any, Dict, List, Tuple
 
 import mlx.core as mx
-from mlx_lm import __version__
 from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
@@ -19,20 +18,6 @@ from mlx_lm.utils import _download
 from ..request.served_model import ModelKey
 
 download = _download
-
-
-def check_version() -> None:
-    """Refuse an mlx-lm whose private names this file does not know.
-
-    Raises:
-        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
-    """
-    version = tuple(int(part) for part in __version__.split(".")[:3])
-    if not (0, 32, 2) <= version < (0, 33):
-        raise RuntimeError(
-            f"mlx-lm {__version__} is installed, and mlx-lm-ext needs "
-            "mlx-lm>=0.32.2,<0.33"
-        )
 
 
 class ModelProviderBase(ModelProvider):
@@ -54,7 +39,7 @@ class ModelProviderBase(ModelProvider):
 
 
 class SingleGenerator(ResponseGenerator):
-    """``ResponseGenerator`` without its thread: its tokenising, and its way to serve one
+    """``ResponseGenerator`` without its thread: its tokenizing, and its way to serve one
     request at a time.
 
     Args:

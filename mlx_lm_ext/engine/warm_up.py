@@ -18,7 +18,7 @@ from ..device import on_cpu
 from ..policies.guard import Policies
 from ..policies.loading import Plugins
 from ..policies.scheduling import default_prefill_budget
-from ..request.fields import parse_arguments
+from ..request.fields import make_generation_arguments
 from ..request.mailbox import Turnstile
 from ..request.request import Request
 from ..sampling.penalties import MAX_CONTEXT
@@ -62,7 +62,7 @@ def make_request(
     **body: Any,
 ) -> Request:
     """A request that no client has sent, and that only ``max_tokens`` ends."""
-    generation_args = parse_arguments(body, args)
+    generation_args = make_generation_arguments(body, args)
     model = provider.describe(generation_args.model)
     return Request(
         "",

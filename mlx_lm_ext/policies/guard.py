@@ -4,9 +4,7 @@ replaced by the built-in one.
 Rules:
 1. Within a ``try`` that blames a policy are only calls of its methods, and checks of what
    they return. What the server itself does there would be blamed on the policy.
-2. A policy that raises is named in the log once. From then on the built-in policy of its
-   kind does its work.
-3. Whatever is raised counts as a failure: ``sys.exit()`` in a plugin ends no thread.
+2. Whatever is raised counts as a failure: ``sys.exit()`` in a plugin ends no thread.
 """
 
 import argparse
@@ -57,7 +55,7 @@ class Guarded:
 
     Args:
         policy_class (PolicyClass): The class.
-        args: What the class takes.
+        args (Any): What the class takes.
     """
 
     def __init__(self, policy_class: PolicyClass, *args: Any):
@@ -249,7 +247,9 @@ class Policies:
             hook, request=request, tokenizer=tokenizer, args=self.args
         ):
             try:
-                processors += [partial(process, label, p) for p in call() or ()]
+                processors += [
+                    partial(run_logits_processor, label, p) for p in call() or ()
+                ]
             except RequestError:
                 raise
             except BaseException as e:
@@ -279,7 +279,7 @@ class Policies:
         )
 
 
-def process(
+def run_logits_processor(
     label: str, processor: Callable[[Any, Any], Any], tokens: Any, logits: Any
 ) -> Any:
     """Run a plugin's logits processor. What it raises names the plugin."""

@@ -86,9 +86,9 @@ class GuardedSampler:
         sampler = self.sampler
         if self.cls is self.policy_class.default:
             # Not timed: on the CPU it waits for the logits.
-            return sampler(normalise(logits) if sampler.needs_logprobs else logits)
+            return sampler(normalize(logits) if sampler.needs_logprobs else logits)
         # MLX computes them only if the sampler uses them.
-        logprobs = normalise(logits)
+        logprobs = normalize(logits)
         # The slice is a copy as soon as the sampler writes into it.
         tokens = self.attempt(lambda: choose(sampler, logits[:], logprobs))
         if tokens is None:
@@ -114,7 +114,7 @@ class GuardedSampler:
         return None
 
 
-def normalise(logits: mx.array) -> mx.array:
+def normalize(logits: mx.array) -> mx.array:
     """The log probabilities of logits of shape (rows, vocabulary)."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

@@ -22,7 +22,7 @@ class PolicyClass:
         name (str): Its name.
         cls (Type): The class. The built-in one takes its place when it fails.
         plugin (str): The plugin that registered it.
-        default (Type): The built-in class.
+        default (Any): The built-in class.
     """
 
     def __init__(

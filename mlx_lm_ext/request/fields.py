@@ -264,7 +264,11 @@ def parse_messages(body: Dict[str, Any]) -> Any:
         parse_tool_calls(f"{name}.tool_calls", message)
         for parts in (message.get("content"), message.get("tool_calls")):
             n_parts += len(parts) if isinstance(parts, list) else 0
-    check_count("messages", n_parts, MAX_PARTS)
+    if n_parts > MAX_PARTS:
+        message = (
+            f"messages may have {MAX_PARTS} parts and tool calls at most, not {n_parts}"
+        )
+        raise RequestError(400, message, "messages")
     return messages
 
 
@@ -397,7 +401,7 @@ def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
     )
 
 
-def parse_arguments(
+def make_generation_arguments(
     body: Dict[str, Any], defaults: argparse.Namespace
 ) -> GenerationArguments:
     """Make the generation arguments of a request.

@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Requests that are prepared at a time. Python runs one thread at a time, so more of them
 # would not be ready sooner.
 MAX_PREPARING = max(2, min(4, os.cpu_count() or 1))
-# Requests whose images are fetched at a time.
+# Requests whose images are checked or fetched at a time.
 MAX_FETCHES = 8
 # Seconds that a turn may take.
 MAX_SECONDS = 30.0
@@ -43,19 +43,15 @@ class Preparation:
     """The preparation of one request, made by ``Preparations.begin``.
 
     Args:
-        server (Preparations): Those with which it takes turns.
+        preparations (Preparations): Those with which it takes turns.
         is_gone (Callable[[], bool]): Whether its client has left (any thread).
-        seconds (float): How long each of its turns may take, waiting included.
     """
 
-    def __init__(
-        self, server: "Preparations", is_gone: Callable[[], bool], seconds: float
-    ):
-        self.server = server
+    def __init__(self, preparations: "Preparations", is_gone: Callable[[], bool]):
+        self.preparations = preparations
         self.is_gone = is_gone
-        # When its turn must be over; outside of a turn there is no limit.
+        # When its current or last turn must be over.
         self.deadline = inf
-        self.seconds = seconds
         # Guards ``thread`` and ``connection``.
         self.lock = Lock()
         # Whether it waits for its turn.
@@ -79,9 +75,9 @@ class Preparation:
             ConnectionError: If its client has left.
             RequestError: If it waits too long, or the server stops.
         """
-        slots = slots or self.server.slots
-        self.deadline = time.monotonic() + self.seconds
-        self.server.running.add(self)
+        slots = slots or self.preparations.slots
+        self.deadline = time.monotonic() + self.preparations.seconds
+        self.preparations.running.add(self)
         try:
             self.waits = True
             self.check()
@@ -93,7 +89,7 @@ class Preparation:
             finally:
                 slots.release()
         finally:
-            self.server.running.discard(self)
+            self.preparations.running.discard(self)
 
     def check(self) -> None:
         """Raise the error if it has to end. To be called between two steps.
@@ -103,21 +99,21 @@ class Preparation:
             RequestError: If it takes too long, or the server stops.
         """
         if self.error is None:
-            self.look()
+            self.end_if_due()
         if self.error is not None:
             raise self.error
 
-    def look(self) -> None:
+    def end_if_due(self) -> None:
         """Check whether it has to end, and interrupt it if so (any thread)."""
         if self.error is None:
-            if self.server.stopping:
+            if self.preparations.stopping:
                 self.error = RequestError(503, "the server is stopping")
             elif self.waits and time.monotonic() >= self.deadline:
                 self.error = RequestError(503, "too many requests are being prepared")
             elif time.monotonic() >= self.deadline:
                 self.error = RequestError(
                     400,
-                    f"the prompt was not ready within {self.seconds:g} seconds; "
+                    f"the prompt was not ready within {self.preparations.seconds:g} seconds; "
                     "it is too long, or the chat template too slow",
                 )
             elif self.is_gone():
@@ -204,18 +200,18 @@ class Preparations:
         Args:
             is_gone (Callable[[], bool]): Whether its client has left (any thread).
         """
-        return Preparation(self, is_gone, self.seconds)
+        return Preparation(self, is_gone)
 
-    def look(self) -> None:
+    def end_due(self) -> None:
         """End those that have to end. To be called at least once a second."""
         now = time.monotonic()
         if self.running and now >= self.next_look:
             self.next_look = now + INTERVAL
             for preparation in list(self.running):
-                preparation.look()
+                preparation.end_if_due()
 
     def stop(self) -> None:
         """End all of them, and those that begin later."""
         self.stopping = True
         for preparation in list(self.running):
-            preparation.look()
+            preparation.end_if_due()

@@ -59,12 +59,12 @@ class Request(RequestInfo):
         first_token (Optional[float]): When it got its first token.
         generated (List[int]): The tokens of its answer so far.
         cancelled (bool): Whether nobody waits for its answer any more.
-        finished (bool): Whether its last event was put into the mailbox.
+        finished (bool): Whether its last event was made.
         forgotten (bool): Whether the scheduler policy was told that it has ended.
         mailbox (Mailbox): Takes its events to the handler.
         reads_each (bool): Whether the handler wants each token as soon as it is made.
-        error (Optional[RequestError]): What has ended it, until the handler has taken the
-          tokens that came before.
+        error (Optional[RequestError]): What has ended it, once the handler has taken it
+          from the mailbox.
     """
 
     model: ServedModel
@@ -186,8 +186,10 @@ class Request(RequestInfo):
         )
 
     def put(self, event: Union[Token, RequestError]) -> None:
-        """Give an event to the handler. An error is the last event."""
-        self.mailbox.turnstile.put([self.note(event)])
+        """Give an event to the handler. An error is the last event, and nothing follows the
+        last one."""
+        if not self.finished:
+            self.mailbox.turnstile.put([self.note(event)])
 
     def note(self, event: Union[Token, RequestError]) -> Tuple[Mailbox, Any, bool]:
         """Take an event into account.

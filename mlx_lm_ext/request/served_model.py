@@ -21,8 +21,9 @@ class ServedModel:
         key (ModelKey): The paths of model, adapter and draft model.
         tokenizer (TokenizerWrapper): Shared by all threads, never changed.
         vocabulary_size (int): Rows of the embedding; token ids are below it.
-        context_length (Optional[int]): Tokens of prompt and answer together.
-        most_characters (int): Characters that a prompt may have to fit into these.
+        context_length (Optional[int]): The most tokens of prompt and answer together. None
+          if not known.
+        most_characters (int): A prompt with more characters cannot fit into the context.
         takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
     """
@@ -52,9 +53,9 @@ class ServedModel:
             preparation,
         )
 
-    def name_roles(self, request: CompletionRequest) -> None:
-        """Let developers be of the role system, in place, if the chat template does not
-        know them: it might leave out what they say."""
+    def replace_developer_role(self, request: CompletionRequest) -> None:
+        """Change the role developer to system, in place, if the chat template does not know
+        it: the template might leave out such messages."""
         template = self.tokenizer.chat_template or request.role_mapping
         if "developer" in str(template):
             return

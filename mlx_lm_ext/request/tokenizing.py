@@ -1,7 +1,7 @@
-"""Tokenises prompts, and refuses those that cannot fit before they take time and memory.
+"""Tokenizes prompts, and refuses those that cannot fit before they take time and memory.
 
 Rules:
-1. A text that can never fit into the model's context is refused before it is tokenised.
+1. A text that can never fit into the model's context is refused before it is tokenized.
 2. A chat template is ended as soon as it has written more than that.
 3. The exact number of tokens is compared with the context in ``Request.fit_to_context``.
 """
@@ -17,7 +17,7 @@ from .upstream import compile_chat_template, writes_text
 
 # Characters of a prompt to a model whose context has no limit.
 MAX_CHARACTERS = 1 << 26
-# A text with more characters than this for each token of the context is first tokenised
+# A text with more characters than this for each token of the context is first tokenized
 # in slices.
 USUAL_CHARACTERS = 4
 # Characters of a slice, and how many tokens the cuts at its two ends may add.
@@ -130,7 +130,7 @@ class BoundedTokenizer:
         self, *args: Any, tokenize: bool = True, **kwargs: Any
     ) -> Union[str, List[int]]:
         """The tokenizer's method, with a bounded and interruptible template."""
-        # Some tokenizers write tokens at once, and no text that could be tokenised here.
+        # Some tokenizers write tokens at once, and no text that could be tokenized here.
         as_text = writes_text(self.tokenizer)
 
         def render() -> Any:

@@ -9,8 +9,8 @@ compile_chat_template = _compile_jinja_template
 
 
 def writes_text(tokenizer: Any) -> bool:
-    """Whether what the chat template of a ``TokenizerWrapper`` writes is all that its
-    tokens are made of. Tokenizers with code of their own may do more."""
+    """Whether ``apply_chat_template`` of a ``TokenizerWrapper`` only renders a text and encodes
+    it. Tokenizers with code of their own may do more."""
     cls = type(tokenizer._tokenizer)
     return (
         tokenizer._chat_template is not None

@@ -79,9 +79,9 @@ class Penalties:
             places = np.repeat(biased, [len(i) for i in ids])
             columns = places, np.concatenate(ids), np.concatenate(values)
             self.bias = tuple(map(mx.array, columns))
-        self.penalised = [i for i, row in rows if row.contexts]
-        if self.penalised:
-            chosen = [self.rows[i] for i in self.penalised]
+        self.penalized = [i for i, row in rows if row.contexts]
+        if self.penalized:
+            chosen = [self.rows[i] for i in self.penalized]
             # The input token is the last one of each context.
             self.n_before = max(max(row.contexts) for row in chosen) - 1
             table = np.array([row.penalties for row in chosen], np.float32)
@@ -116,13 +116,13 @@ class Penalties:
         if self.bias:
             rows, ids, values = self.bias
             logits = logits.at[rows, ids].add(values.astype(logits.dtype))
-        if not self.penalised:
+        if not self.penalized:
             return logits
-        before = np.full((len(self.penalised), self.n_before), -1, np.int32)
-        for i, row in enumerate(self.penalised):
+        before = np.full((len(self.penalized), self.n_before), -1, np.int32)
+        for i, row in enumerate(self.penalized):
             last = tokens[row][-self.n_before :] if self.n_before else []
             before[i, self.n_before - len(last) :] = last
-        rows = mx.array(self.penalised)
+        rows = mx.array(self.penalized)
         latest = inputs[rows][:, None].astype(mx.int32)
         ids = mx.concatenate([mx.array(before), latest], axis=1)
         # Shorter rows are filled up with their input, which is not counted again.

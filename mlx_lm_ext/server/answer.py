@@ -3,7 +3,7 @@
 Rules:
 1. Runs on a handler thread, and takes all tokens that have piled up at once.
 2. Streamed or not, the deltas add up to the same answer.
-3. Stop words are found in the text, however it was tokenised.
+3. Stop words are found in the text, however it was tokenized.
 4. Only an answer to a request with tools has tool calls. Otherwise a call stays text.
 """
 

@@ -17,7 +17,7 @@ from ..request.fields import (
     check_field,
     check_size,
     count_characters,
-    parse_arguments,
+    make_generation_arguments,
     parse_body,
     parse_messages,
     parse_prompt,
@@ -63,6 +63,7 @@ class BatchAPIHandler(HTTPHandler):
             raise self.wrong_route()
         engine = self.response_generator
         engine.check_available()
+        arrival = engine.policies.clock()
         preparation = self.server.preparations.begin(self.client_is_gone)
         with preparation.turn():
             self.parse(raw)
@@ -74,23 +75,30 @@ class BatchAPIHandler(HTTPHandler):
             with preparation.turn(self.server.preparations.fetches):
                 self.check_images(model, images, preparation)
         if self.is_chat:
-            request = self.handle_chat_completions()
+            completion = self.handle_chat_completions()
         else:
-            request = self.handle_text_completions()
+            completion = self.handle_text_completions()
         with preparation.turn():
-            job = engine.generate(
-                request, self.args, self.body, model, self.request_id, preparation
+            request = engine.generate(
+                completion,
+                self.args,
+                self.body,
+                model,
+                arrival,
+                self.request_id,
+                preparation,
             )
-        job.reads_each = self.stream or bool(self.args.stop_words)
         self.n_tokens, reason = 0, "error"
         try:
-            reason = self.send_stream(job) if self.stream else self.send_answer(job)
+            reason = (
+                self.send_stream(request) if self.stream else self.send_answer(request)
+            )
         except (ConnectionError, TimeoutError):
             reason = "cancelled"
             raise
         finally:
-            engine.cancel(job)
-            engine.finished(job, job.stats(reason, self.n_tokens))
+            engine.cancel(request)
+            engine.request_finished(request, request.stats(reason, self.n_tokens))
 
     def parse(self, raw: bytes) -> None:
         """Parse a body and check what can be checked without the model."""
@@ -101,7 +109,9 @@ class BatchAPIHandler(HTTPHandler):
         self.requested_model = self.body.get("model", "default_model")
         if self.requested_model == self.model_id:
             self.body["model"] = "default_model"
-        self.args = parse_arguments(self.body, self.response_generator.cli_args)
+        self.args = make_generation_arguments(
+            self.body, self.response_generator.cli_args
+        )
         self.is_chat = self.route != "/v1/completions"
         if self.is_chat:
             self.body["messages"] = parse_messages(self.body)
@@ -141,7 +151,7 @@ class BatchAPIHandler(HTTPHandler):
         """Check the images of a chat and fetch them, before upstream decodes them."""
         if not model.takes_images:
             raise RequestError(400, "the model takes no images", "messages")
-        # This prompt is tokenised later, on the generation thread.
+        # This prompt is tokenized later, on the generation thread.
         tokenizer = model.bounded_tokenizer("messages", preparation)
         tokenizer.check_characters(count_characters(self.body["messages"]))
         allow_urls = self.response_generator.cli_args.allow_image_urls
@@ -152,12 +162,12 @@ class BatchAPIHandler(HTTPHandler):
         """Bytes that a body may have, the images in it included."""
         engine = self.response_generator
         limit = engine.cli_args.max_body_bytes
-        takes_images = engine.model_provider.processor is not None
+        takes_images = engine.model_provider.takes_images
         return limit + MAX_ALL_BYTES if takes_images else limit
 
     # Answers
 
-    def receive(self, job: Request) -> Iterator[Optional[Delta]]:
+    def receive(self, request: Request) -> Iterator[Optional[Delta]]:
         """The deltas of an answer as they come, and None for each HEARTBEAT without one.
 
         Raises:
@@ -166,41 +176,41 @@ class BatchAPIHandler(HTTPHandler):
         """
         parser = None
         while True:
-            tokens = job.receive(timeout=HEARTBEAT)
+            tokens = request.receive(timeout=HEARTBEAT)
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
             if not tokens:
                 self.response_generator.check_available()
                 yield None
                 continue
-            # Its first state is known only when the prompt has been tokenised.
-            parser = parser or AnswerParser(job, self.stream)
+            # Its first state is known only when the prompt has been tokenized.
+            parser = parser or AnswerParser(request, self.stream)
             delta = parser.feed(tokens)
             yield delta
             self.n_tokens += len(delta.tokens)
             if delta.finish_reason is not None:
                 return
 
-    def send_answer(self, job: Request) -> str:
+    def send_answer(self, request: Request) -> str:
         """Answer in one piece; gives the finish reason."""
         answer = Delta()
-        for delta in self.receive(job):
+        for delta in self.receive(request):
             if delta is not None:
                 answer.text += delta.text
                 answer.reasoning += delta.reasoning
                 answer.tool_calls += delta.tool_calls
                 answer.tokens += delta.tokens
                 answer.finish_reason = delta.finish_reason
-        self.send_json(200, self.make_response(job, answer, self.n_tokens))
+        self.send_json(200, self.make_response(request, answer, self.n_tokens))
         return answer.finish_reason
 
-    def send_stream(self, job: Request) -> str:
+    def send_stream(self, request: Request) -> str:
         """Answer in server-sent events; gives the finish reason."""
         # Before the first token: some clients give up on a server that sends nothing.
         self.start_events()
         reason = "error"
         try:
-            reason = self.send_events(job)
+            reason = self.send_events(request)
         except RequestError as e:
             self.send_event(json.dumps(e.to_json()))
         except (ConnectionError, TimeoutError):
@@ -211,10 +221,10 @@ class BatchAPIHandler(HTTPHandler):
         self.end_events()
         return reason
 
-    def send_events(self, job: Request) -> str:
+    def send_events(self, request: Request) -> str:
         """Send the events of a whole answer; gives the finish reason."""
         is_first = True
-        for delta in self.receive(job):
+        for delta in self.receive(request):
             if delta is None:
                 self.send_keepalive()
                 continue
@@ -223,14 +233,14 @@ class BatchAPIHandler(HTTPHandler):
                 or delta.reasoning
                 or delta.tool_calls
                 or delta.finish_reason
-                or job.args.logprobs
+                or request.args.logprobs
             ):
-                chunk = self.make_response(job, delta, is_first=is_first)
+                chunk = self.make_response(request, delta, is_first=is_first)
                 self.send_event(json.dumps(chunk))
                 is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.completion_usage_response(
-                len(job.prompt), self.n_tokens, job.n_matched
+                len(request.prompt), self.n_tokens, request.n_matched
             )
             usage["object"] = self.object_type
             self.send_event(json.dumps(usage))
@@ -239,7 +249,7 @@ class BatchAPIHandler(HTTPHandler):
 
     def make_response(
         self,
-        job: Request,
+        request: Request,
         delta: Delta,
         n_tokens: Optional[int] = None,
         is_first: bool = True,
@@ -247,7 +257,7 @@ class BatchAPIHandler(HTTPHandler):
         """The JSON of a whole answer, or of a chunk of a stream.
 
         Args:
-            job (Request): The request.
+            request (Request): The request.
             delta (Delta): What the response carries.
             n_tokens (Optional[int]): Tokens of the answer, for ``usage``; not for chunks.
             is_first (bool): Whether it is the first chunk, which has the role.
@@ -255,9 +265,9 @@ class BatchAPIHandler(HTTPHandler):
         response = self.generate_response(
             delta.text,
             delta.finish_reason,
-            len(job.prompt),
+            len(request.prompt),
             n_tokens,
-            job.n_matched,
+            request.n_matched,
             tool_calls=delta.tool_calls,
             reasoning_text=delta.reasoning,
         )
@@ -269,10 +279,10 @@ class BatchAPIHandler(HTTPHandler):
         elif message and not delta.tool_calls:
             # Upstream omits an empty text, or makes it null. Clients expect a string.
             message["content"] = delta.text
-        if job.args.logprobs:
+        if request.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs
-            choice["logprobs"] = make(delta.tokens, job.model.tokenizer.decode)
+            choice["logprobs"] = make(delta.tokens, request.model.tokenizer.decode)
         return response
 
     # Other routes

@@ -51,7 +51,7 @@ class HTTPHandler(APIHandler):
     @property
     def max_body(self) -> int:
         """Bytes that the body of a request may have."""
-        return 8 << 20
+        raise NotImplementedError
 
     def setup(self):
         super().setup()
@@ -125,6 +125,8 @@ class HTTPHandler(APIHandler):
         try:
             self.respond(self.post)
         finally:
+            # An idle connection holds no body.
+            self.body = self.args = None
             self.server.release(self.n_reserved)
             self.n_reserved = 0
 

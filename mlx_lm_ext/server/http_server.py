@@ -75,7 +75,7 @@ class BatchHTTPServer(ThreadingHTTPServer):
 
     def service_actions(self):
         try:
-            self.preparations.look()
+            self.preparations.end_due()
         except Exception:
             # It must not end the thread that accepts connections.
             logger.exception("Ending the overdue preparations failed")

@@ -27,6 +27,7 @@ class StopWords:
         for word in sorted(words):
             if not (self.words and word.startswith(self.words[-1])):
                 self.words.append(word)
+        self.longest = max(map(len, self.words), default=0)
         self.held = ""
         self.found = False
 
@@ -48,7 +49,7 @@ class StopWords:
         for i in range(len(text)):
             if i >= end:
                 break
-            rest = text[i:]
+            rest = text[i : i + self.longest]
             place = bisect_right(self.words, rest)
             word = self.words[place - 1] if place else None
             if word and rest.startswith(word):
