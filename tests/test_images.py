@@ -239,7 +239,7 @@ def test_fetch_ends_when(reason, site):
 
     def watch():
         while not stop.wait(0.01):
-            server.look()
+            server.end_due()
 
     stop = threading.Event()
     watcher = threading.Thread(target=watch)

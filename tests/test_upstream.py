@@ -186,7 +186,7 @@ def private_members(tokenizer):
         )
     )
     return {
-        mlx_lm.server: "_make_logits_processors",
+        mlx_lm.server: "_image_url _make_logits_processors",
         mlx_lm.utils: "_download",
         transformers.utils.chat_template_utils: "_compile_jinja_template",
         start_generator(): "_counters _currently_processing _generation_batch "

@@ -24,6 +24,7 @@ from urllib.parse import urljoin, urlsplit
 
 from ..errors import RequestError
 from .preparation import Preparation
+from .upstream import image_url
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,6 @@ def image_parts(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The parts of checked messages that are images."""
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     return [part for parts in contents for part in parts if part["type"] != "text"]
-
-
-def image_url(part: Dict[str, Any]) -> Any:
-    """The URL of an image part; any other JSON value if the part is wrong."""
-    url = part.get("image_url", part.get("image"))
-    return url.get("url") if isinstance(url, dict) else url
 
 
 def n_pixels(raw: bytes, param: str) -> int:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from mlx_lm.server import _image_url
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 compile_chat_template = _compile_jinja_template
+image_url = _image_url
 
 
 def writes_text(tokenizer: Any) -> bool:
