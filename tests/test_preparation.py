@@ -41,7 +41,7 @@ def watch():
     def start(server):
         def look():
             while not stop.wait(0.01):
-                server.look()
+                server.end_due()
 
         threads.append(threading.Thread(target=look))
         threads[-1].start()
