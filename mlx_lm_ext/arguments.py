@@ -303,7 +303,8 @@ def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         dest="plugins",
-        help="load a plugin, the module NAME; no:NAME blocks one that is installed",
+        help="load the plugin NAME, a module; no:NAME blocks a plugin by its name in "
+        "--list-plugins",
     )
     add(
         "--list-plugins",

@@ -24,10 +24,17 @@ from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.engine.client import EngineClient
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.models import BatchModelProvider
+from mlx_lm_ext.policies import loading
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.http_server import BatchHTTPServer
+
+
+@pytest.fixture(autouse=True)
+def no_installed_plugins(monkeypatch):
+    """Plugins that are installed beside this package take no part in tests."""
+    monkeypatch.setattr(loading, "entry_points", lambda group: [])
 
 
 @pytest.fixture(scope="session")

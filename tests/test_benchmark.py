@@ -158,7 +158,7 @@ def test_no_prompt_cache_is_a_failure(start_server, monkeypatch):
     monkeypatch.setattr(test_prompt_cache, "N_WORDS", 20)
     engine, port = start_server()
     code = run(test_prompt_cache.main, port, "--concurrency", "2")
-    assert code == "no speed-up: the server does not reuse prefixes"
+    assert code == "the server does not reuse prefixes: see the cached tokens"
 
 
 def test_what_prompts_of_a_round_share_is_no_prompt_cache(monkeypatch):

@@ -16,7 +16,7 @@ blas.load()
 
 import mlx.core as mx
 
-from mlx_lm_ext.arguments import make_parser
+from mlx_lm_ext.arguments import ArgumentParser, make_parser, number
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.random_model import LLAMA, write_model
@@ -67,10 +67,18 @@ def measure(batch: Batch, n_steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=8, help="requests in the batch")
-    parser.add_argument("--rounds", type=int, default=40, help="turns of each batch")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a turn")
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=number(int, 1), default=8, help="requests in the batch"
+    )
+    parser.add_argument(
+        "--rounds", type=number(int, 1), default=40, help="turns of each batch"
+    )
+    parser.add_argument(
+        "--steps", type=number(int, 1), default=50, help="steps of a turn"
+    )
     options = parser.parse_args()
     n_tokens = options.rounds * options.steps + 10
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ Run as a script, it writes a model with the tokenizer of a real one, here of two
     python -m mlx_lm_ext.bench.random_model two_layers --config num_hidden_layers=2
 """
 
-import argparse
 import importlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from mlx.utils import tree_flatten
 from tokenizers.pre_tokenizers import ByteLevel
 
 from mlx_lm_ext import demo_model
+from mlx_lm_ext.arguments import ArgumentParser
 from mlx_lm_ext.demo_model import write_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -119,7 +119,7 @@ def write_like(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a model with random weights.")
+    parser = ArgumentParser(description="Write a model with random weights.")
     parser.add_argument(
         "folder", type=Path, help="folder to write to; it must not exist"
     )
@@ -138,10 +138,17 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="float32", help="type of the weights")
     args = parser.parse_args()
-    changes = {
-        name: json.loads(value)
-        for name, _, value in (change.partition("=") for change in args.config)
-    }
+    if args.folder.exists():
+        parser.error(f"{args.folder} exists already")
+    changes = {}
+    for change in args.config:
+        name, _, value = change.partition("=")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            parser.error(
+                f"--config must be NAME=VALUE with a JSON value, not {change!r}"
+            )
     source = args.like or demo_model.ensure(quantized=False)
     print(write_like(args.folder, source, changes, args.dtype))
 

@@ -50,8 +50,8 @@ class EngineClient:
 
     def check_available(self) -> None:
         """Raise a 503 ``RequestError`` unless requests are served."""
-        if self.inbox.is_closed:
-            raise RequestError(503, "the server is stopping or its engine has failed")
+        if self.inbox.reason is not None:
+            raise RequestError(503, self.inbox.reason)
         if self.is_loading:
             raise RequestError(503, "the model is being loaded and warmed up")
 

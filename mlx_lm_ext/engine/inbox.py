@@ -18,8 +18,8 @@ class Inbox:
         self.turnstile = Turnstile()
         # Set when the model is loaded and warmed up, or when that has failed.
         self.loaded = Event()
-        # Whether no request is served any more.
-        self.is_closed = False
+        # Why no request is served any more, if none is.
+        self.reason: Optional[str] = None
 
     def put(self, request: Request) -> None:
         self.requests.put(request)
@@ -30,9 +30,17 @@ class Inbox:
         if not request.finished:
             self.cancelled.put(request)
 
-    def close(self) -> None:
-        """Let no request be served any more, and wake the generation thread."""
-        self.is_closed = True
+    @property
+    def is_closed(self) -> bool:
+        return self.reason is not None
+
+    def close(self, reason: str) -> None:
+        """Let no request be served any more, and wake the generation thread.
+
+        Args:
+            reason (str): What clients are told. That of the first call counts.
+        """
+        self.reason = self.reason or reason
         self.requests.put(None)
 
     def take(self, block: bool, timeout: Optional[float] = None) -> List[Request]:

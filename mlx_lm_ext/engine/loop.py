@@ -72,9 +72,7 @@ class Engine:
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
         self.load_error: Optional[Exception] = None
-        # Whether the thread has ended, and whether it should not have.
         self.ended = Event()
-        self.has_failed = False
         self.n_generated = self.n_reported = 0
         self.last_report = policies.clock()
         self.thread = Thread(target=self.run)
@@ -98,7 +96,7 @@ class Engine:
         Returns:
             bool: Whether the thread has ended.
         """
-        self.inbox.close()
+        self.inbox.close("the server is stopping")
         self.thread.join(timeout)
         return not self.thread.is_alive()
 
@@ -111,8 +109,7 @@ class Engine:
         except BaseException as e:
             # What requests and plugins raise does not come here.
             logger.critical("The generation thread has failed", exc_info=e)
-            self.has_failed = True
-        self.inbox.is_closed = True
+            self.inbox.close("the engine has failed")
         self.loaded.set()
         try:
             self.end()
@@ -126,7 +123,7 @@ class Engine:
             self.model_provider.switch_to(self.model_provider.default_key)
         except Exception as e:
             self.load_error = e
-            self.inbox.is_closed = True
+            self.inbox.close("the model cannot be loaded")
         if self.cli_args.warmup and not self.inbox.is_closed and self.has_batches:
             try:
                 warm_up(self.model_provider, lambda: self.inbox.is_closed)
@@ -154,11 +151,8 @@ class Engine:
     def end(self) -> None:
         """End all requests, and free all arrays on the thread that has made them."""
         self.take_new(block=False)
-        reason = (
-            "the engine has failed" if self.has_failed else "the server is stopping"
-        )
         for request in [*self.waiting, *self.running]:
-            request.put(RequestError(503, reason))
+            request.put(RequestError(503, str(self.inbox.reason)))
         self.close_batch()
         self.model_provider.reset()
         del self.alone, self.prompt_cache
@@ -180,7 +174,7 @@ class Engine:
         if self.prompt_cache is not None:
             self.prompt_cache.expire()
         n = self.n_generated - self.n_reported
-        if n:
+        if n or not is_idle:
             lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
             if self.prompt_cache is not None:
                 lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")

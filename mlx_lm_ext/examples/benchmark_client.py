@@ -214,8 +214,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     for kind in ("delay", "tokens"):
-        if getattr(args, f"min_{kind}") > getattr(args, f"max_{kind}"):
-            parser.error(f"argument --min-{kind}: must be at most --max-{kind}")
+        low = getattr(args, f"min_{kind}")
+        if low > getattr(args, f"max_{kind}"):
+            parser.error(
+                f"argument --min-{kind}: must be at most --max-{kind}, not {low:g}"
+            )
     try:
         done = asyncio.run(run(args))
     except KeyboardInterrupt:

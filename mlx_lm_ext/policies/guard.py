@@ -275,7 +275,7 @@ class Policies:
             *self.samplers.values(),
         ]
         return ", ".join(
-            f"{c.kind.title} {c.name} {c.seconds:.3f} s" for c in used if c.seconds
+            f"{c.kind.title} {c.cls.name} {c.seconds:.3f} s" for c in used if c.seconds
         )
 
 

@@ -238,6 +238,12 @@ def check_supported(body: Dict[str, Any]) -> None:
         check_field(f"role_mapping.{role[:100]}", text, Field(str, 0, MAX_ROLE_TEXT))
 
 
+def check_required(body: Dict[str, Any], name: str) -> None:
+    """Refuse a body that lacks a field."""
+    if name not in body:
+        raise RequestError(400, f"{name} is required", name)
+
+
 def check_count(name: str, n: int, limit: int) -> None:
     """Refuse more of something than ``limit``."""
     if n > limit:
@@ -250,7 +256,8 @@ def parse_messages(body: Dict[str, Any]) -> Any:
     Raises:
         RequestError: If a message lacks a known role or a content, or is wrong otherwise.
     """
-    messages: Any = body.get("messages")
+    check_required(body, "messages")
+    messages: Any = body["messages"]
     check_type("messages", messages, list)
     if not messages:
         raise RequestError(400, "messages must not be empty", "messages")
@@ -333,7 +340,8 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
 
 def parse_prompt(body: Dict[str, Any]) -> Any:
     """Check the prompt of a text completion, and return it: a text or token ids."""
-    prompt = body.get("prompt")
+    check_required(body, "prompt")
+    prompt = body["prompt"]
     if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) in (str, list):
         prompt = prompt[0]
     if isinstance(prompt, list):
