@@ -129,7 +129,9 @@ def test_role_mapping_may_define_the_developer(mapped, role):
         None, SimpleNamespace(chat_template=None), 0, None, 0, False, None
     )
     messages = [{"role": "developer", "content": "Be brief."}]
-    model.name_roles(CompletionRequest("chat", "", messages, None, {mapped: "X: "}))
+    model.replace_developer_role(
+        CompletionRequest("chat", "", messages, None, {mapped: "X: "})
+    )
     assert messages[0]["role"] == role
 
 
