@@ -100,9 +100,9 @@ def only_error(caplog):
     return record.message
 
 
-def submit(engine, prompt="", messages=(), **body):
+def submit(engine, prompt="", messages=(), stream=True, **body):
     """Put a text completion or a chat into the engine, as a handler thread does."""
-    body = parse_body(json.dumps(body).encode())
+    body = parse_body(json.dumps(dict(body, stream=stream)).encode())
     args = make_generation_arguments(body, engine.cli_args)
     kind = "chat" if messages else "text"
     request = CompletionRequest(kind, prompt, list(messages), None, None)

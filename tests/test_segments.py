@@ -413,5 +413,5 @@ def test_joins_and_leaves_are_measured_beside_upstreams(monkeypatch, capsys):
     argv = ["--rows", "8", "--tokens", "300", "--layers", "1", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["join_and_leave", *argv])
     join_and_leave.main()
-    figures = r"(join|leave): [\d.]+ ms, here [\d.]+ ms: [\d.]+ times"
+    figures = r"(join|leave): mlx-lm [\d.]+ ms, here [\d.]+ ms: [\d.]+ times"
     assert re.findall(figures, capsys.readouterr().out) == ["join", "leave"]
