@@ -59,8 +59,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     if log.drain(timeout=1.0):
         if error is not None:
             print(f"mlx_lm.batch_server: error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # It is None if the process was started with it closed.
+            if stream is not None:
+                stream.flush()
     # Not ``sys.exit``: MLX frees what it keeps for a thread after the thread's Python
     # part has ended. If the interpreter is finalized by then, the process aborts.
     os._exit(code)

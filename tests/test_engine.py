@@ -5,7 +5,15 @@ import weakref
 
 import mlx.core as mx
 import pytest
-from helpers import ALONE, Reference, plugin, read, submit, texts
+from helpers import (
+    ALONE,
+    Reference,
+    plugin,
+    read,
+    submit,
+    texts,
+    wait_until_idle,
+)
 from mlx_lm.generate import StopSequences
 from tiny_models import CONFIGS
 
@@ -436,6 +444,30 @@ def test_step_whose_log_probabilities_cannot_be_read_loses_no_token(
 
 
 @pytest.mark.logs_errors
+def test_request_that_ended_before_its_step_failed_has_ended(start_engine):
+    class FailsInPrefill(Batch):
+        def prefill(self):
+            if self.requests and first.finished and not failures:
+                failures.append(True)
+                raise ArithmeticError("once")
+            super().prefill()
+
+    class WatchedEngine(Engine):
+        batch_class = FailsInPrefill
+
+    failures = []
+    argv = ["--prefill-step-size", "8", "--prefill-budget", "8"]
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    first = submit(engine, "a", max_tokens=30)
+    second = submit(engine, "x" * 600, max_tokens=2)
+    assert len(read(first)) == 30
+    with pytest.raises(RequestError):
+        read(second)
+    wait_until_idle(engine)
+    assert failures and first.forgotten and engine.n_generated == 30
+
+
+@pytest.mark.logs_errors
 def test_policy_hears_of_the_end_although_a_row_cannot_be_taken_out(start_engine):
     class Hearing(SchedulerPolicy):
         name = "hearing"
@@ -463,6 +495,9 @@ def test_policy_hears_of_the_end_although_a_row_cannot_be_taken_out(start_engine
     engine.client.cancel(job)
     read(submit(engine, "after", max_tokens=2))
     assert failures and job in Hearing.ended and not other.finished
+    # At the end, the policy hears of those that ran.
+    engine.stop_and_join()
+    assert sorted(Hearing.ended.count(r) for r in (job, other)) == [1, 1]
 
 
 @pytest.mark.parametrize("argv", [ALONE, ["--batch-size", "1"]])

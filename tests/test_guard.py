@@ -57,7 +57,10 @@ def test_keys_sort_by_pin_and_priority():
     ]
 
 
-@pytest.mark.parametrize("values", [(1, "a"), (None, None), (object(), object())])
+@pytest.mark.parametrize(
+    "values",
+    [(1, "a"), (None, None), (object(), object()), ((1, None), (1, 3.0)), (1, (1, 2))],
+)
 @pytest.mark.parametrize("at_once", [True, False])
 def test_priorities_that_cannot_be_compared_replace_the_policy(values, at_once, caplog):
     class Mixed(EvictionPolicy):
@@ -72,10 +75,46 @@ def test_priorities_that_cannot_be_compared_replace_the_policy(values, at_once, 
         keys = guard.rank(entries)
     else:
         keys = [guard.rank([e])[0] for e in entries]
+    # Those that the replaced policy gave can still be compared with the others.
+    assert len(sorted(keys + guard.rank([entry(0)]))) == 3
     assert "'mixed' of tests failed; 'lru'" in caplog.text
     assert type(guard.policy) is LRU
-    # Those that the replaced policy gave can still be compared with the others.
-    assert len(sorted(keys)) == 2
+
+
+def test_priorities_of_any_kind_that_can_be_compared_are_kept_in_order(caplog):
+    class Named(EvictionPolicy):
+        name = "named"
+
+        def priority(self, entry):
+            return "cab"[entry.n_tokens], entry
+
+    guard = guard_eviction(Named)
+    entries = [entry(n) for n in range(3)]
+    keys = [guard.rank([e])[0] for e in entries]
+    assert sorted(range(3), key=keys.__getitem__) == [1, 2, 0]
+    assert not caplog.records
+
+
+def test_policy_that_changes_the_list_it_is_given_changes_nothing_else(caplog):
+    class Emptying(ByLength):
+        def rank(self, entries):
+            entries.clear()
+            raise ArithmeticError("no rank")
+
+    guard = guard_eviction(Emptying)
+    entries = [entry(1), entry(2)]
+    assert len(guard.rank(entries)) == len(entries) == 2
+
+
+@pytest.mark.parametrize("item", [{}, "an entry", None])
+def test_policy_that_calls_other_things_expired_is_replaced(item, caplog):
+    class Confused(ByLength):
+        def expired(self, now):
+            return [entry(1), item]
+
+    guard = guard_eviction(Confused)
+    assert list(guard.expired(0.0)) == []
+    assert "what it calls expired is not all entries" in caplog.text
 
 
 def test_policy_that_ranks_other_entries_than_asked_is_replaced(caplog):

@@ -461,6 +461,17 @@ def test_plugin_can_refuse_a_request(start_server):
 
 
 @pytest.mark.logs_errors
+def test_logits_processor_that_gives_another_shape_is_named(start_engine, caplog):
+    p = plugin(
+        mlx_lm_make_logits_processors=lambda: [lambda tokens, logits: logits.sum()]
+    )
+    engine = start_engine(plugin=p)
+    with pytest.raises(RequestError, match="its log says why"):
+        read(submit(engine, "hello", max_tokens=2))
+    assert "plugin 'test' (tests 0): a logits processor failed" in caplog.text
+
+
+@pytest.mark.logs_errors
 def test_observer_that_raises_is_logged_and_the_others_are_told(start_server, caplog):
     def fail(request):
         raise LookupError("no file")

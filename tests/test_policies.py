@@ -510,6 +510,23 @@ def test_sampler_that_fails_is_replaced(cls, start_with, model_folder, caplog):
     assert message in only_error(caplog)
 
 
+def test_sampler_may_use_up_the_list_of_rows_that_it_is_to_keep(
+    start_with, model_folder
+):
+    class Consuming(Greedy):
+        name = "consuming"
+
+        def filter(self, keep):
+            keep.clear()
+
+    engine = start_with(Consuming)
+    reference = Reference(model_folder())
+    prompts = texts(6)
+    jobs = [submit(engine, p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
+    for i, (prompt, job) in enumerate(zip(prompts, jobs)):
+        assert read(job) == reference.tokens(prompt, 5 + 3 * i)
+
+
 class Fails(Greedy):
     name = "fails"
     needs_logprobs = False

@@ -94,6 +94,9 @@ class Batch:
         # Tokens of prompts that the last step was allowed.
         self.budget = self.step_size
         self.n_steps = 0
+        # Since ``take_ended``.
+        self.ended: List[Request] = []
+        self.n_tokens = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -247,22 +250,24 @@ class Batch:
 
     # Running
 
-    def step(self) -> Tuple[List[Request], int]:
-        """Run one step, and hand out its tokens.
-
-        Returns:
-            Tuple: The requests that have ended, and the number of tokens.
-        """
+    def step(self) -> None:
+        """Run one step, and hand out its tokens."""
         if not self.rows:
-            return [], 0
+            return
         check_address_space()
         self.n_steps += 1
-        ended, n_tokens = self.decode()
+        self.decode()
         if self.prefilling:
             self.prefill()
+
+    def take_ended(self) -> Tuple[List[Request], int]:
+        """The requests that have ended, and the number of tokens that were generated, since
+        this was last called."""
+        ended, n_tokens = self.ended, self.n_tokens
+        self.ended, self.n_tokens = [], 0
         return ended, n_tokens
 
-    def decode(self) -> Tuple[List[Request], int]:
+    def decode(self) -> None:
         """Run one token of each row whose prompt is run."""
         joined, responses = self.generator.decode()
         for r in joined:
@@ -284,10 +289,11 @@ class Batch:
                 ended[row] = r.prompt_cache, r.all_tokens
                 del self.rows[r.uid]
         self.turnstile.put(events)
+        self.ended += [row.request for row in ended]
+        self.n_tokens += len(responses)
         self.storage.store(
             {row: kv for row, kv in ended.items() if self.must_store(row)}
         )
-        return [row.request for row in ended], len(responses)
 
     def prefill(self) -> None:
         """Run a part of the prompts."""

@@ -141,9 +141,9 @@ class Engine:
             self.take_new(block=is_idle)
             if is_idle:
                 self.last_report = self.policies.clock()
+            self.drop_unwanted()
+            self.admit()
             try:
-                self.drop_unwanted()
-                self.admit()
                 self.step()
             except BaseException as e:
                 self.recover(e)
@@ -153,6 +153,7 @@ class Engine:
         self.take_new(block=False)
         for request in [*self.waiting, *self.running]:
             request.put(RequestError(503, str(self.inbox.reason)))
+            self.forget(request)
         self.close_batch()
         self.model_provider.reset()
         del self.alone, self.prompt_cache
@@ -171,18 +172,25 @@ class Engine:
         seconds = self.policies.clock() - self.last_report
         if not is_idle and seconds < STATISTICS_INTERVAL:
             return
-        if self.prompt_cache is not None:
-            self.prompt_cache.expire()
         n = self.n_generated - self.n_reported
-        if n or not is_idle:
-            lines = [f"{n} tokens, {n / max(seconds, 1e-3):.1f} a second"]
-            if self.prompt_cache is not None:
-                lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")
-            lines.append(f"{self.n_running} running, {len(self.waiting)} waiting")
-            lines.append(f"time in policies: {self.policies.describe_times()}")
-            logger.info("; ".join(lines))
         self.n_reported += n
         self.last_report += seconds
+        try:
+            if self.prompt_cache is not None:
+                self.prompt_cache.expire()
+            if n or not is_idle:
+                logger.info("; ".join(self.describe(n, seconds)))
+        except Exception:
+            logger.exception("What was done cannot be logged")
+
+    def describe(self, n_tokens: int, seconds: float) -> List[str]:
+        """What was done in the last seconds, and what is there."""
+        lines = [f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-3):.1f} a second"]
+        if self.prompt_cache is not None:
+            lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")
+        lines.append(f"{self.n_running} running, {len(self.waiting)} waiting")
+        lines.append(f"time in policies: {self.policies.describe_times()}")
+        return lines
 
     # Requests come and leave
 
@@ -211,11 +219,15 @@ class Engine:
         if not gone:
             return
         self.waiting = deque(r for r in self.waiting if r not in gone)
-        # First, because the batch may fail in ``remove``.
         for request in gone:
             self.forget(request)
-        if self.batch is not None:
-            self.batch.remove(gone)
+        try:
+            if self.batch is not None:
+                self.batch.remove(gone)
+        except BaseException as e:
+            logger.error("Requests could not be taken out of the batch", exc_info=e)
+            traceback.clear_frames(e.__traceback__)
+            self.put_back([r for r in self.running if r not in gone])
 
     def end_late(self) -> None:
         """End the requests that have taken longer than ``--request-timeout``."""
@@ -368,10 +380,14 @@ class Engine:
         """Run a step of the batch."""
         if self.batch is None:
             return
-        ended, n_tokens = self.batch.step()
-        self.n_generated += n_tokens
-        for request in ended:
-            self.forget(request)
+        try:
+            self.batch.step()
+        finally:
+            # Requests may have ended before the step has failed.
+            ended, n_tokens = self.batch.take_ended()
+            self.n_generated += n_tokens
+            for request in ended:
+                self.forget(request)
         self.max_rows = min(self.max_rows + len(ended), self.cli_args.batch_size)
 
     def recover(self, error: BaseException) -> None:
@@ -384,8 +400,14 @@ class Engine:
         if innocent and len(innocent) == len(suspects):
             # None fails by itself: they were too many at a time.
             self.max_rows = max(1, len(suspects) // 2)
-        self.waiting.extendleft(reversed(innocent))
-        # Those that start again may have taken too long.
+        self.put_back(innocent)
+
+    def put_back(self, requests: List[Request]) -> None:
+        """Let requests that were running start again, before all that wait."""
+        if self.batch is not None:
+            self.batch.close()
+        self.waiting.extendleft(reversed(requests))
+        # They may have taken too long.
         self.deadline = -inf
 
     def isolate(self, suspects: List[Request], error: BaseException) -> None:

@@ -71,11 +71,16 @@ class Guarded:
         try:
             return question(self.policy)
         except BaseException as e:
-            self.policy_class.fail(type(self.policy), e)
-            self.policy = self.policy_class.cls(*self.args)
+            self.replace(self.policy, e)
             return question(self.policy)
         finally:
             self.policy_class.seconds += time.perf_counter() - start
+
+    def replace(self, policy: Any, error: BaseException) -> None:
+        """Put the built-in policy in the place of ``policy``, which has raised ``error``."""
+        if policy is self.policy:
+            self.policy_class.fail(type(policy), error)
+            self.policy = self.policy_class.cls(*self.args)
 
     def overrides(self, method: str) -> bool:
         """Whether the policy has an optional method of its own."""
@@ -83,12 +88,46 @@ class Guarded:
         return getattr(type(self.policy), method) is not getattr(interface, method)
 
 
+NUMBERS = (int, float, bool)
+
+
+def kind_of_priority(value: Any) -> str:
+    """Priorities of the kinds "number" and "numbers" can be compared with all of their
+    kind. Those of the kind "other" may raise when they are compared."""
+    if type(value) in NUMBERS:
+        return "number"
+    if type(value) is tuple and all(type(v) in NUMBERS for v in value):
+        return "numbers"
+    return "other"
+
+
+class GuardedPriority:
+    """A priority that is compared without raising.
+
+    Args:
+        value (Any): What a policy has given.
+        fail (Callable): Is told what a comparison raises.
+    """
+
+    def __init__(self, value: Any, fail: Callable[[BaseException], None]):
+        self.value = value
+        self.fail = fail
+
+    def __lt__(self, other: "GuardedPriority") -> bool:
+        try:
+            return bool(self.value < other.value)
+        except BaseException as e:
+            self.fail(e)
+            return False
+
+
 class GuardedEviction(Guarded, EvictionPolicy):
     """An eviction policy whose methods do not raise."""
 
-    # What the policy that ranked it last has given to some entry.
-    ranked: Tuple[Any, ...] = ()
-    ranked_by: Any = None
+    # The policy that has ranked entries last, the kind of its priorities, and how many
+    # policies have ranked entries.
+    ranker: Any = None
+    kind: Optional[str] = None
     n_rankers = 0
 
     def on_insert(self, entry: Entry) -> None:
@@ -114,22 +153,34 @@ class GuardedEviction(Guarded, EvictionPolicy):
         when the policy was replaced in the meantime."""
 
         def rank(policy: EvictionPolicy) -> List[Tuple[bool, Any]]:
-            ranks = [(bool(pinned), value) for pinned, value in policy.rank(entries)]
+            ranks = [(bool(p), value) for p, value in policy.rank(list(entries))]
             if len(ranks) != len(entries):
                 raise ValueError(f"it ranked {len(ranks)} of {len(entries)} entries")
-            if policy is not self.ranked_by:
-                self.ranked, self.ranked_by = (), policy
+            if policy is not self.ranker:
+                self.ranker, self.kind = policy, None
                 self.n_rankers += 1
-            # Values that cannot be compared are refused here.
-            values = (value for _, value in ranks)
-            self.ranked = (max([*self.ranked, *values]),) if ranks else self.ranked
+            kinds = {kind_of_priority(value) for _, value in ranks}
+            if self.kind is not None:
+                kinds.add(self.kind)
+            if len(kinds) > 1:
+                raise TypeError("its priorities cannot be compared with each other")
+            self.kind = next(iter(kinds), None)
+            if self.kind == "other":
+                fail = partial(self.replace, policy)
+                ranks = [(p, GuardedPriority(value, fail)) for p, value in ranks]
             return ranks
 
         ranks = self.ask(rank)
         return [(pinned, self.n_rankers, value) for pinned, value in ranks]
 
     def expired(self, now: float) -> Iterable[Entry]:
-        return self.ask(lambda policy: list(policy.expired(now)))
+        def expired(policy: EvictionPolicy) -> List[Entry]:
+            entries = list(policy.expired(now))
+            if not all(type(entry) is Entry for entry in entries):
+                raise TypeError("what it calls expired is not all entries")
+            return entries
+
+        return self.ask(expired)
 
 
 class GuardedScheduler(Guarded, SchedulerPolicy):
@@ -145,9 +196,10 @@ class GuardedScheduler(Guarded, SchedulerPolicy):
         """All waiting requests, in the order in which they start."""
 
         def order(policy: SchedulerPolicy) -> Sequence[RequestInfo]:
-            first = policy.order(list(waiting), view)
-            if first is None:
+            answer = policy.order(list(waiting), view)
+            if answer is None:
                 return waiting
+            first = list(answer)
             ids = {id(request) for request in first}
             if len(ids) < len(first) or not ids <= set(map(id, waiting)):
                 raise ValueError(
@@ -284,6 +336,9 @@ def run_logits_processor(
 ) -> Any:
     """Run a plugin's logits processor. What it raises names the plugin."""
     try:
-        return processor(tokens, logits)
+        processed = processor(tokens, logits)
+        if processed.shape != logits.shape:
+            raise ValueError(f"it returned the shape {processed.shape}")
+        return processed
     except BaseException as e:
         raise RuntimeError(f"{label}: a logits processor failed") from e

@@ -76,7 +76,7 @@ class GuardedSampler:
     def filter(self, keep: List[int]) -> None:
         self.requests = [self.requests[i] for i in keep]
         if self.is_current:
-            self.attempt(lambda: self.sampler.filter(keep))
+            self.attempt(lambda: self.sampler.filter(list(keep)))
         else:
             self.make()
 
