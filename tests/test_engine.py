@@ -63,7 +63,7 @@ def test_rows_with_and_without_log_probabilities_share_a_batch(
     plain = submit(engine, "a" * 50, max_tokens=60)
     tokens = plain.receive(timeout=60)
     wanting = submit(engine, "zq", max_tokens=5, logprobs=True, top_logprobs=3)
-    sampled = submit(engine, "zq", max_tokens=5, temperature=1.0)
+    sampled = submit(engine, "zq", max_tokens=5, temperature=1.0, seed=0)
     expected = reference.responses("zq", 5)
     events = []
     while not events or events[-1].finish_reason is None:
