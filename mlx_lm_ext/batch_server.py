@@ -82,7 +82,7 @@ def check_open_files() -> None:
 
 
 def check_mlx_lm() -> None:
-    """Check that the private names of mlx-lm that are used here are those of its version.
+    """Check that the installed mlx-lm has the private names that are used here.
 
     Raises:
         RuntimeError: If the installed mlx-lm is not of the 0.32 series.

@@ -127,8 +127,8 @@ def mlx_lm_make_logits_processors(
     Called each time a request starts to run, on the generation thread, with the model's
     ``TokenizerWrapper`` and the command line. It may not block.
 
-    It returns a list of functions ``processor(tokens, logits)``, or None for a request that
-    it leaves alone. ``tokens`` are all tokens that the row has run, those of the prompt
+    It returns a list of functions ``processor(tokens, logits)`` that give logits of the same
+    shape, or None for a request that it leaves alone. ``tokens`` are all tokens that the row has run, those of the prompt
     included, of shape (n,): the last one is the token that gave the logits. ``logits`` have
     the shape (1, vocabulary). The processors of all plugins run in the order of the calls,
     after the penalties of the request. They may not evaluate what they are given.

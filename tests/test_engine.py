@@ -444,6 +444,44 @@ def test_step_whose_log_probabilities_cannot_be_read_loses_no_token(
 
 
 @pytest.mark.logs_errors
+def test_request_that_cannot_be_taken_out_while_others_are_isolated_holds_up_nobody(
+    start_engine, model_folder
+):
+    class Clinging(Batch):
+        def step(self):
+            if len(self) == 4 and not failures:
+                failures.append("step")
+                raise MemoryError("once")
+            super().step()
+
+        def add(self, request):
+            super().add(request)
+            if request is jobs[1] and failures == ["step"]:
+                engine.client.cancel(request)
+
+        def remove(self, requests):
+            if jobs[1] in requests and failures == ["step"]:
+                failures.append("remove")
+                raise ArithmeticError("it cannot be taken out")
+            super().remove(requests)
+
+    class ClingingEngine(Engine):
+        batch_class = Clinging
+
+        def take_new(self, block):
+            gate.wait(60)
+            super().take_new(block)
+
+    gate, failures, reference = threading.Event(), [], Reference(model_folder())
+    engine = start_engine(make_engine=ClingingEngine)
+    jobs = [submit(engine, p, max_tokens=20) for p in texts(4)]
+    gate.set()
+    for i in (0, 2, 3):
+        assert read(jobs[i]) == reference.tokens(texts(4)[i], 20)
+    assert failures == ["step", "remove"] and jobs[1].forgotten
+
+
+@pytest.mark.logs_errors
 def test_request_that_ended_before_its_step_failed_has_ended(start_engine):
     class FailsInPrefill(Batch):
         def prefill(self):

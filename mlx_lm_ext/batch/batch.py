@@ -338,11 +338,12 @@ class Batch:
         if not self.storage.can_cut:
             return
         longest, n = None, 0
+        prompt = request.prompt[:-1]
         for row in self.rows.values():
             other = row.request
             if other.cache_key == request.cache_key:
                 n_run = row.n_run if row.is_prefilling else other.n_prompt
-                n_run = min(n_run, n_common(other.prompt, request.prompt[:-1]))
+                n_run = min(n_run, n_common(other.prompt, prompt))
                 if n_run > n:
                     longest, n = row, n_run
         if longest is None or not self.must_store(longest):

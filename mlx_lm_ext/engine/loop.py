@@ -141,7 +141,13 @@ class Engine:
             self.take_new(block=is_idle)
             if is_idle:
                 self.last_report = self.policies.clock()
-            self.drop_unwanted()
+            try:
+                self.drop_unwanted()
+            except BaseException as e:
+                # No step of those that stay has failed: all of them start again.
+                logger.error("Requests could not be taken out of the batch", exc_info=e)
+                traceback.clear_frames(e.__traceback__)
+                self.put_back(self.running)
             self.admit()
             try:
                 self.step()
@@ -201,10 +207,10 @@ class Engine:
             block (bool): Wait until there is one, or something else to do.
         """
         timeout = None
-        if block and self.prompt_cache is not None:
+        is_caching = block and self.prompt_cache is not None
+        if is_caching and self.policies.eviction.overrides("expired"):
             # Expired KV leaves while the engine is idle, too.
-            if self.policies.eviction.overrides("expired"):
-                timeout = STATISTICS_INTERVAL
+            timeout = STATISTICS_INTERVAL
         for request in self.inbox.take(block, timeout):
             self.waiting.append(request)
             self.changed = True
@@ -219,15 +225,11 @@ class Engine:
         if not gone:
             return
         self.waiting = deque(r for r in self.waiting if r not in gone)
+        # First, because the batch may fail in ``remove``.
         for request in gone:
             self.forget(request)
-        try:
-            if self.batch is not None:
-                self.batch.remove(gone)
-        except BaseException as e:
-            logger.error("Requests could not be taken out of the batch", exc_info=e)
-            traceback.clear_frames(e.__traceback__)
-            self.put_back([r for r in self.running if r not in gone])
+        if self.batch is not None:
+            self.batch.remove(gone)
 
     def end_late(self) -> None:
         """End the requests that have taken longer than ``--request-timeout``."""
@@ -396,19 +398,25 @@ class Engine:
         suspects = [r for r in self.running if not r.finished]
         logger.error(f"A step of {len(suspects)} requests failed", exc_info=error)
         self.isolate(suspects, error)
-        innocent = [r for r in suspects if not (r.finished or r.cancelled)]
-        if innocent and len(innocent) == len(suspects):
+        n_innocent = self.put_back(suspects)
+        if n_innocent and n_innocent == len(suspects):
             # None fails by itself: they were too many at a time.
             self.max_rows = max(1, len(suspects) // 2)
-        self.put_back(innocent)
 
-    def put_back(self, requests: List[Request]) -> None:
-        """Let requests that were running start again, before all that wait."""
+    def put_back(self, requests: List[Request]) -> int:
+        """Empty the batch, and let the requests that have not ended start again before all
+        that wait.
+
+        Returns:
+            int: How many have not ended.
+        """
+        unfinished = [r for r in requests if not (r.finished or r.cancelled)]
         if self.batch is not None:
             self.batch.close()
-        self.waiting.extendleft(reversed(requests))
+        self.waiting.extendleft(reversed(unfinished))
         # They may have taken too long.
         self.deadline = -inf
+        return len(unfinished)
 
     def isolate(self, suspects: List[Request], error: BaseException) -> None:
         """Run ever smaller halves of the suspects, until each that fails is alone."""
