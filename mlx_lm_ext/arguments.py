@@ -105,6 +105,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--adapter-path", help="path of LoRA adapter weights and their config")
     add(
+        "--context-length",
+        type=number(int, 1),
+        metavar="TOKENS",
+        help="most tokens of a prompt and its answer; unset, what the model's "
+        "configuration says",
+    )
+    add(
         "--draft-model",
         help="model for speculative decoding; requests are then served one at a time",
     )

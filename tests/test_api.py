@@ -330,17 +330,6 @@ def test_answer_of_a_server_that_cannot_serve_yet_says_when_to_come_back(start_s
     connection.close()
 
 
-def test_answer_shrinks_to_the_context_unless_more_was_asked_for(start_server):
-    _, port = start_server("llama", "--max-tokens", "4096")
-    prompt = "x" * 4090
-    _, answer = call(port, "POST", "/v1/completions", {"prompt": prompt})
-    assert answer["usage"]["completion_tokens"] <= 6
-    body = {"prompt": prompt, "max_tokens": 7}
-    status, answer = call(port, "POST", "/v1/completions", body)
-    assert (status, answer["error"]["param"]) == (400, "max_tokens")
-    assert answer["error"]["code"] == "context_length_exceeded"
-
-
 def chat(**fields):
     return json.dumps({"messages": HELLO, "max_tokens": 2, **fields}).encode()
 

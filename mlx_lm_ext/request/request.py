@@ -121,12 +121,11 @@ class Request(RequestInfo):
             self.args.sampling.top_k = 0
 
     def fit_to_context(self) -> None:
-        """Check that the prompt and the answer fit into the model's context. A default
-        ``max_tokens`` is lowered until it fits.
+        """Check that the prompt fits into the model's context. ``max_tokens`` is lowered until
+        the answer fits too: it is the most that the client takes, not what it asks for.
 
         Raises:
-            RequestError: If the prompt is empty or too long, or the ``max_tokens`` of the
-              body is too large.
+            RequestError: If the prompt is empty or too long.
         """
         prompt_field = self.prompt_field
         n_prompt, limit = len(self.prompt), self.model.context_length
@@ -134,16 +133,9 @@ class Request(RequestInfo):
             raise RequestError(400, f"{prompt_field} gives no tokens", prompt_field)
         if limit is None:
             return
-        room = limit - n_prompt
-        if room < 1:
+        if n_prompt >= limit:
             raise too_long(limit, f"the prompt has {n_prompt}", prompt_field)
-        if self.args.max_tokens <= room:
-            return
-        for name in ("max_completion_tokens", "max_tokens"):
-            if name in self.body:
-                asked = f"the prompt has {n_prompt}, and {name} may be {room} at most"
-                raise too_long(limit, asked, name)
-        self.args.max_tokens = room
+        self.args.max_tokens = min(self.args.max_tokens, limit - n_prompt)
 
     @property
     def deadline(self) -> float:
