@@ -58,6 +58,7 @@ class Request(RequestInfo):
         started (Optional[float]): When it first started to run.
         first_token (Optional[float]): When it got its first token.
         generated (List[int]): The tokens of its answer so far.
+        is_suspect (bool): Whether a step has failed in which it took part.
         cancelled (bool): Whether nobody waits for its answer any more.
         finished (bool): Whether its last event was made.
         forgotten (bool): Whether the scheduler policy was told that it has ended.
@@ -79,6 +80,7 @@ class Request(RequestInfo):
     started: Optional[float] = None
     first_token: Optional[float] = None
     generated: List[int] = field(default_factory=list)
+    is_suspect: bool = False
     cancelled: bool = False
     finished: bool = False
     forgotten: bool = False
@@ -92,6 +94,11 @@ class Request(RequestInfo):
         ``cache_salt`` do not find it."""
         salt = self.body.get("cache_salt")
         return self.model.key if salt is None else (*self.model.key, salt)
+
+    @property
+    def tokens(self) -> List[int]:
+        """The tokens of its prompt and of its answer so far."""
+        return self.prompt + self.generated
 
     @property
     def prompt_field(self) -> str:
