@@ -229,8 +229,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-kv-bytes",
         type=size,
-        help="bytes of the running batch's KV, each answer at its max_tokens; also "
-        "512MB, 2GB; unset, nine tenths of the memory beside the model",
+        help="bytes of the running batch's KV; if answers outgrow them, the newest "
+        "requests wait; also 512MB, 2GB; unset, nine tenths of the memory beside the model",
     )
     add(
         "--max-wait",

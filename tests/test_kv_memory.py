@@ -142,6 +142,7 @@ class Watched(Batch):
     def step(self):
         self.most_rows = max(self.most_rows, len(self))
         super().step()
+        assert all(0 <= row.n_run <= row.n_tokens for row in self.prefilling)
         if self.generator is not None:
             mx.eval([c.state for c in self.generator.generation_batch.prompt_cache])
             n_bytes = self.generator.prompt_cache_nbytes
@@ -184,6 +185,7 @@ def test_short_answers_run_together_whatever_their_cap_is(start_engine):
     assert [len(read(job)) for job in jobs] == [51] * 8
     assert engine.batch.most_rows == 8
     assert not engine.batch.resumed
+    assert engine.batch.kv_memory.lengths.usual == 51
 
 
 @pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=["", "cache"])
@@ -211,6 +213,16 @@ def test_rows_that_outgrow_the_memory_wait_and_go_on(
         check(engine.prompt_cache)
     else:
         assert len(engine.batch.prompt_cache) == 0
+
+
+def test_row_whose_kv_was_evicted_runs_all_its_tokens_again(start_engine):
+    argv = "--use-prompt-cache", "--radix-cache-size", "1", *memory_of(3, 512)
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    body = {"max_tokens": 300, "logit_bias": {i: -100 for i in range(3)}}
+    jobs = [submit(engine, "x" * 240, **body) for _ in range(4)]
+    answers = [read(job) for job in jobs]
+    assert answers == answers[:1] * 4
+    assert {n_run for _, n_run in engine.batch.resumed} == {0}
 
 
 def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
