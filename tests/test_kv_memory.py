@@ -290,9 +290,10 @@ def test_prompt_that_can_never_fit_is_told_why(start_engine):
     with pytest.raises(RequestError) as error:
         read(submit(engine, "x" * 512, max_tokens=1))
     assert error.value.status == 400
+    assert error.value.param == "prompt"
     assert error.value.code == "context_length_exceeded"
     assert str(error.value) == (
-        "the KV of the 512 tokens of the prompt takes 0.4 MB, and the server has 0.3 MB "
-        "(--max-kv-bytes)"
+        "the KV of 512 tokens of prompt and one of the answer takes 0.4 MB, and the "
+        "server has 0.3 MB (--max-kv-bytes)"
     )
     assert len(read(submit(engine, "x" * 511, max_tokens=500))) == 1

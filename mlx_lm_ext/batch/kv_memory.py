@@ -113,9 +113,10 @@ class KVMemory:
             n_bytes = self.nbytes(1, request.n_prompt + 1)
             raise RequestError(
                 400,
-                f"the KV of the {request.n_prompt} tokens of the prompt takes "
+                f"the KV of {request.n_prompt} tokens of prompt and one of the answer takes "
                 f"{n_bytes / 1e6:,.1f} MB, and the server has {self.limit / 1e6:,.1f} MB "
                 "(--max-kv-bytes)",
-                code="context_length_exceeded",
+                "messages" if "messages" in request.body else "prompt",
+                "context_length_exceeded",
             )
         request.args.max_tokens = min(request.max_tokens, room)
