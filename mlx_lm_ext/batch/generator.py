@@ -92,10 +92,10 @@ class PromptInProgress(NamedTuple):
 
 
 class KVShape(NamedTuple):
-    """The shape of the KV of the rows that decode, as far as it grows with them.
+    """The shape of the KV of the rows that decode, in the layers that keep all of it.
 
     Args:
-        n_rows (int): Rows of its arrays, spare ones included.
+        n_rows (int): Rows of the arrays, spare ones included.
         end (int): Places that the tokens take, with the padding.
         n_places (int): Places that there are. If all are taken, the arrays grow.
     """
@@ -441,11 +441,12 @@ class LeanBatchGenerator(BatchGenerator):
         """The shape of the KV of the rows that decode."""
         layers = segmented(self._generation_batch.prompt_cache)
         layers = [c for c in layers if c.keys is not None]
-        return KVShape(
-            n_rows=max((c.keys.shape[0] for c in layers), default=0),
-            end=max((c.end for c in layers), default=0),
-            n_places=min((c.keys.shape[2] for c in layers), default=0),
-        )
+        if not layers:
+            return KVShape(0, 0, 0)
+        # Of the layers with a window, only the last places are there.
+        longest = max(layers, key=lambda c: c.end)
+        n_rows, _, n_places, _ = longest.keys.shape
+        return KVShape(n_rows, longest.end, n_places)
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:
