@@ -90,7 +90,6 @@ class EngineClient:
             RequestError: If it cannot be served.
         """
         self.check_available()
-        model.replace_developer_role(completion)
         request = Request(
             id=id,
             args=args,

@@ -157,7 +157,8 @@ class BatchModelProvider(ModelProviderBase):
             vocabulary_size=text_config.get("vocab_size", len(tokenizer)),
             context_length=context_length,
             most_characters=most_characters(tokenizer, context_length),
-            takes_images=takes_images(config),
+            # Without a template, upstream would write an image as Python does.
+            takes_images=takes_images(config) and tokenizer.has_chat_template,
             end_of_text=make_stop_sequences(tokenizer),
         )
 

@@ -1,10 +1,9 @@
 """What a handler knows of a model. It has no arrays."""
 
-from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
 
 from mlx_lm.generate import StopSequences
-from mlx_lm.server import CompletionRequest
 
 from .preparation import Preparation
 from .tokenizing import BoundedTokenizer
@@ -26,6 +25,7 @@ class ServedModel:
         most_characters (int): A prompt with more characters cannot fit into the context.
         takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
+        template_facts (Dict): What is known of its chat template, see ``TemplateShape``.
     """
 
     key: ModelKey
@@ -35,6 +35,7 @@ class ServedModel:
     most_characters: int
     takes_images: bool
     end_of_text: StopSequences
+    template_facts: Dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
@@ -51,14 +52,5 @@ class ServedModel:
             self.most_characters,
             field,
             preparation,
+            self.template_facts,
         )
-
-    def replace_developer_role(self, request: CompletionRequest) -> None:
-        """Change the role developer to system, in place, if the chat template does not know
-        it: the template might leave out such messages."""
-        template = self.tokenizer.chat_template or request.role_mapping
-        if "developer" in str(template):
-            return
-        for message in request.messages:
-            if message["role"] == "developer":
-                message["role"] = "system"

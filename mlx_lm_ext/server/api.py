@@ -16,12 +16,15 @@ from ..request.fields import (
     FIELDS,
     check_field,
     check_size,
-    count_characters,
     make_generation_arguments,
     parse_body,
-    parse_messages,
     parse_prompt,
     parse_tools,
+)
+from ..request.history import (
+    count_characters,
+    leave_out_past_images,
+    parse_messages,
 )
 from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.preparation import Preparation
@@ -70,6 +73,8 @@ class BatchAPIHandler(HTTPHandler):
         del raw
         # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
+        if self.is_chat and not model.takes_images:
+            leave_out_past_images(self.body["messages"])
         images = image_parts(self.body["messages"]) if self.is_chat else []
         if images:
             with preparation.turn(self.server.preparations.fetches):
