@@ -363,6 +363,21 @@ def test_template_that_only_writes_what_it_likes_gets_what_it_can(render):
     )
 
 
+def test_tool_has_what_the_template_reads_of_it(render):
+    template = "{{ '(' + tools[0].function.description + ')' }}" + loop()
+    tool = {"type": "function", "function": {"name": "f", "description": None}}
+    assert render(template, user("u"), tools=[tool]).prompt == "()<user>u<assistant>"
+    template = "{{ tools[0] | tojson }}"
+    assert render(template, user("u"), tools=[tool]).prompt == json.dumps(tool)
+
+
+def test_role_that_only_an_odd_history_lacks_is_another_one_then(render):
+    turns = "(m.role == 'user') != (loop.index0 % 2 == 0)"
+    said = [user("u"), assistant("a"), {"role": "function", "content": "r"}]
+    text = render(refusing(turns), *said).prompt
+    assert text == "<user>u<assistant>a<user>Result of a tool:\n\nr<assistant>"
+
+
 def test_error_of_the_template_is_that_for_the_history_as_it_is(render):
     template = refusing("m.content == 'bad'")
     with pytest.raises(Exception, match="no"):

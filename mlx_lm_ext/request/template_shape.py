@@ -166,7 +166,7 @@ class TemplateShape:
             is_plain (bool): Whether to use only what every template takes: one message of
               the system's, and then the user's and the assistant's in turn.
         """
-        messages = self.with_known_roles(messages)
+        messages = self.with_known_roles(messages, is_plain)
         form = CallForm()
         if any(kind_of(message) in ("call", "tool") for message in messages):
             form, messages = self.with_calls(messages, is_plain)
@@ -297,7 +297,9 @@ class TemplateShape:
             for m in messages
         ]
 
-    def with_known_roles(self, messages: List[Message]) -> List[Message]:
+    def with_known_roles(
+        self, messages: List[Message], is_plain: bool
+    ) -> List[Message]:
         """Give other roles to messages whose role the template does not write."""
         roles: Dict[str, str] = {}
         changed = []
@@ -309,7 +311,8 @@ class TemplateShape:
                     (role != "developer" or role in self.source)
                     and self.takes_role(role)
                 )
-                roles[role] = role if is_known else ALIASES.get(role, "")
+                alias = ALIASES.get(role, "")
+                roles[role] = role if is_known and not (is_plain and alias) else alias
             if not roles[role]:
                 name = f"messages[{i}].role"
                 text = f"{name} {role!r} is not known to the model's chat template"
@@ -426,6 +429,25 @@ def make_message(kind: str, word: str) -> Message:
     function = {"name": word, "arguments": Arguments({KEY: VALUE})}
     call = {"id": "call_probe", "type": "function", "function": function}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def tool_forms(tools: Any) -> Iterator[Any]:
+    """Give tools as they are, and then with all that a template may read of them."""
+    yield tools
+    complete = [
+        {
+            **tool,
+            "type": tool.get("type", "function"),
+            "function": {
+                "description": "",
+                "parameters": {"type": "object", "properties": {}},
+                **{k: v for k, v in tool["function"].items() if v is not None},
+            },
+        }
+        for tool in tools or []
+    ]
+    if complete and complete != tools:
+        yield complete
 
 
 def without_template(

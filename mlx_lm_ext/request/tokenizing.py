@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from ..errors import RequestError, too_long
 from .history import Message
 from .preparation import Preparation
-from .template_shape import TOOLS, TemplateShape
+from .template_shape import TOOLS, TemplateShape, tool_forms
 from .upstream import compile_chat_template, writes_text
 
 # Characters of a prompt to a model whose context has no limit.
@@ -220,11 +220,17 @@ class BoundedTokenizer:
         as_text = writes_text(self.tokenizer)
         if kwargs.get("continue_final_message") or not self.adds_generation_prompt:
             kwargs["add_generation_prompt"] = False
+        tools = kwargs.pop("tools", None)
         error: Optional[Exception] = None
-        for shaped in self.shape(bool(kwargs.get("tools"))).attempts(messages):
+        for shaped, form in (
+            (shaped, form)
+            for shaped in self.shape(bool(tools)).attempts(messages)
+            for form in tool_forms(tools)
+        ):
+            variables = {**kwargs, "tools": form}
             try:
                 prompt: Union[str, List[int]] = self.run_template(
-                    shaped, tokenize=tokenize and not as_text, **kwargs
+                    shaped, tokenize=tokenize and not as_text, **variables
                 )
                 break
             except (ConnectionError, RequestError):
@@ -234,7 +240,7 @@ class BoundedTokenizer:
         else:
             assert error is not None  # there is at least one attempt
             raise error
-        self.rendered = self.rendered or Rendered(shaped, kwargs, prompt)
+        self.rendered = self.rendered or Rendered(shaped, variables, prompt)
         if tokenize and isinstance(prompt, str):
             return self.encode(prompt, add_special_tokens=False)
         return prompt
