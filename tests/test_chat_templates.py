@@ -520,6 +520,11 @@ def test_only_what_the_template_adds_starts_a_reasoning(template, state, said, r
         assert made.types == ["system", "user"]
 
 
+def test_what_a_developer_says_is_a_segment_like_that_of_the_system(render):
+    made = render(loop(TURN), {"role": "developer", "content": "d"}, user("u"))
+    assert (made.segments[0], made.types) == ("<system>d.<user>", ["system", "user"])
+
+
 @pytest.mark.parametrize("last", [tool("<think>", "ls"), assistant("a <think> b")])
 def test_the_last_message_may_be_of_any_role(last, render):
     for template, state in ((loop(), "normal"), (THINKING, "reasoning")):
@@ -536,6 +541,18 @@ def test_reasoning_that_the_template_starts_early_is_a_segment(render):
     )
     assert made.state == "reasoning"
     assert made.segments[-1] == end.removeprefix("<assistant>")
+
+
+def test_state_is_known_after_calls_whose_content_is_null(render):
+    template = loop(
+        "{% if m.content is none %}{% for t in m.tool_calls %}"
+        "[{{ t.function.name + t.function.arguments }}]{% endfor %}{% else %}"
+        + MESSAGE
+        + "{% endif %}",
+        "<assistant>",
+    )
+    made = render(template, user("<think>"), assistant("", LS))
+    assert made.state == "normal"
 
 
 def test_template_that_needs_the_start_of_an_answer_decides_by_what_follows(render):
@@ -568,13 +585,14 @@ def test_template_that_needs_the_start_of_an_answer_decides_by_what_follows(rend
     ],
 )
 def test_fields_of_their_own_are_variables_of_the_template(body, expected, render):
-    template = (
-        "{{ 'on' if enable_thinking else 'off' }}:{{ reasoning_effort }}"
-        "{% if thinking is defined and thinking != enable_thinking %}!{% endif %}"
-    )
-    if "chat_template_kwargs" in body:
-        template = template.partition("{% if")[0]
+    template = "{{ 'on' if enable_thinking else 'off' }}:{{ reasoning_effort }}"
     assert render(template, user("u"), **body).prompt == expected
+
+
+def test_enable_thinking_is_also_known_by_its_other_name(render):
+    template = "{{ thinking }}"
+    assert render(template, user("u"), enable_thinking=False).prompt == "False"
+    assert render(template, user("u"), reasoning_effort="none").prompt == "False"
 
 
 def test_answer_may_go_on_with_the_last_message(render):

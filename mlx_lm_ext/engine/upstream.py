@@ -101,7 +101,11 @@ class SingleGenerator(ResponseGenerator):
             messages = without_template(request.messages, request.role_mapping)
             request = replace(request, messages=messages)
             return super()._tokenize(tokenizer, request, args)
-        # Upstream gives this argument by itself.
+        # It looks for the end of what the system says.
+        shape = tokenizer.shape(bool(request.tools))
+        messages = shape.with_known_roles(request.messages)
+        request = replace(request, messages=messages)
+        # It gives this argument by itself.
         tokenizer.adds_generation_prompt = kwargs.pop("add_generation_prompt", True)
         args = replace(args, chat_template_kwargs=kwargs)
         prompt, segments, types, state, vision = super()._tokenize(

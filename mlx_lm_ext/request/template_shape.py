@@ -150,7 +150,7 @@ class TemplateShape:
             RequestError: If a role means nothing to the template.
         """
         if not self.is_known:
-            yield messages
+            yield self.with_known_roles(messages)
             return
         shaped = self.shape(messages)
         yield shaped
@@ -298,7 +298,7 @@ class TemplateShape:
         ]
 
     def with_known_roles(
-        self, messages: List[Message], is_plain: bool
+        self, messages: List[Message], is_plain: bool = False
     ) -> List[Message]:
         """Give other roles to messages whose role the template does not write."""
         roles: Dict[str, str] = {}
@@ -309,7 +309,7 @@ class TemplateShape:
                 # Templates that write any role may not know what a developer is.
                 is_known = role in STANDARD or (
                     (role != "developer" or role in self.source)
-                    and self.takes_role(role)
+                    and (self.takes_role(role) or not self.is_known)
                 )
                 alias = ALIASES.get(role, "")
                 roles[role] = role if is_known and not (is_plain and alias) else alias

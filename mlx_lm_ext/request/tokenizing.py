@@ -86,8 +86,10 @@ def after_common(whole: Any, start: Any) -> Any:
 def mark(message: Message) -> Message:
     """A message with a mark at the end of its content."""
     content = message["content"]
-    end = MARK if isinstance(content, str) else [{"type": "text", "text": MARK}]
-    return {**message, "content": content + end}
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": MARK}]}
+    # What is not a text is the content of a message with calls that a template wants null.
+    return {**message, "content": content + MARK if isinstance(content, str) else MARK}
 
 
 class Rendered(NamedTuple):
