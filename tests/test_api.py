@@ -392,6 +392,13 @@ BAD_BODIES = [
     (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
     (chat(tools=["x"]), "tools[0]"),
     (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tools=[{"function": {}}]), "tools[0].function.name"),
+    (chat(tools=[{"function": {"name": 5}}]), "tools[0].function.name"),
+    (chat(tools=[{"function": {"name": ""}}]), "tools[0].function.name"),
+    (
+        chat(tools=[{"function": {"name": "f", "parameters": []}}]),
+        "tools[0].function.parameters",
+    ),
     (chat(tool_choice="required"), "tool_choice"),
     (chat(n=2), "n"),
     (chat(functions=[{"name": "f"}]), "functions"),

@@ -254,7 +254,13 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
     check_count("tools", len(tools), MAX_TOOLS)
     for i, tool in enumerate(tools):
         check_type(f"tools[{i}]", tool, dict)
-        check_type(f"tools[{i}].function", tool.get("function"), dict)
+        name, function = f"tools[{i}].function", tool.get("function")
+        check_type(name, function, dict)
+        check_type(f"{name}.name", function.get("name"), str)
+        if not function["name"]:
+            raise RequestError(400, f"{name}.name must not be empty", f"{name}.name")
+        if function.get("parameters") is not None:
+            check_type(f"{name}.parameters", function["parameters"], dict)
     if body.get("tool_choice") == "none":
         return None
     return tools or None

@@ -8,23 +8,16 @@ Rules:
 """
 
 import logging
-import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.server import ToolCallFormatter
 
 from ..request.request import Request, Token
 from .stop_words import StopWords
+from .tool_calls import ToolCallParser
 
 logger = logging.getLogger(__name__)
-
-# Bounds of a text that is given to upstream's tool parsers: the time of some grows with
-# the number of characters times the number of marks, and they cannot be interrupted.
-MAX_TOOL_TEXT = 1 << 16
-MAX_TOOL_MARKS = 64
-TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
 # The value of OpenAI's API for the log probability of a token that cannot be chosen.
 LEAST_LOGPROB = -9999.0
@@ -85,7 +78,7 @@ class AnswerParser:
     def __init__(self, request: Request, stream: bool):
         tokenizer = request.model.tokenizer
         self.detokenizer = tokenizer.detokenizer
-        self.format_tool_calls = ToolCallFormatter(
+        self.tool_calls = ToolCallParser(
             tokenizer.tool_parser, request.completion.tools, stream
         )
         if not request.completion.tools:
@@ -148,7 +141,7 @@ class AnswerParser:
             elif name == "normal":
                 self.add_text(piece, delta)
         if last:
-            self.end_tool_call(delta)
+            self.end_tool_call(delta, is_cut=delta.finish_reason == "length")
             delta.text += self.stop_words.flush()
 
     def add_text(self, text: str, delta: Delta) -> None:
@@ -158,15 +151,14 @@ class AnswerParser:
             if self.stop_words.found:
                 delta.finish_reason = "stop"
 
-    def end_tool_call(self, delta: Delta) -> None:
-        """Parse the text of a tool call that has ended, if there is one. What cannot be
-        parsed is added to the answer as text."""
+    def end_tool_call(self, delta: Delta, is_cut: bool = False) -> None:
+        """Parse the text of a tool call that has ended, or was cut off, if there is one.
+        What cannot be parsed is added to the answer as text."""
         text, self.tool_text = self.tool_text, ""
         if not text or (self.takes_one_call and self.made_tool_call):
             return
         try:
-            check_tool_text(text)
-            calls = self.format_tool_calls([text])
+            calls = self.tool_calls.parse(text, is_cut)
         except Exception as e:
             # Upstream's parsers raise other errors than the ValueError that they should.
             logger.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
@@ -181,19 +173,6 @@ class AnswerParser:
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)
-
-
-def check_tool_text(text: str) -> None:
-    """Check that a tool parser takes little time for a text.
-
-    Raises:
-        ValueError: If it has too many characters or too many marks.
-    """
-    n_marks = len(TOOL_MARK.findall(text))
-    if "<atem:" in text:
-        n_marks += text.count('name="')
-    if len(text) > MAX_TOOL_TEXT or n_marks > MAX_TOOL_MARKS:
-        raise ValueError(f"it has {len(text)} characters and {n_marks} marks")
 
 
 def in_json(logprob: float) -> float:
