@@ -397,8 +397,19 @@ def test_json_call_has_an_object_of_arguments(form, text, arguments, answer):
 )
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_is_no_call_stays_text(form, text, answer):
-    found = answer(form, text)
+    found = answer(form, text, [tool(), tool("other")])
     assert (found.text, found.calls, found.end) == (text, [], "stop")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"arguments": {"v": 1}}', '{"parameters": {"v": 1}}']
+)
+@pytest.mark.parametrize("form", FORMATS)
+def test_call_without_a_name_is_of_the_only_tool(form, text, answer):
+    assert functions(answer(form, text).calls) == [("send", {"v": 1})]
+    # Any object could be the arguments.
+    for text in ('{"v": 1}', "{}", '{"name": "", "arguments": {}}'):
+        assert answer(form, text).text == text
 
 
 @pytest.mark.parametrize("between", ["\n", ", "])

@@ -147,12 +147,15 @@ class ToolCallParser:
         for wrapper in ("function", "tool"):
             if isinstance(call.get(wrapper), dict):
                 call = {"id": call.get("id")} | call[wrapper]
-        name = call.get("name", call.get("function"))
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError("a call has no name")
         arguments = call.get("arguments")
         # Llama's name for them.
         arguments = call.get("parameters") if arguments is None else arguments
+        name = call.get("name", call.get("function"))
+        if name is None and arguments is not None and len(self.parameters) == 1:
+            # It can only be of the one tool that there is.
+            (name,) = self.parameters
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("a call has no name")
         arguments = {
             key: fit(value, self.allowed_for(name, key))
             for key, value in decode_object(arguments).items()

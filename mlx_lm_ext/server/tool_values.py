@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, FrozenSet, Iterator, List, Union
 from urllib.parse import unquote
 
+from ..request.json_text import well_formed
+
 # Schemas that are looked at for one argument, references and alternatives included.
 MAX_SCHEMAS = 256
 
@@ -53,9 +55,7 @@ def as_json(value: Any) -> Any:
     Raises:
         TypeError: If JSON has no such value.
     """
-    text = json.dumps(value, ensure_ascii=False)
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return DECODER.decode(whole)
+    return DECODER.decode(well_formed(json.dumps(value, ensure_ascii=False)))
 
 
 def decode_object(value: Any) -> Dict[str, Any]:
