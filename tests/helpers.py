@@ -74,6 +74,21 @@ def plugin(tryfirst=False, trylast=False, **functions):
     return type("Plugin", (), marked)()
 
 
+def saying(ids):
+    """A plugin with which each answer is these ids, and then the end of the text."""
+
+    def processors(request, tokenizer, args):
+        rest = iter([*ids, min(tokenizer.eos_token_ids)])
+
+        def force(tokens, logits):
+            wanted = mx.arange(logits.shape[-1]) == next(rest, 0)
+            return mx.where(wanted, 0.0, -mx.inf)[None]
+
+        return [force]
+
+    return plugin(mlx_lm_make_logits_processors=processors)
+
+
 class Always(BatchSampler):
     """Chooses token 65 + the number of tokens that the row has had."""
 

@@ -7,6 +7,7 @@ import pytest
 from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
 
+from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.request import Token
 from mlx_lm_ext.server.answer import AnswerParser, in_json
 
@@ -27,26 +28,14 @@ class ToolTokenizer:
 
     def __init__(self, tokenizer):
         self.encode = tokenizer.encode
-        self.detokenizer = tokenizer.detokenizer
+        self.decode = tokenizer.decode
+        self.get_vocab = tokenizer.get_vocab
 
     @staticmethod
     def tool_parser(text, tools):
         if not text.startswith("call "):
             raise ValueError("no call")
         return {"name": text[5:], "arguments": {"x": 1}}
-
-
-class PiecesDetokenizer:
-    """Makes these pieces of tokens 0, 1, ..."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def add_token(self, token):
-        self.last_segment = self.pieces[token]
-
-    def finalize(self):
-        self.last_segment = ""
 
 
 def parse(
@@ -61,7 +50,7 @@ def parse(
 ):
     """Parse a text, or its tokens, ``pile`` tokens at a time; gives the joined answer."""
     request = SimpleNamespace(
-        model=SimpleNamespace(tokenizer=tokenizer),
+        model=SimpleNamespace(tokenizer=tokenizer, decoder=Decoder(tokenizer)),
         completion=CompletionRequest(request_type, "", [], tools, None),
         body=body,
         args=SimpleNamespace(stop_words=list(stop)),
@@ -141,9 +130,8 @@ def test_second_of_parallel_tool_calls_is_dropped_if_one_is_wanted(tokenizer, pi
 
 def test_text_around_the_only_tool_call_is_kept_up_to_it(tokenizer):
     tokenizer = ToolTokenizer(tokenizer)
-    tokenizer.detokenizer = PiecesDetokenizer(
-        ["so", "<tool>call f", "</tool> and", "."]
-    )
+    pieces = ["so", "<tool>call f", "</tool> and", "."]
+    tokenizer.decode = lambda ids: "".join(pieces[i] for i in ids)
     answer = parse(tokenizer, [0, 1, 2, 3], stop=["so long"], parallel_tool_calls=False)
     assert (answer.text, answer.n_tokens) == ("so", 3)
     assert [c["function"]["name"] for c in answer.calls] == ["f"]

@@ -1,10 +1,12 @@
 """What a handler knows of a model. It has no arrays."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Dict, Optional, Tuple
 
 from mlx_lm.generate import StopSequences
 
+from .detokenizing import Decoder
 from .preparation import Preparation
 from .tokenizing import BoundedTokenizer
 
@@ -36,6 +38,11 @@ class ServedModel:
     takes_images: bool
     end_of_text: StopSequences
     template_facts: Dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Makes text of token ids."""
+        return Decoder(self.tokenizer)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation

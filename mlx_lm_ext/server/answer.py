@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
 
+from ..request.detokenizing import Detokenizer
 from ..request.request import Request, Token
 from .stop_words import StopWords
 
@@ -84,7 +85,7 @@ class AnswerParser:
 
     def __init__(self, request: Request, stream: bool):
         tokenizer = request.model.tokenizer
-        self.detokenizer = tokenizer.detokenizer
+        self.detokenizer = Detokenizer(request.model.decoder)
         self.format_tool_calls = ToolCallFormatter(
             tokenizer.tool_parser, request.completion.tools, stream
         )
@@ -118,13 +119,12 @@ class AnswerParser:
         for group in groups:
             delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
-            for token in group:
-                # An end-of-text token has no text.
-                if token.finish_reason != "stop":
-                    self.detokenizer.add_token(token.id)
+            # An end-of-text token has no text.
+            said = [t.id for t in group if t.finish_reason != "stop"]
+            text = self.detokenizer.add(said)
             if delta.finish_reason is not None:
-                self.detokenizer.finalize()
-            self.split(self.detokenizer.last_segment, delta)
+                text += self.detokenizer.end()
+            self.split(text, delta)
             if delta.finish_reason is not None:
                 break
         if delta.finish_reason == "stop" and self.made_tool_call:
