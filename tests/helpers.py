@@ -74,10 +74,18 @@ def plugin(tryfirst=False, trylast=False, **functions):
     return type("Plugin", (), marked)()
 
 
-def saying(ids):
-    """A plugin with which each answer is these ids, and then the end of the text."""
+def saying(answer):
+    """A plugin with which each answer is this, and then the end of the text.
+
+    Args:
+        answer (Union[str, List[int], Callable]): The text, its ids, or a function that gives
+          one of them for a request.
+    """
 
     def processors(request, tokenizer, args):
+        ids = answer(request) if callable(answer) else answer
+        if isinstance(ids, str):
+            ids = tokenizer.encode(ids, add_special_tokens=False)
         rest = iter([*ids, min(tokenizer.eos_token_ids)])
 
         def force(tokens, logits):

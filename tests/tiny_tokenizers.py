@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_lm_ext.bench.random_model import LLAMA, make_model, save
 
@@ -16,6 +17,7 @@ PIECES = "▁ ▁▁ ▁▁▁▁ ▁hello hello ▁x é 世 . , \n ▁. ' n n't
 PIECES += "abehlotx"
 WORDS = "hello ##ing world a ##b . , ' s n t n't 's m do not".split()
 LETTERS = ["a", "b", "a</w>", "b</w>", ".</w>"]
+CHARACTERS = bytes_to_unicode()
 SPOKEN = ["<pad>", *"helo|.'"]
 
 
@@ -93,16 +95,16 @@ class OwnTokenizer(PreTrainedTokenizer):
         return len(self.tokens)
 
     def get_vocab(self):
-        return {raw.decode("latin-1"): i for i, raw in enumerate(self.tokens)}
+        return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
 
     def _tokenize(self, text, **kwargs):
-        return [chr(byte) for byte in text.encode()]
+        return [CHARACTERS[byte] for byte in text.encode()]
 
     def _convert_token_to_id(self, token):
-        return ord(token)
+        return self.get_vocab()[token]
 
     def _convert_id_to_token(self, index):
-        return self.tokens[index].decode("latin-1")
+        return "".join(map(CHARACTERS.get, self.tokens[index]))
 
     def decode(self, token_ids, **kwargs):
         raw = b"".join(self.tokens[i] for i in token_ids)

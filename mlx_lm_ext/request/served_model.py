@@ -8,6 +8,7 @@ from mlx_lm.generate import StopSequences
 
 from .detokenizing import Decoder
 from .preparation import Preparation
+from .token_bytes import TokenBytes
 from .tokenizing import BoundedTokenizer
 
 # The paths of a model, an adapter and a draft model.
@@ -43,6 +44,11 @@ class ServedModel:
     def decoder(self) -> Decoder:
         """Makes text of token ids."""
         return Decoder(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of each token."""
+        return TokenBytes(self.decoder)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
