@@ -9,8 +9,8 @@ Rules:
 
 import logging
 import re
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import ToolCallFormatter
@@ -50,6 +50,14 @@ class Delta:
     tokens: List[Token] = field(default_factory=list)
     logprobs: List[ChosenToken] = field(default_factory=list)
     finish_reason: Optional[str] = None
+
+    def chunks(self) -> Iterator["Delta"]:
+        """The chunks of a stream that it makes. The finish reason has one of its own: some
+        clients read nothing else of a chunk that has one."""
+        if self.text or self.reasoning or self.tool_calls or self.logprobs:
+            yield replace(self, finish_reason=None)
+        if self.finish_reason is not None:
+            yield Delta(finish_reason=self.finish_reason)
 
 
 class WithoutTools:

@@ -234,14 +234,8 @@ class BatchAPIHandler(HTTPHandler):
             if delta is None:
                 self.send_keepalive()
                 continue
-            if (
-                delta.text
-                or delta.reasoning
-                or delta.tool_calls
-                or delta.finish_reason
-                or delta.logprobs
-            ):
-                chunk = self.make_response(request, delta, is_first=is_first)
+            for part in delta.chunks():
+                chunk = self.make_response(request, part, is_first=is_first)
                 self.send_event(json.dumps(chunk))
                 is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
