@@ -94,6 +94,19 @@ def test_tokens_and_bytes_add_up_to_the_text(kind, text, stop, finish_reason, si
     assert offsets == [sum(len(c.text) for c in chosen[:i]) for i in range(len(chosen))]
 
 
+@pytest.mark.parametrize("kind", EXACT)
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_tokens_add_up_to_what_is_no_text(kind, data):
+    n = len(model_of(kind).tokenizer)
+    ids = data.draw(st.lists(st.integers(0, n + 3), max_size=40))
+    text, chosen = parse(
+        kind, ids, sizes=data.draw(st.lists(st.integers(1, 9), min_size=1))
+    )
+    assert "".join(c.text for c in chosen) == text
+    assert [c.token.id for c in chosen] == ids
+
+
 @pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "own"])
 def test_part_of_a_character_has_its_bytes_and_the_last_part_its_text(kind):
     n_before = len(encode(kind, "a"))

@@ -56,6 +56,7 @@ class ChosenTokens:
     def __init__(self, token_bytes: TokenBytes):
         self.token_bytes = token_bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.row: List[Token] = []
         self.waiting: List[ChosenToken] = []
         self.n_characters = 0
         self.is_first = True
@@ -63,16 +64,40 @@ class ChosenTokens:
     def add(self, tokens: List[Token]) -> None:
         decoder = self.token_bytes.decoder
         for token in tokens:
-            raw = self.token_bytes.get(token.id, self.is_first)
+            if token.id in decoder.known and token.id not in decoder.bytes:
+                self.end_row()
+            elif self.row or token.id in decoder.bytes:
+                self.row.append(token)
+                continue
+            self.append(token)
+
+    def end_row(self) -> None:
+        """Add the byte tokens in a row, which are characters or, if one of them is wrong,
+        none."""
+        row, self.row = self.row, []
+        raw = [self.token_bytes.get(token.id) for token in row]
+        try:
+            b"".join(raw).decode()
+        except UnicodeDecodeError:
+            texts = ["\ufffd" * len(r) for r in raw]
+        else:
+            texts = [None] * len(raw)
+        for token, text in zip(row, texts):
+            self.append(token, text)
+
+    def append(self, token: Token, text: Optional[str] = None) -> None:
+        raw = self.token_bytes.get(token.id, self.is_first)
+        if text is None:
             text = self.utf8.decode(raw or b"", final=raw is None)
             if raw is None:
                 text += self.token_bytes.text(token.id)
-            self.waiting.append(
-                ChosenToken(token, text, raw, self.n_characters, self.is_first)
-            )
-            self.n_characters += len(text)
-            # Those that the tokenizer does not have are no tokens for its decoder.
-            self.is_first = self.is_first and token.id not in decoder.known
+        self.waiting.append(
+            ChosenToken(token, text, raw, self.n_characters, self.is_first)
+        )
+        self.n_characters += len(text)
+        # Those that the tokenizer does not have are no tokens for its decoder.
+        if token.id in self.token_bytes.decoder.known:
+            self.is_first = False
 
     def take(self, n_characters: int) -> List[ChosenToken]:
         """Give out the tokens of the first ``n_characters`` of the text."""
@@ -89,6 +114,7 @@ class ChosenTokens:
         Args:
             n_characters (Optional[int]): The length of the text, if a stop word has cut it.
         """
+        self.end_row()
         rest, self.waiting = self.waiting, []
         if n_characters is not None:
             return [c.up_to(n_characters) for c in rest if c.offset < n_characters]
