@@ -64,7 +64,11 @@ class Reference:
         return [r.token for r in self.responses(prompt, max_tokens)]
 
     def text(self, prompt, max_tokens):
-        return "".join(r.text for r in self.responses(prompt, max_tokens))
+        tokens = self.tokens(prompt, max_tokens)
+        # Not the text of upstream's detokenizer, to which a NUL is another character.
+        if tokens[-1] in self.tokenizer.eos_token_ids:
+            tokens.pop()
+        return self.tokenizer.decode(tokens)
 
 
 def plugin(tryfirst=False, trylast=False, **functions):
