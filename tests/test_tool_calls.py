@@ -13,6 +13,7 @@ from mlx_lm import tool_parsers
 from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
 
+from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.request import Token
 from mlx_lm_ext.server.answer import AnswerParser
 from mlx_lm_ext.server.tool_calls import ToolCallParser
@@ -107,7 +108,7 @@ def tool(name="send", **properties):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def make_tokenizer(tokenizer, form):
+def make_tokenizer(form):
     """A tokenizer whose model writes tool calls in a format."""
     parser = import_module(f"mlx_lm.tool_parsers.{form}")
     return SimpleNamespace(
@@ -118,8 +119,6 @@ def make_tokenizer(tokenizer, form):
         tool_parser=parser.parse_tool_call,
         structural_markers=(),
         response_transitions={},
-        encode=tokenizer.encode,
-        detokenizer=tokenizer.detokenizer,
     )
 
 
@@ -128,17 +127,19 @@ def tokenizer(model_folder):
     return load_tokenizer(model_folder())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def answer(tokenizer):
     """Parses the text between the marks of a tool call, ``pile`` tokens at a time."""
 
+    decoder = Decoder(tokenizer)
+
     def parse(form, text, tools=None, pile=10**6, is_cut=False, stream=False):
-        model = make_tokenizer(tokenizer, form)
+        model = make_tokenizer(form)
         request = SimpleNamespace(
-            model=SimpleNamespace(tokenizer=model),
+            model=SimpleNamespace(tokenizer=model, decoder=decoder),
             completion=CompletionRequest("chat", "", [], tools or [tool()], None),
             body={},
-            args=SimpleNamespace(stop_words=[]),
+            args=SimpleNamespace(stop_words=[], logprobs=False),
             initial_state="normal",
         )
         text = model.tool_call_start + text + ("" if is_cut else model.tool_call_end)

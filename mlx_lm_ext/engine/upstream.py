@@ -3,6 +3,7 @@
 What upstream makes public (see ``patches/``) is deleted here.
 """
 
+from copy import copy
 from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -14,6 +15,7 @@ from mlx_lm.server import (
     ModelProvider,
     ResponseGenerator,
 )
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from mlx_lm.utils import _download
 
 from ..request.preparation import Preparations
@@ -45,6 +47,42 @@ class ModelProviderBase(ModelProvider):
     @property
     def tokenizer_config(self) -> Dict[str, Any]:
         return self._tokenizer_config
+
+
+class NoText(StreamingDetokenizer):
+    """Makes no text."""
+
+    text = ""
+
+    def reset(self) -> None:
+        self.offset = 0
+
+    def add_token(self, token: int) -> None:
+        pass
+
+    def finalize(self) -> None:
+        pass
+
+
+class WithoutText(TokenizerWrapper):
+    """A tokenizer that does not look at the tokens of an answer: upstream's fails for those
+    that only the model has, and its text is not used.
+
+    Args:
+        tokenizer (TokenizerWrapper): The tokenizer.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self.__dict__.update(tokenizer.__dict__)
+
+    @property
+    def detokenizer(self) -> NoText:
+        detokenizer = NoText()
+        detokenizer.reset()
+        return detokenizer
+
+    def convert_ids_to_tokens(self, ids: List[int]) -> List[int]:
+        return ids
 
 
 class SingleGenerator(ResponseGenerator):
@@ -125,7 +163,9 @@ class SingleGenerator(ResponseGenerator):
         stream: mx.Stream,
     ) -> None:
         """Serve a request on the calling thread. ``queue.put`` gets what upstream puts
-        into the queue of the response."""
+        into the queue of the response, without its text."""
+        self.model_provider = copy(self.model_provider)
+        self.model_provider.tokenizer = WithoutText(self.model_provider.tokenizer)
         self._serve_single((queue, request, args), stream)
 
 

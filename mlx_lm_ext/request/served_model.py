@@ -1,11 +1,14 @@
 """What a handler knows of a model. It has no arrays."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Dict, Optional, Tuple
 
 from mlx_lm.generate import StopSequences
 
+from .detokenizing import Decoder
 from .preparation import Preparation
+from .token_bytes import TokenBytes
 from .tokenizing import BoundedTokenizer
 
 # The paths of a model, an adapter and a draft model.
@@ -36,6 +39,16 @@ class ServedModel:
     takes_images: bool
     end_of_text: StopSequences
     template_facts: Dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Makes text of token ids."""
+        return Decoder(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of each token."""
+        return TokenBytes(self.decoder)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation

@@ -30,8 +30,9 @@ from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.preparation import Preparation
 from ..request.request import Request
 from ..request.served_model import ServedModel
-from .answer import AnswerParser, Delta, chat_logprobs, text_logprobs
+from .answer import AnswerParser, Delta
 from .connection import HTTPHandler
+from .logprobs import chat_logprobs, text_logprobs
 from .model_list import cached_models
 
 logger = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ class BatchAPIHandler(HTTPHandler):
                 answer.text += delta.text
                 answer.reasoning += delta.reasoning
                 answer.tool_calls += delta.tool_calls
-                answer.tokens += delta.tokens
+                answer.logprobs += delta.logprobs
                 answer.finish_reason = delta.finish_reason
         self.send_json(200, self.make_response(request, answer, self.n_tokens))
         return answer.finish_reason
@@ -233,14 +234,8 @@ class BatchAPIHandler(HTTPHandler):
             if delta is None:
                 self.send_keepalive()
                 continue
-            if (
-                delta.text
-                or delta.reasoning
-                or delta.tool_calls
-                or delta.finish_reason
-                or request.args.logprobs
-            ):
-                chunk = self.make_response(request, delta, is_first=is_first)
+            for part in delta.chunks():
+                chunk = self.make_response(request, part, is_first=is_first)
                 self.send_event(json.dumps(chunk))
                 is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
@@ -287,7 +282,7 @@ class BatchAPIHandler(HTTPHandler):
         if request.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs
-            choice["logprobs"] = make(delta.tokens, request.model.tokenizer.decode)
+            choice["logprobs"] = make(delta.logprobs, request.model.token_bytes)
         return response
 
     # Other routes
