@@ -8,7 +8,7 @@ from mlx_lm.server import CompletionRequest, GenerationArguments
 from ..errors import RequestError
 from ..interfaces import RequestStats
 from ..policies.guard import Policies
-from ..request.fields import check_choice
+from ..request.fields import check_choice, use_model_sampling
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
@@ -91,6 +91,8 @@ class EngineClient:
         """
         self.check_available()
         model.replace_developer_role(completion)
+        if model.sampling:
+            use_model_sampling(args, body, self.cli_args, model.sampling)
         request = Request(
             id=id,
             args=args,

@@ -20,6 +20,7 @@ from ..device import on_cpu, process_limit
 from ..errors import RequestError
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
+from .generation_config import FILE, read_sampling
 from .model_names import AllowedModels, is_path, normalize
 from .upstream import ModelProviderBase, download
 
@@ -156,6 +157,8 @@ class BatchModelProvider(ModelProviderBase):
         self, key: ModelKey, path: Path, tokenizer: Any = None
     ) -> ServedModel:
         try:
+            # First, because ``load_config`` reads the same file without checking it.
+            sampling = self._read_sampling(path)
             config = load_config(path)
             eos_token_ids = config.get("eos_token_id")
             if tokenizer is None:
@@ -175,7 +178,16 @@ class BatchModelProvider(ModelProviderBase):
             most_characters=most_characters(tokenizer, context_length),
             takes_images=takes_images(config),
             end_of_text=make_stop_sequences(tokenizer),
+            sampling=sampling,
         )
+
+    def _read_sampling(self, path: Path) -> Dict[str, Any]:
+        """The sampling that a model recommends, without what the command line gives."""
+        args = self.cli_args
+        if args.generation_config == "none":
+            return {}
+        sampling = read_sampling(path)
+        return {name: sampling[name] for name in sampling if name not in args.given}
 
     def _locate(self, key: ModelKey, names: Optional[ModelKey] = None) -> Path:
         """Find the files of a model, its adapter and its draft model.
@@ -232,7 +244,10 @@ class BatchModelProvider(ModelProviderBase):
             _, tokenizer = self.load(*key)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        self._keep(self._describe(key, path, tokenizer))
+        served = self._describe(key, path, tokenizer)
+        if self.cli_args.generation_config == "model":
+            logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")
+        self._keep(served)
 
     def unusable(self, param: str, name: str, reason: Any) -> RequestError:
         """The 404 for a model that a request may name, and that cannot be loaded."""

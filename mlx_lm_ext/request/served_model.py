@@ -1,7 +1,7 @@
 """What a handler knows of a model. It has no arrays."""
 
-from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
 
 from mlx_lm.generate import StopSequences
 from mlx_lm.server import CompletionRequest
@@ -26,6 +26,8 @@ class ServedModel:
         most_characters (int): A prompt with more characters cannot fit into the context.
         takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
+        sampling (Dict[str, Any]): What it samples with if neither a request nor the
+          command line says so, by fields of a request.
     """
 
     key: ModelKey
@@ -35,6 +37,7 @@ class ServedModel:
     most_characters: int
     takes_images: bool
     end_of_text: StopSequences
+    sampling: Dict[str, Any] = field(default_factory=dict)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
