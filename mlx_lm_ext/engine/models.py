@@ -17,7 +17,7 @@ from mlx_lm.server import ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ..device import on_cpu, process_limit
-from ..errors import RequestError
+from ..errors import RequestError, one_line
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
 from .generation_config import FILE, read_sampling
@@ -163,13 +163,13 @@ class BatchModelProvider(ModelProviderBase):
             eos_token_ids = config.get("eos_token_id")
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
+            bound_chat_templates(tokenizer)
         except Exception as e:
             raise self.unusable("model", key[0], e)
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
         context_length = find_context_length(text_config)
-        bound_chat_templates(tokenizer)
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
@@ -249,10 +249,9 @@ class BatchModelProvider(ModelProviderBase):
             logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")
         self._keep(served)
 
-    def unusable(self, param: str, name: str, reason: Any) -> RequestError:
+    def unusable(self, param: str, name: str, reason: Exception) -> RequestError:
         """The 404 for a model that a request may name, and that cannot be loaded."""
-        reason = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
-        message = f"{param} {name!r} cannot be loaded: {reason}"
+        message = f"{param} {name!r} cannot be loaded: {one_line(reason)}"
         if name == self.default_key[0]:
             return RequestError(404, message, param, "model_not_found")
         return self.not_found(param, message)

@@ -49,6 +49,9 @@ def bound_chat_templates(tokenizer: Any) -> None:
 
     Transformers keeps one compiled template for each text, so this also affects other
     tokenizers with the same template.
+
+    Raises:
+        ValueError: If a template is wrong.
     """
     templates = tokenizer.chat_template
     templates = templates.values() if isinstance(templates, dict) else [templates]
@@ -56,8 +59,9 @@ def bound_chat_templates(tokenizer: Any) -> None:
         if isinstance(template, str):
             try:
                 compile_chat_template(template).environment.concat = join_bounded
-            except TemplateError:
-                pass  # reported to each request that uses the template
+            except TemplateError as e:
+                line = f" in line {e.lineno}" if hasattr(e, "lineno") else ""
+                raise ValueError(f"its chat template is wrong{line}: {e.message}")
 
 
 def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:
