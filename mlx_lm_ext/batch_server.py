@@ -145,14 +145,25 @@ class BatchServer:
         logger.info(f"Serving {self.args.model_id} at http://{host}:{port}/v1")
 
     def find_model(self) -> None:
-        """Set ``args.model``, and ``args.model_id``, the name that clients see."""
+        """Set ``args.model``, and ``args.model_id``, the name that clients see.
+
+        Raises:
+            OSError: If the default model is needed, and its folder cannot be used.
+            RuntimeError: If it cannot be fetched.
+        """
         from .device import on_cpu
 
         args = self.args
         args.model_id = args.model
         if args.model is None:
             args.model_id = demo_model.NAME
-            args.model = str(demo_model.ensure(quantized=not on_cpu()))
+            try:
+                args.model = str(demo_model.ensure(quantized=not on_cpu()))
+            except OSError as e:
+                raise OSError(
+                    f"the default model cannot be kept in {demo_model.cache_directory()}: "
+                    f"{e.strerror or e}; name a model with --model, or set XDG_CACHE_HOME"
+                )
             logger.info(f"No --model was given: serving {args.model_id}")
 
     def listen(self) -> None:

@@ -261,6 +261,16 @@ def test_home_and_caches_that_cannot_be_written_are_not_needed(model_folder):
         assert call(port, "GET", "/v1/models")[0] == 200
 
 
+def test_default_model_whose_folder_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    server = BatchServer(SimpleNamespace(model=None), None, None)
+    with pytest.raises(OSError, match="Not a directory; name a model") as error:
+        server.find_model()
+    assert str(file) in str(error.value)
+
+
 def test_hugging_face_cache_that_cannot_be_read_has_no_models(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
@@ -304,20 +314,20 @@ def test_wrong_chat_template_of_the_served_model_ends_the_start(changed_model):
     folder = changed_model(chat_template_jinja="{# fine #}\n{% for %}")
     code, line = start_and_fail(folder)
     assert code == 1
-    assert "its chat template is wrong in line 2: " in line
+    assert "the chat template is wrong in line 2: " in line
 
 
 @pytest.mark.parametrize("template", WRONG_TEMPLATES)
-def test_wrong_chat_template_of_a_model_that_a_request_names_is_one_line(
+def test_wrong_chat_template_of_a_model_that_a_request_names_fails_its_chats(
     template, changed_model, start_server
 ):
     _, port = start_server("llama", "--allow-models", "any")
     folder = changed_model(chat_template_jinja=template)
     body = {"messages": HELLO, "model": str(folder), "max_tokens": 1}
     status, answer = call(port, "POST", CHAT, body)
-    assert (status, answer["error"]["param"]) == (404, "model")
-    assert "its chat template is wrong in line 1" in answer["error"]["message"]
-    assert complete(port, "hello", max_tokens=2)
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "the chat template is wrong in line 1: " in answer["error"]["message"]
+    assert complete(port, "hello", max_tokens=2, model=str(folder))
 
 
 def test_template_of_the_command_line_replaces_a_wrong_one(changed_model, start_server):

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, Dict, Optional
 
+from jinja2 import TemplateSyntaxError
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from ..errors import RequestError
@@ -14,6 +15,7 @@ from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
 from ..request.request import Request
 from ..request.served_model import ServedModel
+from ..request.tokenizing import explain
 from .inbox import Inbox
 from .models import BatchModelProvider
 from .upstream import SingleGenerator
@@ -139,6 +141,8 @@ class EngineClient:
             ) = self.tokenizing.tokenize(tokenizer, request.completion, request.args)
         except (ConnectionError, RequestError):
             raise
+        except TemplateSyntaxError as e:
+            raise RequestError(400, f"{name} cannot be tokenized: {explain(e)}", name)
         except Exception as e:
             # Chat templates are code, and can raise anything.
             raise RequestError(400, f"{name} cannot be tokenized: {e}", name)

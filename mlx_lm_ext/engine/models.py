@@ -163,7 +163,10 @@ class BatchModelProvider(ModelProviderBase):
             eos_token_ids = config.get("eos_token_id")
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
-            bound_chat_templates(tokenizer)
+            wrong = bound_chat_templates(tokenizer)
+            # Other models are loaded for a request, which may have no chat.
+            if wrong is not None and key == self.default_key:
+                raise ValueError(wrong)
         except Exception as e:
             raise self.unusable("model", key[0], e)
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:

@@ -9,7 +9,7 @@ Rules:
 from contextvars import ContextVar
 from typing import Any, Iterable, List, Optional, Union
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from ..errors import too_long
 from .preparation import Preparation
@@ -44,24 +44,30 @@ def join_bounded(pieces: Iterable[str]) -> str:
     return "".join(kept)
 
 
-def bound_chat_templates(tokenizer: Any) -> None:
+def bound_chat_templates(tokenizer: Any) -> Optional[str]:
     """Let the chat templates of a tokenizer join their pieces with ``join_bounded``.
 
     Transformers keeps one compiled template for each text, so this also affects other
     tokenizers with the same template.
 
-    Raises:
-        ValueError: If a template is wrong.
+    Returns:
+        What is wrong with one of them, if anything is.
     """
+    wrong = None
     templates = tokenizer.chat_template
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template in templates:
         if isinstance(template, str):
             try:
                 compile_chat_template(template).environment.concat = join_bounded
-            except TemplateError as e:
-                line = f" in line {e.lineno}" if hasattr(e, "lineno") else ""
-                raise ValueError(f"its chat template is wrong{line}: {e.message}")
+            except TemplateSyntaxError as e:
+                wrong = wrong or explain(e)
+    return wrong
+
+
+def explain(error: TemplateSyntaxError) -> str:
+    """What is wrong with a chat template."""
+    return f"the chat template is wrong in line {error.lineno}: {error.message}"
 
 
 def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:

@@ -240,10 +240,12 @@ class HTTPHandler(APIHandler):
 
     def client_is_gone(self) -> bool:
         """Whether the client has left (any thread)."""
-        # While the server stops, ``server_close`` has shut the reading side itself, and
-        # the last events are still to be sent.
-        if self.server.preparations.stopping:
-            return False
+        # Asked last: while the server stops, ``server_close`` shuts the reading sides itself,
+        # and the last events are still to be sent.
+        return self.is_closed() and not self.server.preparations.stopping
+
+    def is_closed(self) -> bool:
+        """Whether the other side has closed the connection, as far as can be told."""
         try:
             events = self.poll(select.POLLIN | POLLRDHUP)
             if events & CLOSED:
