@@ -379,7 +379,7 @@ def add_request_defaults(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the server. An argument that ``mlx_lm.server`` has too means the
-    same there."""
+    same there, but for a ``--top-p`` of 0, which is none there."""
     parser = ArgumentParser(
         prog="mlx_lm.batch_server",
         description="Serve a model over an OpenAI-compatible HTTP API, in batches.",

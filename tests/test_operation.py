@@ -38,6 +38,7 @@ from test_api import (
 
 from mlx_lm_ext import descriptors
 from mlx_lm_ext.batch_server import BatchServer
+from mlx_lm_ext.device import on_cpu
 from mlx_lm_ext.errors import RequestError, one_line
 from mlx_lm_ext.server import connection, http_server
 from mlx_lm_ext.server.http_server import BatchHTTPServer
@@ -116,6 +117,7 @@ descriptors.raise_limit()
     assert run(code, hard) == f"{after} {hard}"
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has it")
 def test_plugin_that_imports_mlx_lm_does_not_lower_the_limit(tmp_path, model_folder):
     (tmp_path / "importing.py").write_text("import mlx_lm")
     argv = ["--model", str(model_folder()), "--no-warmup", "-p", "importing"]
@@ -204,7 +206,11 @@ def test_connection_that_gets_no_thread_is_closed_with_one_line(monkeypatch, cap
 # Files and streams
 
 
-@pytest.mark.parametrize("redirection", [">&-", "<&- >&-", ">/dev/full"])
+# Only Linux has a device that is always full.
+FULL = ["/dev/full"] if os.path.exists("/dev/full") else []
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&-", *(f">{f}" for f in FULL)])
 def test_server_needs_no_standard_output(redirection, model_folder):
     argv = ["--model", str(model_folder()), "--no-warmup"]
     shell = f'exec "$@" {redirection}'
@@ -215,7 +221,9 @@ def test_server_needs_no_standard_output(redirection, model_folder):
     assert "Traceback" not in "".join(lines)
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "redirection", ["2>&-", "<&- >&- 2>&-", *(f"2>{f}" for f in FULL)]
+)
 def test_server_needs_no_standard_error(redirection, tmp_path, model_folder):
     # There is no line that tells the port, so the model does not exist.
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
@@ -245,7 +253,8 @@ os.write(9, str(first.fileno()).encode())
     assert (tmp_path / "x").read_text() == ""
 
 
-@pytest.mark.parametrize("folder", ["/nonexistent", "/proc"])
+@pytest.mark.skipif(not on_cpu(), reason="a GPU does not need the folder")
+@pytest.mark.parametrize("folder", ["/nonexistent", "/dev/null"])
 def test_folder_for_temporary_files_that_cannot_be_used_is_one_line(
     folder, model_folder
 ):
