@@ -26,6 +26,22 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class Given(argparse.Action):
+    """Stores a value as usual, and the field of a request that it is the default of in
+    ``args.given``: a default value does not tell whether it was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Optional[str] = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        field = "temperature" if self.dest == "temp" else self.dest
+        namespace.given = namespace.given | {field}
+
+
 def number(
     kind: type, minimum: float, maximum: float = math.inf
 ) -> Callable[[str], Any]:
@@ -323,6 +339,7 @@ def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_defaults(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(given=frozenset())
     add = parser.add_argument_group("defaults of requests").add_argument
     add(
         "--max-tokens",
@@ -333,22 +350,43 @@ def add_request_defaults(parser: argparse.ArgumentParser) -> None:
     add(
         "--temp",
         type=number(float, 0, 1e9),
+        action=Given,
         default=0.0,
         help="sampling temperature; 0 takes the most likely token",
     )
-    add("--top-p", type=number(float, 0, 1), default=1.0, help="nucleus sampling")
-    add("--top-k", type=number(int, 0), default=0, help="top-k sampling; 0 is off")
+    add(
+        "--top-p",
+        type=number(float, 0, 1),
+        action=Given,
+        default=1.0,
+        help="nucleus sampling; 0 takes the most likely token",
+    )
+    add(
+        "--top-k",
+        type=number(int, 0),
+        action=Given,
+        default=0,
+        help="top-k sampling; 0 is off",
+    )
     add(
         "--min-p",
         type=number(float, 0, 1),
+        action=Given,
         default=0.0,
         help="min-p sampling; 0 is off",
+    )
+    add(
+        "--generation-config",
+        choices=["none", "model"],
+        default="none",
+        help="model takes temperature, top_p, top_k, min_p and repetition_penalty from "
+        "the model's generation_config.json, where these arguments are not given",
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the server. An argument that ``mlx_lm.server`` has too means the
-    same there."""
+    same there, but for a ``--top-p`` of 0, which is none there."""
     parser = ArgumentParser(
         prog="mlx_lm.batch_server",
         description="Serve a model over an OpenAI-compatible HTTP API, in batches.",

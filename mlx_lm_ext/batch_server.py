@@ -13,15 +13,15 @@ import gc
 import logging
 import os
 import re
-import resource
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from threading import Thread
 from typing import Any, List, Optional
 
-from . import blas, demo_model
+from . import blas, demo_model, descriptors
 from .arguments import parse_arguments
 from .log import LogWriter
 from .policies.loading import PluginError, Plugins
@@ -29,14 +29,18 @@ from .policies.loading import PluginError, Plugins
 logger = logging.getLogger(__name__)
 
 # Seconds for the generation thread to end: it may be loading a model, or in a long step.
-STOP_TIMEOUT = 5.0
+# With ``CLOSE_TIMEOUT`` and the rest of the end it must be less than 10, after which
+# container engines kill.
+STOP_TIMEOUT = 4.0
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until SIGINT or SIGTERM, then exit with 0."""
-    # Before the plugins, because they may import MLX.
+    descriptors.open_standard()
+    # Before the plugins, because they may import MLX and mlx-lm.
     blas_line = blas.load()
-    args, plugins = parse_arguments(argv)
+    with descriptors.limit_kept():
+        args, plugins = parse_arguments(argv)
     log = LogWriter(args.log_level)
     if blas_line:
         logger.info(blas_line)
@@ -57,28 +61,15 @@ def main(argv: Optional[List[str]] = None) -> None:
         pass
     # If nobody reads the log lines, printing one more would block for ever.
     if log.drain(timeout=1.0):
-        if error is not None:
-            print(f"mlx_lm.batch_server: error: {error}", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            # It is None if the process was started with it closed.
-            if stream is not None:
-                stream.flush()
+        # Nobody may be left who reads it, or there may be no room on the disk.
+        with suppress(OSError, ValueError):
+            if error is not None:
+                print(f"mlx_lm.batch_server: error: {error}", file=sys.stderr)
+            sys.stderr.flush()
+            sys.stdout.flush()
     # Not ``sys.exit``: MLX frees what it keeps for a thread after the thread's Python
     # part has ended. If the interpreter is finalized by then, the process aborts.
     os._exit(code)
-
-
-def check_open_files() -> None:
-    """Check that mlx-lm can be imported: the import sets the limit of open files to 4096.
-
-    Raises:
-        RuntimeError: If this process may not have so many.
-    """
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and limit < 4096:
-        raise RuntimeError(
-            f"mlx-lm needs 4096 open files, and this process may have {limit} (ulimit -Hn)"
-        )
 
 
 def check_mlx_lm() -> None:
@@ -122,19 +113,23 @@ class BatchServer:
             RuntimeError: If the model cannot be loaded.
             KeyboardInterrupt: On SIGINT or SIGTERM.
         """
-        check_open_files()
+        # First, because the first process of a container is not ended by it otherwise.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        descriptors.raise_limit()
         check_mlx_lm()
+        with descriptors.limit_kept():
+            import mlx_lm.utils  # noqa: F401
         import mlx.core as mx
 
-        from .device import share_arenas
+        from .device import check_compiler, share_arenas
         from .policies.guard import Policies
 
         share_arenas()
+        check_compiler()
         self.log.take_over("transformers", "huggingface_hub")
         policies = Policies(self.plugins, self.args)
         if mx.distributed.init().size() > 1:
             raise RuntimeError("several machines are not supported; use mlx_lm.server")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.find_model()
         self.listen()
         self.start_engine(policies)
@@ -150,14 +145,25 @@ class BatchServer:
         logger.info(f"Serving {self.args.model_id} at http://{host}:{port}/v1")
 
     def find_model(self) -> None:
-        """Set ``args.model``, and ``args.model_id``, the name that clients see."""
+        """Set ``args.model``, and ``args.model_id``, the name that clients see.
+
+        Raises:
+            OSError: If the default model is needed, and its folder cannot be used.
+            RuntimeError: If it cannot be fetched.
+        """
         from .device import on_cpu
 
         args = self.args
         args.model_id = args.model
         if args.model is None:
             args.model_id = demo_model.NAME
-            args.model = str(demo_model.ensure(quantized=not on_cpu()))
+            try:
+                args.model = str(demo_model.ensure(quantized=not on_cpu()))
+            except OSError as e:
+                raise OSError(
+                    f"the default model cannot be kept in {demo_model.cache_directory()}: "
+                    f"{e.strerror or e}; name a model with --model, or set XDG_CACHE_HOME"
+                )
             logger.info(f"No --model was given: serving {args.model_id}")
 
     def listen(self) -> None:

@@ -8,7 +8,7 @@ from typing import Iterator, Optional
 
 import mlx.core as mx
 
-from .errors import RequestError
+from .errors import RequestError, one_line
 
 # Bytes of address space that a step may need in addition to the KV.
 MIN_LEFT = 256 << 20
@@ -108,6 +108,23 @@ def check_address_space() -> None:
     left = address_space_left()
     if left is not None and left < MIN_LEFT:
         raise RequestError(503, "the server has too little memory left (ulimit -v)")
+
+
+def check_compiler() -> None:
+    """Check that MLX can compile, for which it writes files on a CPU.
+
+    Raises:
+        RuntimeError: If it cannot: no request would be answered.
+    """
+    if not on_cpu():
+        return  # it may take seconds there
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) * 2)(mx.array(1.0)))
+    except RuntimeError as e:
+        raise RuntimeError(
+            f"MLX cannot compile ({one_line(e)}); it needs a folder for temporary files "
+            "(TMPDIR) that it can write to"
+        )
 
 
 def share_arenas() -> None:

@@ -1,7 +1,13 @@
 """Errors that reach an HTTP client, in OpenAI's shape."""
 
+import re
 from http import HTTPStatus
 from typing import Any, Dict, Optional
+
+# Characters of the text of another library's error that are passed on.
+MAX_REASON = 400
+# Lines of such texts that say less than the others.
+LESS = re.compile(r"Got: |\d{3} (Client|Server) Error")
 
 
 class RequestError(Exception):
@@ -59,3 +65,14 @@ def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
 def internal_error() -> RequestError:
     """The 500 for an error of the server. Its text may be confidential and is not sent."""
     return RequestError(500, "the server failed; its log says why")
+
+
+def one_line(error: BaseException) -> str:
+    """The text of another library's error in one line, what says most in front."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines.sort(key=lambda line: LESS.match(line) is not None)
+    text = " ".join(lines).rstrip(".")
+    # The texts of these are only names and values.
+    if not text or isinstance(error, (LookupError, AttributeError, TypeError)):
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

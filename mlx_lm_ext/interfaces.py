@@ -154,7 +154,8 @@ class RequestInfo:
         args (GenerationArguments): mlx-lm's sampling parameters and limits, with the
           defaults filled in: ``args.sampling.temperature``, ``args.max_tokens``, ...
         body (Dict[str, Any]): The JSON that the client sent, after it was checked: without
-          null fields, with the arguments of tool calls parsed and images as data URLs.
+          null fields, with one value for none (a ``top_k`` of -1 is 0 here), with the
+          arguments of tool calls parsed and images as data URLs.
           Fields that the server does not know are not checked and reach plugins here.
         arrival (float): When it came, in seconds of the clock.
         n_prompt (int): Tokens of its prompt.

@@ -4,9 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from mlx_lm_ext import blas
+from mlx_lm_ext import blas, descriptors
 
 blas.load()
+# Servers that tests start have the limit of this process.
+with descriptors.limit_kept():
+    import mlx_lm.utils  # noqa: F401
 
 import re
 import subprocess
@@ -126,9 +129,11 @@ def start_server(start_engine):
 
 
 @contextmanager
-def server_process(*argv, python=sys.executable, **kwargs):
-    """A started ``mlx_lm.batch_server`` process; gives its port and its output."""
-    command = [python, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
+def server_process(*argv, python=sys.executable, shell='exec "$@"', **kwargs):
+    """A started ``mlx_lm.batch_server`` process; gives its port and its output. ``shell`` is
+    the script that starts it."""
+    command = ["sh", "-c", shell, "sh", python, "-m", "mlx_lm_ext.batch_server"]
+    command += ["--port", "0", *argv]
     lines = []
     kwargs |= dict(stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **kwargs) as process:

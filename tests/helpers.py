@@ -17,7 +17,8 @@ from mlx_lm_ext.request.fields import make_generation_arguments, parse_body
 # A server with these has upstream serve each request alone.
 ALONE = ["--kv-bits", "8", "--quantized-kv-start", "100000"]
 
-JSON = {"Content-Type": "application/json"}
+# With a User-Agent, without which the server waits a moment for the end of a script.
+JSON = {"Content-Type": "application/json", "User-Agent": "tests"}
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,.ABC012"
 

@@ -182,20 +182,6 @@ def test_what_keeps_the_server_from_starting_is_one_line(model_folder, tmp_path)
             assert "Traceback" not in line
 
 
-def test_too_few_open_files_are_one_line(model_folder):
-    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
-    command += ["--log-level", "WARNING", "--model", str(model_folder())]
-    result = subprocess.run(
-        ["sh", "-c", 'ulimit -n 1000; exec "$@"', "sh", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert "1000" in line and "4096" in line
-
-
 @pytest.fixture
 def child_takes_sigint():
     """Lets processes start with the default action of SIGINT. They would ignore it if

@@ -34,7 +34,7 @@ ROOMS = [
     ("cache",),
     ("request",),
     ("interfaces", "hookspecs"),
-    ("errors", "device", "blas", "demo_model", "log", "patterns"),
+    ("errors", "device", "blas", "demo_model", "descriptors", "log", "patterns"),
 ]
 # mlx-lm could take these as they are.
 WITHOUT_PLUGINS = ("batch", "sampling", "cache")

@@ -14,7 +14,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import tokenizing
 from mlx_lm_ext.request.preparation import Interrupted, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
-from mlx_lm_ext.server import http_server
+from mlx_lm_ext.server import connection, http_server
 
 # For one content, a template that runs for hours and writes nothing.
 ENDLESS = (
@@ -167,7 +167,11 @@ def test_template_that_takes_too_long_costs_its_request(start_server, limit_prep
     assert call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200
 
 
-def test_template_ends_when_its_client_leaves(start_server, limit_preparing):
+def test_template_ends_when_its_client_leaves(
+    start_server, limit_preparing, monkeypatch
+):
+    # The client leaves so soon that it could also be waiting.
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
     limit_preparing(1, 60)
     _, port = start_server("llama", "--chat-template", ENDLESS)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:

@@ -38,6 +38,7 @@ from mlx_lm_ext.bench.workloads import (
     Plan,
     Run,
 )
+from mlx_lm_ext.descriptors import limit_kept
 
 try:
     import aiohttp
@@ -213,7 +214,9 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
     Raises:
         RuntimeError: If the model cannot be run.
     """
-    from mlx_lm.utils import load_tokenizer
+    # For the servers that are started later.
+    with limit_kept():
+        from mlx_lm.utils import load_tokenizer
 
     about = run_bare(model, [], 2, "")
     plan = Plan(

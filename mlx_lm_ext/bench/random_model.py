@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from mlx_lm_ext import demo_model
 from mlx_lm_ext.arguments import ArgumentParser
 from mlx_lm_ext.demo_model import write_tokenizer
+from mlx_lm_ext.descriptors import limit_kept
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -36,7 +37,9 @@ LLAMA = dict(COMMON, model_type="llama", num_hidden_layers=2, rms_norm_eps=1e-5)
 
 def make_model(architecture: str, config: Dict[str, Any], seed: int) -> Any:
     """Make a model from the contents of a ``config.json``."""
-    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    # For the servers that this process may start.
+    with limit_kept():
+        module = importlib.import_module(f"mlx_lm.models.{architecture}")
     mx.random.seed(seed)
     return module.Model(module.ModelArgs.from_dict(config))
 

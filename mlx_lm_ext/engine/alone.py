@@ -2,6 +2,7 @@
 images, and all requests with a draft model, with ``--kv-bits``, or to a model whose caches
 cannot be merged."""
 
+import secrets
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -42,8 +43,12 @@ class Alone:
 
     def serve(self, request: Request) -> None:
         """Serve a request to its end."""
+        seed = request.args.seed
+        if seed is None:
+            # Without one, upstream goes on where the last request has ended.
+            seed = secrets.randbits(64)
         # Stop words are found in the text, on the handler's thread.
-        args = replace(request.args, stop_words=[])
+        args = replace(request.args, stop_words=[], seed=seed)
         generator = SingleGenerator(
             self.model_provider, SaltedCache(request, self.prompt_cache), request
         )

@@ -3,17 +3,19 @@
 import argparse
 from typing import Any, Dict, Optional
 
+from jinja2 import TemplateSyntaxError
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
 from ..errors import RequestError
 from ..interfaces import RequestStats
 from ..policies.guard import Policies
-from ..request.fields import check_choice
+from ..request.fields import check_choice, use_model_sampling
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
 from ..request.request import Request
 from ..request.served_model import ServedModel
+from ..request.tokenizing import explain
 from .inbox import Inbox
 from .models import BatchModelProvider
 from .upstream import SingleGenerator
@@ -90,6 +92,8 @@ class EngineClient:
             RequestError: If it cannot be served.
         """
         self.check_available()
+        if model.sampling:
+            use_model_sampling(args, body, self.cli_args, model.sampling)
         request = Request(
             id=id,
             args=args,
@@ -136,6 +140,8 @@ class EngineClient:
             ) = self.tokenizing.tokenize(tokenizer, request.completion, request.args)
         except (ConnectionError, RequestError):
             raise
+        except TemplateSyntaxError as e:
+            raise RequestError(400, f"{name} cannot be tokenized: {explain(e)}", name)
         except Exception as e:
             # Chat templates are code, and can raise anything.
             raise RequestError(400, f"{name} cannot be tokenized: {e}", name)

@@ -18,10 +18,11 @@ from mlx_lm.server import ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ..device import on_cpu, process_limit
-from ..errors import RequestError
+from ..errors import RequestError, one_line
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
 from .context_length import TABLE_MODELS, find_context_length
+from .generation_config import FILE, read_sampling
 from .model_names import AllowedModels, is_path, normalize
 from .upstream import ModelProviderBase, download
 
@@ -140,17 +141,22 @@ class BatchModelProvider(ModelProviderBase):
         self, key: ModelKey, path: Path, tokenizer: Any = None
     ) -> ServedModel:
         try:
+            # First, because ``load_config`` reads the same file without checking it.
+            sampling = self._read_sampling(path)
             config = load_config(path)
             eos_token_ids = config.get("eos_token_id")
             context_length = find_context_length(config, self.cli_args.context_length)
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
+            wrong = bound_chat_templates(tokenizer)
+            # Other models are loaded for a request, which may have no chat.
+            if wrong is not None and key == self.default_key:
+                raise ValueError(wrong)
         except Exception as e:
             raise self.unusable("model", key[0], e)
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
-        bound_chat_templates(tokenizer)
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
@@ -160,7 +166,16 @@ class BatchModelProvider(ModelProviderBase):
             # Without a template, upstream would write an image as Python does.
             takes_images=takes_images(config) and tokenizer.has_chat_template,
             end_of_text=make_stop_sequences(tokenizer),
+            sampling=sampling,
         )
+
+    def _read_sampling(self, path: Path) -> Dict[str, Any]:
+        """The sampling that a model recommends, without what the command line gives."""
+        args = self.cli_args
+        if args.generation_config == "none":
+            return {}
+        sampling = read_sampling(path)
+        return {name: sampling[name] for name in sampling if name not in args.given}
 
     def _locate(self, key: ModelKey, names: Optional[ModelKey] = None) -> Path:
         """Find the files of a model, its adapter and its draft model.
@@ -229,12 +244,14 @@ class BatchModelProvider(ModelProviderBase):
             _, tokenizer = self.load(*key)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        self._keep(self._describe(key, path, tokenizer))
+        served = self._describe(key, path, tokenizer)
+        if self.cli_args.generation_config == "model":
+            logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")
+        self._keep(served)
 
-    def unusable(self, param: str, name: str, reason: Any) -> RequestError:
+    def unusable(self, param: str, name: str, reason: Exception) -> RequestError:
         """The 404 for a model that a request may name, and that cannot be loaded."""
-        reason = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
-        message = f"{param} {name!r} cannot be loaded: {reason}"
+        message = f"{param} {name!r} cannot be loaded: {one_line(reason)}"
         if name == self.default_key[0]:
             return RequestError(404, message, param, "model_not_found")
         return self.not_found(param, message)

@@ -4,6 +4,8 @@ Rules:
 1. A field that is invalid, or that OpenAI's API has and this server does not support, gives
    a 400 that names it. Unknown fields are ignored.
 2. A field that is absent or null has the default of the command line.
+3. What clients of other servers send for "none" is replaced here. Nothing else has to know
+   these values, plugins included.
 """
 
 import argparse
@@ -57,7 +59,7 @@ FIELDS = {
     "max_completion_tokens": Field(int, 1),
     "temperature": Field(float, 0),
     "top_p": Field(float, 0, 1),
-    "top_k": Field(int, 0),
+    "top_k": Field(int, 0, 2**63 - 1),
     "min_p": Field(float, 0, 1),
     "xtc_probability": Field(float, 0, 1),
     "xtc_threshold": Field(float, 0, 0.5),
@@ -88,6 +90,26 @@ FIELDS = {
     "sampler": NAME,
     "cache_salt": NAME,
 }
+
+# The values that mean none in vLLM, SGLang, llama.cpp, Ollama and LM Studio, or that
+# clients send for an empty object or array, and the one to use instead. None stands for a
+# field that is absent.
+UNSET: Dict[str, Tuple[List[Any], Any]] = {
+    "max_tokens": ([-1], None),
+    "max_completion_tokens": ([-1], None),
+    "top_k": ([-1], 0),
+    "seed": ([-1], None),
+    "repetition_penalty": ([1], 0),
+    "repetition_context_size": ([-1], 0),
+    "presence_context_size": ([-1], 0),
+    "frequency_context_size": ([-1], 0),
+    "stop": (["", [], {}], None),
+    "logit_bias": ([{}, []], None),
+}
+# Below these only the most likely token can be chosen. Clients send such values because
+# some servers refuse 0, and mlx-lm takes a top_p of 0 for 1.
+LEAST_TEMPERATURE = 1e-5
+LEAST_TOP_P = 1e-6
 
 # Characters of a stop word: the time to find it can grow with their square.
 MAX_STOP_WORD = 1000
@@ -162,11 +184,36 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         # Some clients send an empty name instead of none.
         if body.get(name) == "":
             del body[name]
-    for name, field in FIELDS.items():
-        if name in body:
-            check_field(name, body[name], field)
+    check_fields(body)
     check_supported(body)
     return body
+
+
+def check_fields(body: Dict[str, Any]) -> None:
+    """Check the fields of ``FIELDS``, and replace values that stand for others in place.
+
+    Raises:
+        RequestError: If one is wrong.
+    """
+    for name, (values, value) in UNSET.items():
+        # In Python, true is equal to 1.
+        if body.get(name) in values and body[name] is not True:
+            body[name] = value
+            if value is None:
+                del body[name]
+    for name, field in FIELDS.items():
+        if name in body:
+            if field.kind is int:
+                body[name] = as_integer(body[name])
+            check_field(name, body[name], field)
+
+
+def as_integer(value: Any) -> Any:
+    """An integer instead of an integral float: in some languages all numbers are floats.
+    Other values as they are."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
@@ -287,11 +334,10 @@ def parse_prompt(body: Dict[str, Any]) -> Any:
 def parse_stop(body: Dict[str, Any]) -> List[str]:
     """Check the stop words, and return them as a list."""
     stop = body.get("stop", [])
-    words = [stop] if isinstance(stop, str) else stop
-    if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
-        raise RequestError(
-            400, "stop must be a string or an array of non-empty strings", "stop"
-        )
+    words = stop if isinstance(stop, list) else [stop]
+    words = [word for word in words if word not in ("", None)]
+    if not all(isinstance(word, str) for word in words):
+        raise RequestError(400, "stop must be a string or an array of strings", "stop")
     check_count("stop", len(words), MAX_STOP_WORDS)
     if any(len(word) > MAX_STOP_WORD for word in words):
         message = f"stop words may have {MAX_STOP_WORD} characters at most"
@@ -313,6 +359,7 @@ def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
                 400, "top_logprobs needs logprobs to be true", "top_logprobs"
             )
         return logprobs, top
+    logprobs = as_integer(logprobs)
     check_field("logprobs", logprobs, FIELDS["top_logprobs"])
     return True, logprobs
 
@@ -383,14 +430,7 @@ def make_generation_arguments(
             draft=body.get("draft_model", "default_model"),
             adapter=body.get("adapters"),
         ),
-        sampling=SamplingArguments(
-            temperature=body.get("temperature", defaults.temp),
-            top_p=body.get("top_p", defaults.top_p),
-            top_k=body.get("top_k", defaults.top_k),
-            min_p=body.get("min_p", defaults.min_p),
-            xtc_probability=body.get("xtc_probability", 0.0),
-            xtc_threshold=body.get("xtc_threshold", 0.1),
-        ),
+        sampling=make_sampling_arguments(body, defaults),
         logits=LogitsProcessorArguments(
             logit_bias=parse_logit_bias(body),
             repetition_penalty=body.get("repetition_penalty", 0.0),
@@ -408,4 +448,48 @@ def make_generation_arguments(
         # MLX takes unsigned seeds of 64 bits.
         seed=None if seed is None else seed % 2**64,
         chat_template_kwargs=parse_template_variables(body),
+    )
+
+
+def use_model_sampling(
+    args: GenerationArguments,
+    body: Dict[str, Any],
+    defaults: argparse.Namespace,
+    sampling: Dict[str, Any],
+) -> None:
+    """Use the sampling of a model for the fields that the body does not have, in place.
+
+    Args:
+        args (GenerationArguments): The arguments of the request.
+        body (Dict[str, Any]): Its body, checked by ``parse_body``.
+        defaults (argparse.Namespace): The command line.
+        sampling (Dict[str, Any]): Values by fields, checked by ``check_fields``.
+    """
+    body = sampling | body
+    args.sampling = make_sampling_arguments(body, defaults)
+    args.logits.repetition_penalty = body.get("repetition_penalty", 0.0)
+
+
+def make_sampling_arguments(
+    body: Dict[str, Any], defaults: argparse.Namespace
+) -> SamplingArguments:
+    """Make the sampling arguments of a request.
+
+    Args:
+        body (Dict[str, Any]): The body, checked by ``parse_body``.
+        defaults (argparse.Namespace): The command line.
+    """
+    temperature = body.get("temperature", defaults.temp)
+    top_p = body.get("top_p", defaults.top_p)
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
+    if top_p < LEAST_TOP_P:
+        temperature, top_p = 0.0, 1.0
+    return SamplingArguments(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=body.get("top_k", defaults.top_k),
+        min_p=body.get("min_p", defaults.min_p),
+        xtc_probability=body.get("xtc_probability", 0.0),
+        xtc_threshold=body.get("xtc_threshold", 0.1),
     )

@@ -28,6 +28,8 @@ class ServedModel:
         most_characters (int): A prompt with more characters cannot fit into the context.
         takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
+        sampling (Dict[str, Any]): What it samples with if neither a request nor the
+          command line says so, by fields of a request.
         template_facts (Dict): What is known of its chat template, see ``TemplateShape``.
     """
 
@@ -38,6 +40,7 @@ class ServedModel:
     most_characters: int
     takes_images: bool
     end_of_text: StopSequences
+    sampling: Dict[str, Any] = field(default_factory=dict)
     template_facts: Dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @cached_property

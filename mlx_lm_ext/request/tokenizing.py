@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from os.path import commonprefix
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from ..errors import RequestError, too_long
 from .history import Message
@@ -51,20 +51,30 @@ def join_bounded(pieces: Iterable[str]) -> str:
     return "".join(kept)
 
 
-def bound_chat_templates(tokenizer: Any) -> None:
+def bound_chat_templates(tokenizer: Any) -> Optional[str]:
     """Let the chat templates of a tokenizer join their pieces with ``join_bounded``.
 
     Transformers keeps one compiled template for each text, so this also affects other
     tokenizers with the same template.
+
+    Returns:
+        What is wrong with one of them, if anything is.
     """
+    wrong = None
     templates = tokenizer.chat_template
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template in templates:
         if isinstance(template, str):
             try:
                 compile_chat_template(template).environment.concat = join_bounded
-            except TemplateError:
-                pass  # reported to each request that uses the template
+            except TemplateSyntaxError as e:
+                wrong = wrong or explain(e)
+    return wrong
+
+
+def explain(error: TemplateSyntaxError) -> str:
+    """What is wrong with a chat template."""
+    return f"the chat template is wrong in line {error.lineno}: {error.message}"
 
 
 def most_characters(tokenizer: Any, context_length: Optional[int]) -> int:

@@ -9,7 +9,6 @@ Rules:
 import json
 import logging
 from typing import Any, Dict, Iterator, List, Optional
-from urllib.parse import unquote
 
 from ..errors import RequestError, internal_error
 from ..request.fields import (
@@ -31,7 +30,7 @@ from ..request.preparation import Preparation
 from ..request.request import Request
 from ..request.served_model import ServedModel
 from .answer import AnswerParser, Delta
-from .connection import HTTPHandler
+from .connection import HTTPHandler, clean
 from .logprobs import chat_logprobs, text_logprobs
 from .model_list import cached_models
 
@@ -41,8 +40,9 @@ logger = logging.getLogger(__name__)
 # which it is checked that the client and the engine are still there.
 HEARTBEAT = 1.0
 
-POST_ROUTES = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
-GET_ROUTES = ("/v1/models", "/health")
+# Each of them is also there with /v1 in front.
+CHATS, TEXTS, MODELS, HEALTH = "/chat/completions", "/completions", "/models", "/health"
+METHODS = {CHATS: "POST", TEXTS: "POST", MODELS: "GET, HEAD", HEALTH: "GET, HEAD"}
 
 
 class BatchAPIHandler(HTTPHandler):
@@ -53,17 +53,22 @@ class BatchAPIHandler(HTTPHandler):
 
     # Requests
 
+    @property
+    def endpoint(self) -> str:
+        """The path of the request, without the version of the API."""
+        return self.route.removeprefix("/v1")
+
     def get(self) -> None:
-        if self.route == "/health":
+        if self.endpoint == HEALTH:
             self.handle_health_check()
-        elif self.route == "/v1/models" or self.route.startswith("/v1/models/"):
+        elif self.endpoint == MODELS or self.endpoint.startswith(f"{MODELS}/"):
             self.handle_models_request()
         else:
             raise self.wrong_route()
 
     def post(self) -> None:
         raw = self.read_body()
-        if self.route not in POST_ROUTES:
+        if METHODS.get(self.endpoint) != "POST":
             raise self.wrong_route()
         engine = self.response_generator
         engine.check_available()
@@ -94,6 +99,7 @@ class BatchAPIHandler(HTTPHandler):
                 self.request_id,
                 preparation,
             )
+        self.is_submitted = True
         self.n_tokens, reason = 0, "error"
         try:
             reason = (
@@ -118,7 +124,7 @@ class BatchAPIHandler(HTTPHandler):
         self.args = make_generation_arguments(
             self.body, self.response_generator.cli_args
         )
-        self.is_chat = self.route != "/v1/completions"
+        self.is_chat = self.endpoint == CHATS
         if self.is_chat:
             self.body["messages"] = parse_messages(self.body)
             self.body["tools"] = parse_tools(self.body)
@@ -144,12 +150,11 @@ class BatchAPIHandler(HTTPHandler):
             raise RequestError(400, message, "cache_salt")
 
     def wrong_route(self) -> RequestError:
-        route = self.route
-        if route in POST_ROUTES + GET_ROUTES:
-            right = "POST" if route in POST_ROUTES else "GET"
-            message = f"{route} takes {right}, not {self.command}"
+        right = METHODS.get(self.endpoint)
+        if right is not None:
+            message = f"{self.route} takes {right}, not {self.command}"
             return RequestError(405, message, headers={"Allow": f"{right}, OPTIONS"})
-        return RequestError(404, f"there is no {route[:200]} here")
+        return RequestError(404, f"there is no {self.route[:200]} here")
 
     def check_images(
         self, model: ServedModel, images: List[Dict], preparation: Preparation
@@ -308,14 +313,15 @@ class BatchAPIHandler(HTTPHandler):
             {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
             for i in dict.fromkeys(ids)
         ]
-        wanted = unquote(self.route.removeprefix("/v1/models").strip("/"))
+        wanted = self.endpoint.removeprefix(MODELS)
         if not wanted:
             self.send_json(200, {"object": "list", "data": models})
             return
         for model in models:
-            if model["id"].strip("/") == wanted:
+            # An id may be a path.
+            if clean(model["id"]) == wanted:
                 self.send_json(200, model)
                 return
         raise RequestError(
-            404, f"there is no model {wanted!r} here", "model", "model_not_found"
+            404, f"there is no model {wanted[1:]!r} here", "model", "model_not_found"
         )

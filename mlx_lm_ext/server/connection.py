@@ -4,6 +4,9 @@ Rules:
 1. Every response but an event stream has a length, and every error is OpenAI's JSON.
 2. A connection serves another request only if the body of the last one was read whole.
 3. A client that has left is not an error: nothing is written, nothing is logged.
+4. A client may close its sending side right after its request and wait for the answer. One
+   that closes it later has left. Nothing else tells the two apart until something is
+   written.
 """
 
 import io
@@ -15,6 +18,7 @@ import time
 from email.errors import MissingHeaderBodySeparatorDefect
 from email.message import Message
 from typing import Any, Callable, Dict, Optional
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from mlx_lm.server import APIHandler
 
@@ -26,9 +30,36 @@ logger = logging.getLogger(__name__)
 # Seconds in which the rest of a refused body is read.
 LINGER = 3.0
 
+# Seconds after the arrival of a request in which its client may close its sending side, and
+# those in which the request has to be submitted then.
+HALF_CLOSE, PATIENCE = 0.25, 5.0
+# Seconds to wait for that if there is no User-Agent: such requests come from scripts.
+SCRIPT_WAIT = 0.02
+
 # The event that the other side has closed its sending side. macOS lacks it, and reports
-# POLLHUP instead.
-POLLRDHUP = getattr(select, "POLLRDHUP", 0)
+# POLLHUP instead, which elsewhere means that both sides are closed.
+POLLRDHUP = getattr(select, "POLLRDHUP", select.POLLHUP)
+CLOSED = select.POLLERR | (select.POLLHUP & ~POLLRDHUP)
+
+
+def clean(path: str) -> str:
+    """A path without doubled and trailing slashes."""
+    return "/" + "/".join(name for name in path.split("/") if name)
+
+
+def path_of(target: str) -> str:
+    """The clean path that a request asks for, decoded and without its query.
+
+    Args:
+        target (str): The second word of the request, in Latin-1. It may be a whole URL.
+    """
+    if not target.startswith("/"):
+        try:
+            target = urlsplit(target).path
+        except ValueError:
+            pass  # no route is like this
+    raw = target.partition("?")[0].encode("latin-1", "replace")
+    return clean(unquote_to_bytes(raw).decode("utf-8", "replace"))
 
 
 class HTTPHandler(APIHandler):
@@ -45,8 +76,13 @@ class HTTPHandler(APIHandler):
     expects_continue = False
     # Whether a part of a body may be unread.
     is_unread = False
-    # The path of the request without its query.
+    # The path of the request.
     route = ""
+    # When the request had arrived, and whether it has been submitted to the engine.
+    arrived = 0.0
+    is_submitted = False
+    # Whether the client has closed its sending side in time.
+    is_half_closed = False
 
     @property
     def max_body(self) -> int:
@@ -61,7 +97,7 @@ class HTTPHandler(APIHandler):
 
     def handle_one_request(self):
         self.incoming.begin()
-        self.expects_continue = False
+        self.expects_continue = self.is_half_closed = self.is_submitted = False
         super().handle_one_request()
 
     def finish(self):
@@ -97,7 +133,7 @@ class HTTPHandler(APIHandler):
     def parse_request(self):
         if not super().parse_request():
             return False
-        self.route = self.path.partition("?")[0]
+        self.route = path_of(self.path)
         # Python's parser ignores all headers after such a line.
         if MissingHeaderBodySeparatorDefect in map(type, self.headers.defects):
             self.send_error(400, "a line of the headers has no name")
@@ -115,11 +151,13 @@ class HTTPHandler(APIHandler):
         self.ignore_body()
         self.respond(self.get)
 
+    # ``send_json`` leaves out the body.
+    do_HEAD = do_GET
+
     def do_OPTIONS(self):
         self.ignore_body()
         self.send_response(204)
-        self.send_cors_headers()
-        self.end_headers()
+        self.end_head()
 
     def do_POST(self):
         try:
@@ -190,6 +228,9 @@ class HTTPHandler(APIHandler):
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time")
         self.close_connection, self.is_unread = close, False
+        self.arrived = time.monotonic()
+        if "User-Agent" not in self.headers:
+            self.poll(POLLRDHUP, SCRIPT_WAIT)
         return raw
 
     def reserve(self, n: int) -> None:
@@ -198,19 +239,34 @@ class HTTPHandler(APIHandler):
         self.n_reserved += n
 
     def client_is_gone(self) -> bool:
-        """Whether the client has closed the connection or its sending side (any thread)."""
-        poll = select.poll()
+        """Whether the client has left (any thread)."""
+        # Asked last: while the server stops, ``server_close`` shuts the reading sides itself,
+        # and the last events are still to be sent.
+        return self.is_closed() and not self.server.preparations.stopping
+
+    def is_closed(self) -> bool:
+        """Whether the other side has closed the connection, as far as can be told."""
         try:
-            poll.register(self.connection, select.POLLIN | POLLRDHUP)
-            events = sum(event for _, event in poll.poll(0))
-            gone = bool(events & (POLLRDHUP | select.POLLHUP | select.POLLERR))
-            if events and not gone:
-                gone = not self.connection.recv(1, socket.MSG_PEEK)
+            events = self.poll(select.POLLIN | POLLRDHUP)
+            if events & CLOSED:
+                return True
+            if not events & POLLRDHUP:
+                # It may have sent another request, or nothing more.
+                if not events or self.connection.recv(1, socket.MSG_PEEK):
+                    return False
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
-        # While the server stops, ``server_close`` has shut the reading side itself, and
-        # the last events are still to be sent.
-        return gone and not self.server.preparations.stopping
+        age = time.monotonic() - self.arrived
+        # With "Connection: close" it is not surprising.
+        if age < HALF_CLOSE and (self.close_connection or not self.is_submitted):
+            self.is_half_closed = True
+        return not (self.is_half_closed and (self.is_submitted or age < PATIENCE))
+
+    def poll(self, events: int, timeout: float = 0.0) -> int:
+        """Wait for events of the connection, and give those that there are."""
+        poll = select.poll()
+        poll.register(self.connection, events)
+        return sum(event for _, event in poll.poll(timeout * 1000))
 
     def send_cors_headers(self) -> None:
         """Let the page that asks read the answer, if its origin is allowed."""
@@ -222,6 +278,16 @@ class HTTPHandler(APIHandler):
         self.send_header("Access-Control-Allow-Methods", "*")
         # "*" stands for all headers but Authorization.
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+
+    def end_head(self) -> None:
+        """Send the headers that every response has, and end them."""
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        elif self.request_version == "HTTP/1.0":
+            # Such a client has asked for it, and else waits for the end.
+            self.send_header("Connection", "keep-alive")
+        self.send_cors_headers()
+        self.end_headers()
 
     def send_json(
         self,
@@ -235,12 +301,9 @@ class HTTPHandler(APIHandler):
         self.send_header("Content-Length", str(len(raw)))
         if status == 503:
             self.send_header("Retry-After", "1")
-        if self.close_connection:
-            self.send_header("Connection", "close")
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_cors_headers()
-        self.end_headers()
+        self.end_head()
         if self.command != "HEAD":
             self.wfile.write(raw)
 
@@ -254,8 +317,7 @@ class HTTPHandler(APIHandler):
             self.send_header("Transfer-Encoding", "chunked")
         else:
             self.close_connection = True
-        self.send_cors_headers()
-        self.end_headers()
+        self.end_head()
 
     def send_event(self, data: str) -> None:
         self.write(f"data: {data}\n\n".encode())

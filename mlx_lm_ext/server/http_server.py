@@ -1,18 +1,22 @@
 """The HTTP server: listening, its connections, the room for their bodies, and the end.
 
 Rules:
-1. The number of connections, and the bytes of the bodies of all of them, are bounded.
+1. The number of connections, and the bytes of the bodies of all of them, are bounded. There
+   are always file descriptors left for the rest of the process.
 2. The thread that accepts connections never fails, and never waits for a client.
 """
 
+import errno
 import logging
 import socket
 import sys
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, List, Optional, Sequence, Set, Tuple
 
+from .. import descriptors
 from ..errors import RequestError
 from ..request.preparation import Preparations
 from .browsers import LOOPBACK, BrowserGuard
@@ -22,8 +26,12 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1000
 # Bytes of the bodies of all connections together. A body is always taken up to SMALL_BODY.
 MAX_BODIES, SMALL_BODY = 512 << 20, 1 << 18
-# Seconds for the connections to end when the server stops.
-CLOSE_TIMEOUT = 5.0
+# Seconds for the connections to end when the server stops. A client may take nothing.
+CLOSE_TIMEOUT = 2.5
+# The errors with which the system refuses a new connection for lack of something, and the
+# seconds to wait then. The connection stays in the system's queue.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PAUSE = 0.2
 
 
 class BatchHTTPServer(ThreadingHTTPServer):
@@ -57,6 +65,14 @@ class BatchHTTPServer(ThreadingHTTPServer):
         )
         found: Any
         self.address_family, _, _, _, found = infos[0]
+        self.max_connections = min(MAX_CONNECTIONS, descriptors.for_connections())
+        if self.max_connections < MAX_CONNECTIONS:
+            logger.warning(
+                f"{self.max_connections} connections at most, because this process may have "
+                f"{descriptors.limit()} open files (ulimit -n)"
+            )
+        # Whether the system refused the last connection.
+        self.is_exhausted = False
         self.connections: Set[socket.socket] = set()
         # Bytes of bodies that are held now.
         self.n_bytes = 0
@@ -72,6 +88,19 @@ class BatchHTTPServer(ThreadingHTTPServer):
         # Not that of ``HTTPServer``, which waits for a name server to give the host's
         # full name.
         TCPServer.server_bind(self)
+
+    def get_request(self):
+        try:
+            accepted = super().get_request()
+        except OSError as e:
+            if e.errno in EXHAUSTED:
+                if not self.is_exhausted:
+                    logger.warning(f"A connection has to wait: {e.strerror}")
+                self.is_exhausted = True
+                time.sleep(PAUSE)
+            raise  # ``serve_forever`` tries again
+        self.is_exhausted = False
+        return accepted
 
     def service_actions(self):
         try:
@@ -102,17 +131,17 @@ class BatchHTTPServer(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         with self.changed:
-            if len(self.connections) >= MAX_CONNECTIONS:
+            if len(self.connections) >= self.max_connections:
                 # It gets no answer, for which a thread would be needed.
                 self.shutdown_request(request)
                 return
             self.connections.add(request)
         try:
             super().process_request(request, client_address)
-        except Exception:
-            # No thread could be started.
+        except Exception as e:
+            logger.warning(f"A connection is closed, because it gets no thread: {e}")
             self.forget(request)
-            raise
+            self.shutdown_request(request)
 
     def process_request_thread(self, request, client_address):
         try:

@@ -12,14 +12,18 @@ def cached_models() -> Iterator[str]:
     Only names of files are read. ``huggingface_hub.scan_cache_dir`` also asks for the size
     of every file, which takes seconds for a large cache.
     """
-    for folder in Path(constants.HF_HUB_CACHE).glob("models--*"):
+    try:
+        folders = list(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    except OSError:
+        return  # it cannot be read, so that no model in it can be served either
+    for folder in folders:
         try:
             revision = (folder / "refs" / "main").read_text().strip()
             snapshot = folder / "snapshots" / revision
             # The files are links, whose targets an interrupted download lacks.
             names = {file.name for file in snapshot.iterdir() if file.exists()}
-        except OSError:
-            continue  # nothing of it is downloaded
+        except (OSError, ValueError):
+            continue  # nothing of it is downloaded, or the reference is no text
         if {"config.json", "tokenizer_config.json"} <= names and any(
             name.endswith(".safetensors") for name in names
         ):

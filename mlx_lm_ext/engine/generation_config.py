@@ -1,0 +1,41 @@
+"""How a model is to be sampled, by the ``generation_config.json`` that comes with it."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict
+
+from ..request.fields import check_fields
+
+FILE = "generation_config.json"
+# The fields of a request that the file may give.
+NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def read_sampling(path: Path) -> Dict[str, Any]:
+    """Read the sampling of a model.
+
+    Args:
+        path (Path): The folder of the model.
+
+    Returns:
+        Values by fields of a request; none if there is no such file.
+
+    Raises:
+        ValueError: If the file cannot be read, or a value is wrong.
+    """
+    try:
+        config = json.loads((path / FILE).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+        values = {n: config[n] for n in NAMES if config.get(n) is not None}
+        check_fields(values)
+    except FileNotFoundError:
+        return {}
+    except Exception as e:
+        raise ValueError(f"its {FILE} cannot be used: {e}")
+    if config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    elif config.get("do_sample"):
+        # The default of transformers, for which the file is made.
+        values.setdefault("temperature", 1.0)
+    return values
