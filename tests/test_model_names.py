@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import call, complete, submit
+from helpers import call, complete, read, submit
 from huggingface_hub import constants
 from mlx_lm.server import ModelDescription
 from tiny_models import make_adapter
@@ -216,6 +216,15 @@ def test_spellings_of_a_path_are_one_model(folders, start_engine, monkeypatch):
     spellings = [path, f"{path}/", f"{path}/.", path.replace("/", "//"), "link"]
     models = {id(submit(engine, "x", max_tokens=1, model=s).model) for s in spellings}
     assert len(models) == 1
+
+
+def test_model_that_is_loaded_is_the_one_that_was_described(folders, start_engine):
+    engine = start_engine("llama", MODELS, f"{folders}/models/*")
+    request = submit(engine, "x", max_tokens=1, model=f"{folders}/models/a")
+    read(request)
+    again = submit(engine, "x", max_tokens=1, model=f"{folders}/models/a")
+    assert again.model is request.model
+    assert engine.model_provider.tokenizer is request.model.tokenizer
 
 
 def test_models_that_are_kept_are_bounded(model_folder, start_engine, tmp_path):

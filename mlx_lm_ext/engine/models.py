@@ -244,7 +244,9 @@ class BatchModelProvider(ModelProviderBase):
             _, tokenizer = self.load(*key)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        served = self._describe(key, path, tokenizer)
+        # What is known of a model that a request has named already is kept.
+        served = self._served.get(key) or self._describe(key, path, tokenizer)
+        self.tokenizer = served.tokenizer
         if self.cli_args.generation_config == "model":
             logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")
         self._keep(served)
