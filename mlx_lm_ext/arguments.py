@@ -121,6 +121,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--adapter-path", help="path of LoRA adapter weights and their config")
     add(
+        "--context-length",
+        type=number(int, 1),
+        metavar="TOKENS",
+        help="most tokens of a prompt and its answer; unset, what the model's "
+        "configuration says",
+    )
+    add(
         "--draft-model",
         help="model for speculative decoding; requests are then served one at a time",
     )
@@ -238,8 +245,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-kv-bytes",
         type=size,
-        help="bytes of the running batch's KV, each answer at its max_tokens; also "
-        "512MB, 2GB; unset, nine tenths of the memory beside the model",
+        help="bytes of the running batch's KV; if answers outgrow them, the newest "
+        "requests wait; also 512MB, 2GB; unset, nine tenths of the memory beside the model",
     )
     add(
         "--max-wait",

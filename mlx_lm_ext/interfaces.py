@@ -271,6 +271,8 @@ class SchedulerPolicy(ABC):
 
         Args:
             waiting (Sequence[RequestInfo]): The requests that wait, in order of arrival.
+              Some may have run before and have ``n_generated`` tokens: there was no memory
+              for their KV, or a step has failed.
             view (SchedulerView): The server.
 
         Returns:
@@ -308,7 +310,9 @@ class BatchSampler(ABC):
 
     One object is made for each request. If other rows use the same sampler already, the
     new object is given to theirs with ``extend`` before it is ever called. A sampler that
-    keeps nothing for each row needs ``name`` and ``__call__`` only.
+    keeps nothing for each row needs ``name`` and ``__call__`` only. A request that goes on
+    after a failed step, or after a wait for memory, gets another object: its
+    ``n_generated`` is not 0 then.
 
     Args:
         args (argparse.Namespace): The command line, with the flags that plugins added.

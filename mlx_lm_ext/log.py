@@ -54,7 +54,7 @@ class LogWriter(QueueListener):
         logging.getLogger().setLevel(level)
         logging.getLogger().addHandler(self.source)
         logging.captureWarnings(True)
-        # Upstream's tool parsers compile text that a model has written.
+        # Tool parsers compile text that a model has written.
         warnings.simplefilter("ignore", SyntaxWarning)
         self.start()
 

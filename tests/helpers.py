@@ -65,7 +65,11 @@ class Reference:
         return [r.token for r in self.responses(prompt, max_tokens)]
 
     def text(self, prompt, max_tokens):
-        return "".join(r.text for r in self.responses(prompt, max_tokens))
+        tokens = self.tokens(prompt, max_tokens)
+        # Not the text of upstream's detokenizer, to which a NUL is another character.
+        if tokens[-1] in self.tokenizer.eos_token_ids:
+            tokens.pop()
+        return self.tokenizer.decode(tokens)
 
 
 def plugin(tryfirst=False, trylast=False, **functions):
@@ -73,6 +77,29 @@ def plugin(tryfirst=False, trylast=False, **functions):
     mark = hookimpl(tryfirst=tryfirst, trylast=trylast)
     marked = {name: staticmethod(mark(f)) for name, f in functions.items()}
     return type("Plugin", (), marked)()
+
+
+def saying(answer):
+    """A plugin with which each answer is this, and then the end of the text.
+
+    Args:
+        answer (Union[str, List[int], Callable]): The text, its ids, or a function that gives
+          one of them for a request.
+    """
+
+    def processors(request, tokenizer, args):
+        ids = answer(request) if callable(answer) else answer
+        if isinstance(ids, str):
+            ids = tokenizer.encode(ids, add_special_tokens=False)
+        rest = iter([*ids, min(tokenizer.eos_token_ids)])
+
+        def force(tokens, logits):
+            wanted = mx.arange(logits.shape[-1]) == next(rest, 0)
+            return mx.where(wanted, 0.0, -mx.inf)[None]
+
+        return [force]
+
+    return plugin(mlx_lm_make_logits_processors=processors)
 
 
 class Always(BatchSampler):

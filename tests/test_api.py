@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import conftest
 import mlx.core as mx
@@ -27,7 +26,6 @@ from helpers import (
     streamed_text,
     texts,
 )
-from mlx_lm.server import CompletionRequest
 from PIL import Image
 from tiny_models import CONFIGS
 
@@ -36,7 +34,6 @@ from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
-from mlx_lm_ext.request.served_model import ServedModel
 from mlx_lm_ext.server import api, bodies, http_server
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.bodies import Incoming
@@ -119,20 +116,6 @@ def test_developer_message_becomes_a_system_message_if_the_template_lacks_develo
         _, answer = call(port, "POST", CHAT, {"messages": messages, "max_tokens": 1})
         counts.append(answer["usage"]["prompt_tokens"])
     assert counts == [len(f"{role}:Be brief.;user:hello;")] * 2
-
-
-@pytest.mark.parametrize(
-    "mapped, role", [("user", "system"), ("developer", "developer")]
-)
-def test_role_mapping_may_define_the_developer(mapped, role):
-    model = ServedModel(
-        None, SimpleNamespace(chat_template=None), 0, None, 0, False, None
-    )
-    messages = [{"role": "developer", "content": "Be brief."}]
-    model.replace_developer_role(
-        CompletionRequest("chat", "", messages, None, {mapped: "X: "})
-    )
-    assert messages[0]["role"] == role
 
 
 def test_tool_call_without_arguments_is_one_with_none(start_server):
@@ -330,17 +313,6 @@ def test_answer_of_a_server_that_cannot_serve_yet_says_when_to_come_back(start_s
     connection.close()
 
 
-def test_answer_shrinks_to_the_context_unless_more_was_asked_for(start_server):
-    _, port = start_server("llama", "--max-tokens", "4096")
-    prompt = "x" * 4090
-    _, answer = call(port, "POST", "/v1/completions", {"prompt": prompt})
-    assert answer["usage"]["completion_tokens"] <= 6
-    body = {"prompt": prompt, "max_tokens": 7}
-    status, answer = call(port, "POST", "/v1/completions", body)
-    assert (status, answer["error"]["param"]) == (400, "max_tokens")
-    assert answer["error"]["code"] == "context_length_exceeded"
-
-
 def chat(**fields):
     return json.dumps({"messages": HELLO, "max_tokens": 2, **fields}).encode()
 
@@ -365,13 +337,10 @@ BAD_BODIES = [
     (chat(messages=[]), "messages"),
     (chat(messages="hello"), "messages"),
     (chat(messages=["hello"]), "messages[0]"),
-    (message(role="wizard", content="x"), "messages[0].role"),
     (message(content="x"), "messages[0].role"),
-    (message(role="user"), "messages[0].content"),
-    (message(role="user", content=7), "messages[0].content"),
-    (message(role="user", content=["x"]), "messages[0].content[0]"),
-    (message(role="user", content=[{"text": "x"}]), "messages[0].content[0].type"),
-    (message(role="user", content=[{"type": "text"}]), "messages[0].content[0].text"),
+    (message(role=7, content="x"), "messages[0].role"),
+    (message(role="", content="x"), "messages[0].role"),
+    (message(role="x" * 65, content="x"), "messages[0].role"),
     (
         message(role="user", content=[{"type": "image_url", "image_url": "data:,"}]),
         "messages",
@@ -381,24 +350,13 @@ BAD_BODIES = [
         "messages[0].content[0].type",
     ),
     (called("f"), "messages[0].tool_calls[0]"),
-    (called({"type": "function"}), "messages[0].tool_calls[0].function"),
-    (
-        called({"function": {"name": "f", "arguments": "{bad"}}),
-        "messages[0].tool_calls[0].function.arguments",
-    ),
-    (
-        called({"function": {"name": "f", "arguments": "[1]"}}),
-        "messages[0].tool_calls[0].function.arguments",
-    ),
     (chat(max_tokens=0), "max_tokens"),
     (chat(max_tokens=-1), "max_tokens"),
-    (chat(max_tokens=100000), "max_tokens"),
     (chat(max_tokens=10**400), "max_tokens"),
     (chat(max_tokens=1.5), "max_tokens"),
     (chat(max_tokens="2"), "max_tokens"),
     (chat(max_tokens=True), "max_tokens"),
     (chat(max_completion_tokens=0), "max_completion_tokens"),
-    (chat(max_completion_tokens=100000), "max_completion_tokens"),
     (chat(stream="yes"), "stream"),
     (chat(stream_options=True), "stream_options"),
     (chat(stream_options={"include_usage": "x"}), "stream_options.include_usage"),
@@ -434,6 +392,13 @@ BAD_BODIES = [
     (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
     (chat(tools=["x"]), "tools[0]"),
     (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tools=[{"function": {}}]), "tools[0].function.name"),
+    (chat(tools=[{"function": {"name": 5}}]), "tools[0].function.name"),
+    (chat(tools=[{"function": {"name": ""}}]), "tools[0].function.name"),
+    (
+        chat(tools=[{"function": {"name": "f", "parameters": []}}]),
+        "tools[0].function.parameters",
+    ),
     (chat(tool_choice="required"), "tool_choice"),
     (chat(n=2), "n"),
     (chat(functions=[{"name": "f"}]), "functions"),
@@ -454,8 +419,6 @@ BAD_BODIES = [
             "documents": [],
             "conversation": [],
             "messages": [],
-            "add_generation_prompt": False,
-            "continue_final_message": True,
             "add_special_tokens": True,
             "bos_token": "x",
             "self": 1,

@@ -424,6 +424,40 @@ def test_arrays_of_a_failed_step_are_freed_before_its_requests_run_again(start_e
 
 
 @pytest.mark.logs_errors
+def test_requests_of_a_failed_step_run_all_their_tokens_again(
+    start_engine, model_folder
+):
+    """The KV in the prompt cache may have made it fail."""
+
+    class FailsOnce(Batch):
+        def step(self):
+            if len(self) == 2 and not failures:
+                failures.append(len(self))
+                raise MemoryError("once")
+            return super().step()
+
+        def add(self, request):
+            super().add(request)
+            row = self.rows[max(self.rows)]
+            n_kept.append((row.n_run > 0, request.is_suspect))
+
+    class FailingEngine(Engine):
+        batch_class = FailsOnce
+
+    failures, n_kept = [], []
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=FailingEngine)
+    reference = Reference(model_folder())
+    prompts = [text * 10 for text in texts(2)]
+    for prompt in prompts:
+        read(submit(engine, prompt, max_tokens=1))
+    jobs = [submit(engine, prompt, max_tokens=10) for prompt in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 10)
+    assert n_kept[2:4] == [(True, False)] * 2
+    assert set(n_kept[4:]) == {(False, True)}
+
+
+@pytest.mark.logs_errors
 def test_step_whose_log_probabilities_cannot_be_read_loses_no_token(
     start_engine, model_folder, monkeypatch
 ):

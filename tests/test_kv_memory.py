@@ -5,16 +5,29 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from helpers import LETTERS, Reference, peak_memory, read, submit, texts
+from helpers import (
+    LETTERS,
+    Reference,
+    peak_memory,
+    plugin,
+    read,
+    submit,
+    texts,
+    wait_until_idle,
+)
+from integrity import check
 from mlx_lm.models.cache import ConcatenateKVCache
+from mlx_lm.sample_utils import make_logits_processors
 from tiny_models import CONFIGS
 
+from mlx_lm_ext.batch.answer_lengths import AnswerLengths
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.device import device_memory, give_back_freed
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.interfaces import BatchSampler
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4
@@ -87,68 +100,200 @@ def test_unknown_cache_type_is_not_bounded(model_folder, monkeypatch, caplog):
     assert "ConcatenateKVCache is not known" in caplog.records[0].message
 
 
-def test_no_more_requests_run_than_fit_at_their_longest(model_folder, start_engine):
-    class Watched(Batch):
-        most = 0
+class EndsLikePrompt(BatchSampler):
+    """The likeliest tokens, and the end of text after as many as the prompt has."""
 
-        def step(self):
-            Watched.most = max(Watched.most, len(self))
-            return super().step()
+    name = "ends"
 
-    class WatchedEngine(Engine):
-        batch_class = Watched
+    def __init__(self, args, request, tokenizer):
+        self.left = [request.n_prompt - request.n_generated]
+        self.end = min(tokenizer.eos_token_ids)
 
-    reference = Reference(model_folder())
-    # Three rows of up to 512 tokens.
-    argv = ["--max-kv-bytes", str(3 * 512 * TOKEN)]
+    def extend(self, other):
+        self.left += other.left
+
+    def filter(self, keep):
+        self.left = [self.left[i] for i in keep]
+
+    def __call__(self, logprobs):
+        logprobs[:, self.end] = -mx.inf
+        ended = mx.array(self.left) == 0
+        self.left = [n - 1 for n in self.left]
+        return mx.where(ended, self.end, mx.argmax(logprobs, axis=-1))
+
+
+ENDS = plugin(mlx_lm_register_samplers=lambda: [EndsLikePrompt])
+
+
+class Watched(Batch):
+    """Notes how many rows run, what their KV takes, and which requests start again."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.most_rows = self.most_bytes = self.most_of_rows = 0
+        self.resumed = []
+
+    def add(self, request):
+        super().add(request)
+        if request.generated:
+            (row,) = (row for row in self.rows.values() if row.request is request)
+            self.resumed.append((row.n_tokens, row.n_run))
+
+    def step(self):
+        self.most_rows = max(self.most_rows, len(self))
+        super().step()
+        assert all(0 <= row.n_run <= row.n_tokens for row in self.prefilling)
+        if self.generator is not None:
+            mx.eval([c.state for c in self.generator.generation_batch.prompt_cache])
+            n_bytes = self.generator.prompt_cache_nbytes
+            self.most_bytes = max(self.most_bytes, n_bytes)
+            # Rows of the prompt batch that join the others one by one are there twice.
+            if not self.prefilling:
+                self.most_of_rows = max(self.most_of_rows, n_bytes)
+
+
+class WatchedEngine(Engine):
+    batch_class = Watched
+
+
+def memory_of(n_rows, n_tokens):
+    """The argument with which so many rows of the tiny llama fit."""
+    return "--max-kv-bytes", str(n_rows * n_tokens * TOKEN)
+
+
+def test_estimate_is_what_nine_in_ten_answers_take():
+    lengths = AnswerLengths()
+    request = SimpleNamespace(n_generated=0, max_tokens=32000)
+    assert lengths.expected(request) == 256
+    for n in (5000, *range(1000, 1100)):
+        lengths.add(n)
+    assert lengths.expected(request) == 1090
+    # Other answers have ended since.
+    for _ in range(128):
+        lengths.add(10)
+    assert lengths.expected(request) == 256
+    request.n_generated = 3000
+    assert lengths.expected(request) == 3256
+    request.max_tokens = 3001
+    assert lengths.expected(request) == 3001
+
+
+def test_short_answers_run_together_whatever_their_cap_is(start_engine):
+    memory = memory_of(10, 768)
+    engine = start_engine("llama", *memory, plugin=ENDS, make_engine=WatchedEngine)
+    jobs = [submit(engine, "x" * 50, max_tokens=4000, sampler="ends") for _ in range(8)]
+    assert [len(read(job)) for job in jobs] == [51] * 8
+    assert engine.batch.most_rows == 8
+    assert not engine.batch.resumed
+    assert engine.batch.kv_memory.lengths.usual == 51
+
+
+@pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=["", "cache"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_rows_that_outgrow_the_memory_wait_and_go_on(
+    architecture, cache, model_folder, start_engine
+):
+    bias = {i: -100 for i in range(3)}
+    processors = make_logits_processors(bias)
+    folder = model_folder(architecture)
+    reference = Reference(folder, logits_processors=processors)
+    limit = KVMemory(reference.model).nbytes(3, 512)
+    memory = ["--max-kv-bytes", str(limit), *cache]
+    engine = start_engine(architecture, *memory, make_engine=WatchedEngine)
+    prompts = [(text * 240)[:240] for text in texts(4)]
+    jobs = [submit(engine, p, max_tokens=300, logit_bias=bias) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 300)
+    wait_until_idle(engine)
+    assert engine.batch.most_of_rows <= limit
+    assert engine.batch.resumed
+    # All that they had was kept, but the last token, which was to be the next input.
+    assert all(n_run == n - 1 for n, n_run in engine.batch.resumed)
+    if cache:
+        check(engine.prompt_cache)
+    else:
+        assert len(engine.batch.prompt_cache) == 0
+
+
+def test_row_whose_kv_was_evicted_runs_all_its_tokens_again(start_engine):
+    argv = "--use-prompt-cache", "--radix-cache-size", "1", *memory_of(3, 512)
     engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    body = {"max_tokens": 300, "logit_bias": {i: -100 for i in range(3)}}
+    jobs = [submit(engine, "x" * 240, **body) for _ in range(4)]
+    answers = [read(job) for job in jobs]
+    assert answers == answers[:1] * 4
+    assert {n_run for _, n_run in engine.batch.resumed} == {0}
+
+
+def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
+    body = {"max_tokens": 300, "temperature": 1, "repetition_penalty": 1.2}
+    body["logit_bias"] = {i: -100 for i in range(3)}
+    prompts = [(text * 240)[:240] for text in texts(4)]
+    answers = []
+    for n_rows in (100, 3):
+        engine = start_engine(
+            "llama", *memory_of(n_rows, 512), make_engine=WatchedEngine
+        )
+        jobs = [submit(engine, p, seed=i, **body) for i, p in enumerate(prompts)]
+        answers.append([read(job) for job in jobs])
+        assert bool(engine.batch.resumed) == (n_rows == 3)
+    assert answers[0] == answers[1]
+
+
+def test_last_row_has_all_the_memory(start_engine):
+    engine = start_engine("llama", *memory_of(1, 1024), make_engine=WatchedEngine)
+    body = {"max_tokens": 4000, "logit_bias": {i: -100 for i in range(3)}}
+    jobs = [submit(engine, "x" * n, **body) for n in (24, 1000, 100)]
+    assert [len(read(job)) for job in jobs] == [1000, 24, 924]
+    assert engine.batch.most_bytes <= 1024 * TOKEN
+
+
+def test_no_more_requests_run_than_fit(model_folder, start_engine):
+    reference = Reference(model_folder())
+    engine = start_engine("llama", *memory_of(3, 512), make_engine=WatchedEngine)
     prompts = texts(9)
     jobs = [submit(engine, p, max_tokens=300) for p in prompts]
     for prompt, job in zip(prompts, jobs):
         assert read(job) == reference.tokens(prompt, 300)
-    assert Watched.most == 3
+    assert engine.batch.most_rows == 3
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cap", [0, 4000])
 @pytest.mark.parametrize("lengths", [(200, 56), (5, 250), (None, None)], ids=str)
-def test_batch_that_rows_join_and_leave_stays_within_the_limit(lengths, start_engine):
-    held = []
-
-    class Watched(Batch):
-        def step(self):
-            ended = super().step()
-            if self.generator is not None:
-                mx.eval([c.state for c in self.generator.generation_batch.prompt_cache])
-                held.append(self.generator.prompt_cache_nbytes)
-            return ended
-
-    class WatchedEngine(Engine):
-        batch_class = Watched
-
-    limit = 20 * 512 * TOKEN
-    argv = ["--max-kv-bytes", str(limit), "--prefill-step-size", "256"]
-    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+def test_batch_that_rows_join_and_leave_stays_within_the_limit(
+    lengths, cap, start_engine
+):
+    memory = memory_of(20, 512)
+    argv = [*memory, "--prefill-step-size", "256"]
+    engine = start_engine("llama", *argv, plugin=ENDS, make_engine=WatchedEngine)
     rng = random.Random(0)
     jobs = []
     for _ in range(60):
         n_prompt, n_tokens = lengths
         n_prompt = n_prompt or rng.randint(1, 500)
-        body = {"max_tokens": n_tokens or rng.randint(1, 300)}
-        # Nothing ends an answer.
+        body = {"max_tokens": cap or n_tokens or rng.randint(1, 300)}
+        # Only its length ends an answer, or a sampler that no cap tells of.
         body["logit_bias"] = {i: -100 for i in range(3)}
+        body |= {"sampler": "ends"} if cap else {}
         jobs.append(submit(engine, "".join(rng.choices(LETTERS, k=n_prompt)), **body))
     for job in jobs:
         read(job)
-    assert limit / 2 < max(held) <= limit
+    limit = 20 * 512 * TOKEN
+    assert engine.batch.most_bytes <= limit
+    # At least a step of the arrays is reserved for an answer whose end is not known.
+    assert engine.batch.most_bytes > limit / (3 if cap else 2)
 
 
-def test_request_that_can_never_fit_is_told_why(start_engine):
-    engine = start_engine("llama", "--max-kv-bytes", str(512 * TOKEN))
+def test_prompt_that_can_never_fit_is_told_why(start_engine):
+    engine = start_engine("llama", *memory_of(1, 512))
     with pytest.raises(RequestError) as error:
-        read(submit(engine, "x" * 13, max_tokens=500))
+        read(submit(engine, "x" * 512, max_tokens=1))
     assert error.value.status == 400
+    assert error.value.param == "prompt"
+    assert error.value.code == "context_length_exceeded"
     assert str(error.value) == (
-        "the KV of 13 tokens of prompt and 500 of max_tokens takes 0.4 MB, and the "
+        "the KV of 512 tokens of prompt and one of the answer takes 0.4 MB, and the "
         "server has 0.3 MB (--max-kv-bytes)"
     )
-    assert len(read(submit(engine, "x" * 12, max_tokens=500))) <= 500
+    assert len(read(submit(engine, "x" * 511, max_tokens=500))) == 1

@@ -208,55 +208,6 @@ def test_error_has_the_spelling_of_the_request(folders, start_engine, monkeypatc
     assert "'models/empty'" in message and str(folders) not in message
 
 
-@pytest.mark.parametrize(
-    "config, expected",
-    [
-        ({}, None),
-        ({"max_position_embeddings": 4096}, 4096),
-        (
-            {
-                "max_position_embeddings": 32768,
-                "rope_scaling": {
-                    "type": "yarn",
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 32768,
-                },
-            },
-            131072,
-        ),
-        (
-            {
-                "max_position_embeddings": 32768,
-                "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
-            },
-            131072,
-        ),
-        # The length is the stretched one already.
-        (
-            {
-                "max_position_embeddings": 131072,
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "original_max_position_embeddings": 8192,
-                },
-            },
-            131072,
-        ),
-        (
-            {
-                "max_position_embeddings": 131072,
-                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-            },
-            131072,
-        ),
-        ({"max_position_embeddings": 4096, "rope_scaling": {"factor": None}}, 4096),
-    ],
-)
-def test_context_is_as_long_as_its_positions_are_stretched(config, expected):
-    assert model_provider.find_context_length(config) == expected
-
-
 def test_spellings_of_a_path_are_one_model(folders, start_engine, monkeypatch):
     monkeypatch.chdir(folders)
     engine = start_engine("llama", MODELS, "any")

@@ -124,8 +124,8 @@ def test_tokens_are_those_of_the_usage():
     timing.read({"choices": [], "usage": usage})
     timing.close()
     assert timing.error is None
-    assert len(timing.arrivals) == 3
-    assert timing.start <= timing.arrivals[0] <= timing.arrivals[2] <= timing.end
+    assert len(timing.arrivals) == 2
+    assert timing.start <= timing.arrivals[0] <= timing.arrivals[1] <= timing.end
     assert (timing.prompt_tokens, timing.cached_tokens) == (5, 4)
     assert timing.completion_tokens == 9
     assert timing.text == "two tokens"
@@ -140,6 +140,12 @@ def test_a_whole_answer_arrives_at_once(choice):
     timing.read({"choices": [choice | {"finish_reason": "stop"}], "usage": usage})
     timing.close()
     assert (timing.error, len(timing.arrivals), timing.text) == (None, 1, "Yes")
+
+
+def test_the_end_of_an_answer_without_text_is_its_arrival():
+    timing = Timing(streamed=True)
+    timing.read(chunk({}, "stop"))
+    assert len(timing.arrivals) == 1
 
 
 def test_an_answer_that_cannot_be_counted_is_a_failure():

@@ -14,6 +14,7 @@ from typing import Any, Callable, Collection, Dict, List, Optional, Protocol, Tu
 
 import mlx.core as mx
 
+from ..cache import growth
 from ..cache.prompt_cache import RadixPromptCache
 from ..cache.tree import Node, n_common
 from ..device import check_address_space
@@ -131,7 +132,7 @@ class Batch:
             return False
         if not self.fits(request):
             return False
-        left = [row.request.n_prompt - row.n_run for row in prefilling]
+        left = [row.n_tokens - row.n_run for row in prefilling]
         if request.n_prompt <= self.budget // 4:
             left = [n for n in left if n <= self.budget // 4]
         return sum(left) < self.budget
@@ -139,15 +140,16 @@ class Batch:
     def fits(self, request: Request) -> bool:
         """Whether the KV of a request fits beside that of the rows, if there are any."""
         requests = self.requests
-        return not requests or self.kv_memory.fits(
-            [*requests, request], *self.generator.kv_shape
-        )
+        if not requests:
+            return True
+        shape = self.generator.kv_shape
+        return self.kv_memory.fits([*requests, request], shape.n_rows, shape.end)
 
     def add(self, request: Request) -> None:
         """Let a request run. It goes on after the tokens that it has already.
 
         Raises:
-            RequestError: If its KV can never fit, or a plugin refuses it.
+            RequestError: If its prompt can never fit, or a plugin refuses it.
         """
         if self.generator is None:
             self.generator = LeanBatchGenerator(
@@ -159,7 +161,7 @@ class Batch:
                 prefill_step_size=self.step_size,
                 stream=mx.default_stream(mx.default_device()),
             )
-        self.kv_memory.check(request)
+        self.kv_memory.fit(request)
         sampler = self.policies.make_sampler(request.sampler, request, self.tokenizer)
         n_top = request.args.top_logprobs if request.args.logprobs else None
         penalties = PenaltyParameters.from_arguments(request.args.logits)
@@ -174,7 +176,7 @@ class Batch:
             segments=[segments],
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[caches],
-            all_tokens=[request.prompt[: row.n_run]],
+            all_tokens=[request.tokens[: row.n_run]],
             samplers=[RowSampling(sampler, penalties, n_top)],
             logits_processors=[processors],
             stop_sequences=[
@@ -229,6 +231,32 @@ class Batch:
         self.generator.remove(list(rows))
         self.reserve()
         self.storage.store({row: caches[row.uid] for row in stored})
+
+    @property
+    def outgrows_memory(self) -> bool:
+        """Whether the KV may take more memory in the next step than it may have."""
+        if not self.rows:
+            return False
+        shape, n_rows = self.generator.kv_shape, len(self)
+        if self.prefilling:
+            # Some may join the others in this step.
+            n_rows = max(shape.n_rows, growth.max_rows(n_rows))
+        elif shape.end < shape.n_places:
+            return False
+        end = max(shape.end, *(r.n_prompt + r.n_generated for r in self.requests))
+        return self.kv_memory.nbytes(n_rows, end + 1) > self.kv_memory.limit
+
+    @property
+    def newest(self) -> Request:
+        """The request that has started last."""
+        return self.rows[max(self.rows)].request
+
+    def preempt(self, request: Request) -> None:
+        """Take a request out until there is room for it again. What it has run is kept as far
+        as the prompt cache has room for it."""
+        (row,) = (row for row in self.rows.values() if row.request is request)
+        self.sharing.keep(row)
+        self.remove([request])
 
     def forget(self, request: Request) -> None:
         """A request that waited, or ran, is not served any more."""
@@ -286,6 +314,7 @@ class Batch:
             row = self.rows[r.uid]
             events.append(row.request.note(token))
             if r.finish_reason is not None:
+                self.kv_memory.lengths.add(row.request.n_generated)
                 ended[row] = r.prompt_cache, r.all_tokens
                 del self.rows[r.uid]
         self.turnstile.put(events)
@@ -305,8 +334,8 @@ class Batch:
             if r.end_of_prompt:
                 row.is_prefilling = False
             else:
-                n_run, n_tokens = r.progress
-                row.n_run = max(0, row.request.n_prompt - n_tokens + n_run)
+                n_run, n_left = r.progress
+                row.n_run = row.n_tokens - n_left + n_run
         self.store_segments([r.uid for r in responses if r.end_of_segment])
 
     def plan_prefill(self) -> int:
@@ -358,7 +387,7 @@ class Batch:
             return
         keep: set[Node] = set()
         for leader in self.sharing.needed:
-            match = self.prompt_cache.search(leader.cache_key, leader.prompt)
+            match = self.prompt_cache.search(leader.cache_key, leader.tokens)
             keep.update(match.node.path if match.node else ())
         self.prompt_cache.evict(0, 0, keep)
 

@@ -91,6 +91,20 @@ class PromptInProgress(NamedTuple):
     n_total: int
 
 
+class KVShape(NamedTuple):
+    """The shape of the KV of the rows that decode, in the layers that keep all of it.
+
+    Args:
+        n_rows (int): Rows of the arrays, spare ones included.
+        end (int): Places that the tokens take, with the padding.
+        n_places (int): Places that there are. If all are taken, the arrays grow.
+    """
+
+    n_rows: int
+    end: int
+    n_places: int
+
+
 def is_at_last_token(segments: List[List[int]]) -> bool:
     """Whether only the last token of a prompt is left, which the decoding runs."""
     return len(segments) == 1 and len(segments[0]) == 1
@@ -423,13 +437,16 @@ class LeanBatchGenerator(BatchGenerator):
         return [len(left[0]) for left in segments if not is_at_last_token(left)]
 
     @property
-    def kv_shape(self) -> Tuple[int, int]:
-        """Rows, spare ones included, and places of tokens in the KV of the rows that
-        decode."""
+    def kv_shape(self) -> KVShape:
+        """The shape of the KV of the rows that decode."""
         layers = segmented(self._generation_batch.prompt_cache)
         layers = [c for c in layers if c.keys is not None]
-        n_rows = max((c.keys.shape[0] for c in layers), default=0)
-        return n_rows, max((c.end for c in layers), default=0)
+        if not layers:
+            return KVShape(0, 0, 0)
+        # Of the layers with a window, only the last places are there.
+        longest = max(layers, key=lambda c: c.end)
+        n_rows, _, n_places, _ = longest.keys.shape
+        return KVShape(n_rows, longest.end, n_places)
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:

@@ -1,11 +1,16 @@
 """How much memory the KV of a batch may take, how much it would take with one more request,
-and the refusal of a request that can never fit.
+and what of a request can never fit.
 
-Rule: what a model's KV takes is read off the shapes of its caches after one token,
-which MLX knows without running it.
+Rules:
+1. What a model's KV takes is read off the shapes of its caches after one token, which MLX
+   knows without running it.
+2. An answer has room for as many tokens as answers usually take. If the rows outgrow the
+   limit, the newest of them have to leave: no answer ends because of that.
 """
 
 import logging
+from bisect import bisect_right
+from functools import cached_property
 from typing import Any, Collection, Optional
 
 import mlx.core as mx
@@ -17,8 +22,12 @@ from ..cache.kinds import Layout, flatten, nbytes
 from ..device import device_memory
 from ..errors import RequestError
 from ..interfaces import RequestInfo
+from .answer_lengths import AnswerLengths
 
 logger = logging.getLogger(__name__)
+
+# No row has more tokens than that.
+MAX_TOKENS = 1 << 40
 
 
 class KVMemory:
@@ -35,6 +44,7 @@ class KVMemory:
             weights = sum(w.nbytes for _, w in tree_flatten(model.parameters()))
             limit = max(0, device_memory() - weights) * 9 // 10
         self.limit = limit
+        self.lengths = AnswerLengths()
         self.layers = []
         caches = make_prompt_cache(model)
         try:
@@ -57,20 +67,31 @@ class KVMemory:
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 
+    @cached_property
+    def most_tokens(self) -> int:
+        """The most tokens that a row has room for if it runs alone."""
+
+        def of_steps(n: int) -> int:
+            return self.nbytes(1, n * growth.STEP)
+
+        steps = range(1, MAX_TOKENS // growth.STEP)
+        return bisect_right(steps, self.limit, key=of_steps) * growth.STEP
+
     def needed(
         self, requests: Collection[RequestInfo], n_rows: int = 0, end: int = 0
     ) -> int:
-        """Bytes of a batch of requests, each with the longest answer that it may have.
+        """Bytes of a batch of requests, each with the answer that is expected.
 
         Args:
             requests (Collection[RequestInfo]): Those that run and those that are to.
             n_rows (int): Rows that the arrays of the running batch have.
             end (int): Places that the tokens of its rows take, with the padding.
         """
-        longest = max(r.n_prompt + r.max_tokens for r in requests)
+        expected = [self.lengths.expected(r) for r in requests]
+        longest = max(r.n_prompt + n for r, n in zip(requests, expected))
         # A batch goes on where it is. When a row leaves, it gives up padding of a quarter.
         begun = max(end, *(r.n_prompt + r.n_generated for r in requests))
-        begun += max(r.max_tokens - r.n_generated for r in requests)
+        begun += max(n - r.n_generated for r, n in zip(requests, expected))
         width = max(longest, min(begun, growth.max_width(longest)))
         if n_rows:
             # A copy without that padding ends anywhere in a step of the arrays.
@@ -81,18 +102,21 @@ class KVMemory:
         """Whether they fit into the limit; see ``needed``."""
         return self.needed(requests, *shape) <= self.limit
 
-    def check(self, request: RequestInfo) -> None:
-        """Refuse a request that can never fit.
+    def fit(self, request: RequestInfo) -> None:
+        """Lower the ``max_tokens`` of a request until it fits if it runs alone.
 
         Raises:
-            RequestError: A 400 with the figures.
+            RequestError: A 400 with the figures if its prompt does not fit.
         """
-        if not self.fits([request]):
+        room = self.most_tokens - request.n_prompt
+        if room < 1:
+            n_bytes = self.nbytes(1, request.n_prompt + 1)
             raise RequestError(
                 400,
-                f"the KV of {request.n_prompt} tokens of prompt and {request.max_tokens} "
-                f"of max_tokens takes {self.needed([request]) / 1e6:,.1f} MB, and the "
-                f"server has {self.limit / 1e6:,.1f} MB (--max-kv-bytes)",
-                "max_tokens",
+                f"the KV of {request.n_prompt} tokens of prompt and one of the answer takes "
+                f"{n_bytes / 1e6:,.1f} MB, and the server has {self.limit / 1e6:,.1f} MB "
+                "(--max-kv-bytes)",
+                "messages" if "messages" in request.body else "prompt",
                 "context_length_exceeded",
             )
+        request.args.max_tokens = min(request.max_tokens, room)

@@ -44,8 +44,8 @@ class PrefixSharing:
     def __init__(self) -> None:
         # What each waiting request waits for at present.
         self.awaited: Dict[Request, SharedPrefix] = {}
-        # The row that each waiting request last waited for. Its KV is needed until the
-        # request starts.
+        # The row that each waiting request last waited for, or that it was itself. Its KV
+        # is needed until the request starts.
         self.leaders: Dict[Request, Row] = {}
         # Rows that some request has waited for.
         self.followed: "WeakSet[Row]" = WeakSet()
@@ -108,6 +108,12 @@ class PrefixSharing:
         del self.awaited[request]
         if not is_there:
             self.gave_up.add(request)
+
+    def keep(self, row: Row) -> None:
+        """A row is about to leave for a while. Its KV is needed until its request starts
+        again."""
+        self.leaders[row.request] = row
+        self.followed.add(row)
 
     def forget(self, request: Request) -> None:
         """A request has started or left."""

@@ -36,20 +36,20 @@ class KVStorage:
         return self.prompt_cache.search(request.cache_key, request.prompt).n_tokens
 
     def fetch(self, request: Request) -> Tuple[Row, List[List[int]], List[Any]]:
-        """The row of a request that is about to start.
-
-        A request that goes on after a failed step runs all its tokens again: the prompt
-        cache may have been the cause.
+        """The row of a request that is about to start, or to go on after its last token.
 
         Returns:
             Tuple: The row, the segments that are left to run, and the caches of the tokens
             before them.
         """
-        prompt, n = request.prompt, request.n_prompt
+        prompt, n, key = request.prompt, request.n_prompt, request.cache_key
+        if request.is_suspect:
+            # The prompt cache may have made the step fail.
+            return Row(request), [request.tokens], make_segmented_cache(self.model)
         if request.generated:
-            segments = [prompt + request.generated]
-            return Row(request), segments, make_segmented_cache(self.model)
-        key = request.cache_key
+            caches, rest = self.prompt_cache.fetch_nearest_cache(key, request.tokens)
+            row = Row(request, n_run=len(request.tokens) - len(rest))
+            return row, [rest], caches or make_segmented_cache(self.model)
         # Where other prompts branch off, this one stores what the next of them can resume.
         branch = self.prompt_cache.branch_point(key, prompt)
         caches, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)

@@ -53,8 +53,9 @@ class Timing:
             self.cached_tokens = details.get("cached_tokens") or 0
         for choice in event.get("choices", ()):
             piece = choice.get("delta") or choice.get("message") or choice
-            # The end counts as a piece, because an answer may have no text.
-            if choice.get("finish_reason") or any(piece.get(f) for f in TEXT_FIELDS):
+            is_end = choice.get("finish_reason") is not None
+            # The end of an answer without text counts as a piece.
+            if any(map(piece.get, TEXT_FIELDS)) or (is_end and not self.arrivals):
                 self.arrivals.append(now)
                 self.text += piece.get("content") or piece.get("text") or ""
 

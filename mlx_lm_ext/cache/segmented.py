@@ -281,9 +281,10 @@ class BatchSegmentedKVCache(BatchKVCache):
                 for x in (keys, values)
             )
         elif end > self.keys.shape[2]:
+            # All rows are copied in any case, so that spare ones cost nothing to give up.
             more = capacity - self.keys.shape[2]
             self.keys, self.values = (
-                mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)])
+                mx.pad(x[:n], [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
             )
         self.keys[:n, :, start:end] = keys

@@ -50,7 +50,7 @@ class Alone:
         # Stop words are found in the text, on the handler's thread.
         args = replace(request.args, stop_words=[], seed=seed)
         generator = SingleGenerator(
-            self.model_provider, SaltedCache(request, self.prompt_cache)
+            self.model_provider, SaltedCache(request, self.prompt_cache), request
         )
         queue = ResponseQueue(request, args, self.is_stopping, self.fail)
         stream = mx.default_stream(mx.default_device())

@@ -92,7 +92,6 @@ class EngineClient:
             RequestError: If it cannot be served.
         """
         self.check_available()
-        model.replace_developer_role(completion)
         if model.sampling:
             use_model_sampling(args, body, self.cli_args, model.sampling)
         request = Request(

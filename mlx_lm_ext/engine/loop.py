@@ -150,6 +150,7 @@ class Engine:
                 self.put_back(self.running)
             self.admit()
             try:
+                self.preempt()
                 self.step()
             except BaseException as e:
                 self.recover(e)
@@ -378,6 +379,16 @@ class Engine:
 
     # Requests run
 
+    def preempt(self) -> None:
+        """Put the newest requests back to those that wait, until the KV of the others fits
+        into the memory in the next step."""
+        while self.batch is not None and self.batch.outgrows_memory:
+            request = self.batch.newest
+            # First, because the batch may fail.
+            self.waiting.appendleft(request)
+            self.changed = True
+            self.batch.preempt(request)
+
     def step(self) -> None:
         """Run a step of the batch."""
         if self.batch is None:
@@ -396,6 +407,8 @@ class Engine:
         """After a failed step: fail the requests that make it fail, and let the others start
         again."""
         suspects = [r for r in self.running if not r.finished]
+        for request in suspects:
+            request.is_suspect = True
         logger.error(f"A step of {len(suspects)} requests failed", exc_info=error)
         self.isolate(suspects, error)
         n_innocent = self.put_back(suspects)
@@ -411,6 +424,8 @@ class Engine:
             int: How many have not ended.
         """
         unfinished = [r for r in requests if not (r.finished or r.cancelled)]
+        for request in unfinished:
+            request.is_suspect = True
         if self.batch is not None:
             self.batch.close()
         self.waiting.extendleft(reversed(unfinished))

@@ -7,6 +7,7 @@ Rules:
 
 import logging
 from collections import OrderedDict
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, Optional
@@ -20,6 +21,7 @@ from ..device import on_cpu, process_limit
 from ..errors import RequestError, one_line
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
+from .context_length import TABLE_MODELS, find_context_length
 from .generation_config import FILE, read_sampling
 from .model_names import AllowedModels, is_path, normalize
 from .upstream import ModelProviderBase, download
@@ -36,24 +38,6 @@ def takes_images(config: Dict[str, Any]) -> bool:
     """Whether mlx-lm has an image processor for models with this configuration."""
     kind = config.get("processor_type", config.get("model_type"))
     return bool(config.get("vision_config")) and kind in PROCESSORS
-
-
-def find_context_length(config: Dict[str, Any]) -> Optional[int]:
-    """The most tokens that a model takes, by its configuration and with the scaling of its
-    RoPE. None if the configuration does not say."""
-    length = config.get("max_position_embeddings")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor = scaling.get("factor")
-    if length is None or not isinstance(factor, (int, float)):
-        return length
-    original = scaling.get("original_max_position_embeddings")
-    kind = scaling.get("type") or scaling.get("rope_type")
-    if original is not None:
-        # Some configurations give the scaled length, others the original one.
-        return max(length, int(original * factor))
-    if kind == "yarn" or kind == "dynamic":
-        return int(length * factor)
-    return length
 
 
 def check_room(path: Path) -> None:
@@ -161,25 +145,27 @@ class BatchModelProvider(ModelProviderBase):
             sampling = self._read_sampling(path)
             config = load_config(path)
             eos_token_ids = config.get("eos_token_id")
+            context_length = find_context_length(config, self.cli_args.context_length)
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
+            has_template = tokenizer.chat_template is not None
+            if self.cli_args.use_default_chat_template and not has_template:
+                tokenizer.chat_template = tokenizer.default_chat_template
             wrong = bound_chat_templates(tokenizer)
             # Other models are loaded for a request, which may have no chat.
             if wrong is not None and key == self.default_key:
                 raise ValueError(wrong)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
-            tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
-        context_length = find_context_length(text_config)
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
             vocabulary_size=text_config.get("vocab_size", len(tokenizer)),
             context_length=context_length,
             most_characters=most_characters(tokenizer, context_length),
-            takes_images=takes_images(config),
+            # Without a template, upstream would write an image as Python does.
+            takes_images=takes_images(config) and tokenizer.has_chat_template,
             end_of_text=make_stop_sequences(tokenizer),
             sampling=sampling,
         )
@@ -219,17 +205,29 @@ class BatchModelProvider(ModelProviderBase):
         return paths["model"]
 
     def _check_draft(self, model: Path, draft: Path) -> None:
-        """Refuse a draft model with more tokens than the model, which would read beyond its
-        embedding."""
-        sizes = []
-        for param, path in (("model", model), ("draft_model", draft)):
+        """Refuse a draft model that would read beyond one of its arrays: one with more tokens
+        than the model has, or with fewer positions."""
+        wanted = (self.cli_args.context_length, None)
+        configs, lengths = [], []
+        for param, path, length in zip(
+            ("model", "draft_model"), (model, draft), wanted
+        ):
             try:
                 config = load_config(path)
+                lengths.append(find_context_length(config, length))
             except Exception as e:
                 raise self.unusable(param, path.name, e)
-            sizes.append((config.get("text_config") or config).get("vocab_size"))
-        if None not in sizes and sizes[1] > sizes[0]:
-            message = f"the draft model has {sizes[1]} tokens, and the model {sizes[0]}"
+            configs.append(config | (config.get("text_config") or {}))
+        n, n_draft = (config.get("vocab_size") or 0 for config in configs)
+        if n_draft > n > 0:
+            message = f"the draft model has {n_draft} tokens, and the model {n}"
+            raise RequestError(400, message, "draft_model")
+        n, n_draft = (length or inf for length in lengths)
+        if n_draft < n and configs[1].get("model_type") in TABLE_MODELS:
+            message = (
+                f"the draft model has {n_draft} positions, and the model takes {n} tokens "
+                "(--context-length)"
+            )
             raise RequestError(400, message, "draft_model")
 
     def switch_to(self, key: ModelKey) -> None:

@@ -9,7 +9,6 @@ Rules:
 """
 
 import argparse
-import json
 import re
 from dataclasses import dataclass
 from inspect import signature
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import RequestError
 from .images import MAX_IMAGES
+from .json_text import load_json
 
 TYPE_NAMES = {
     bool: "a boolean",
@@ -78,6 +78,10 @@ FIELDS = {
     "tools": Field(list),
     "parallel_tool_calls": Field(bool),
     "chat_template_kwargs": Field(dict),
+    "add_generation_prompt": Field(bool),
+    "continue_final_message": Field(bool),
+    "enable_thinking": Field(bool),
+    "reasoning_effort": Field(str, 0, 64),
     "role_mapping": Field(dict),
     "echo": Field(bool),
     "suffix": Field(str),
@@ -109,8 +113,6 @@ LEAST_TOP_P = 1e-6
 MAX_STOP_WORD = 1000
 MAX_STOP_WORDS = 128
 MAX_MESSAGES = 10_000
-# Parts of contents, and tool calls, of all messages.
-MAX_PARTS = 20_000
 MAX_TOOLS = 1024
 MAX_BIASES = 10_000
 # Characters of each text of a role mapping, which is repeated for every message.
@@ -129,14 +131,10 @@ TOKENIZER_ARGUMENTS = {
     )
     for name in signature(function).parameters
 }
+TOKENIZER_ARGUMENTS -= {"add_generation_prompt", "continue_final_message"}
 TOKENIZER_ARGUMENTS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
 
 TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
-
-# The types of the parts of a content.
-PARTS = ("text", "image_url", "input_image", "image")
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def check_size(raw: bytes, limit: int) -> None:
@@ -174,7 +172,7 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         message = f"the body may have {MAX_NESTED} objects and arrays at most"
         raise RequestError(400, message)
     try:
-        body = json.loads(raw)
+        body = load_json(raw)
     except (ValueError, RecursionError) as e:
         raise RequestError(400, f"the body is not JSON: {e}")
     if not isinstance(body, dict):
@@ -295,89 +293,19 @@ def check_count(name: str, n: int, limit: int) -> None:
         raise RequestError(400, f"{name} may have {limit} at most, not {n}", name)
 
 
-def parse_messages(body: Dict[str, Any]) -> Any:
-    """Check the messages of a chat request, and return them.
-
-    Raises:
-        RequestError: If a message lacks a known role or a content, or is wrong otherwise.
-    """
-    check_required(body, "messages")
-    messages: Any = body["messages"]
-    check_type("messages", messages, list)
-    if not messages:
-        raise RequestError(400, "messages must not be empty", "messages")
-    check_count("messages", len(messages), MAX_MESSAGES)
-    n_parts = 0
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
-        check_type(name, message, dict)
-        check_choice(f"{name}.role", message.get("role"), ROLES)
-        check_content(f"{name}.content", message)
-        parse_tool_calls(f"{name}.tool_calls", message)
-        for parts in (message.get("content"), message.get("tool_calls")):
-            n_parts += len(parts) if isinstance(parts, list) else 0
-    if n_parts > MAX_PARTS:
-        message = (
-            f"messages may have {MAX_PARTS} parts and tool calls at most, not {n_parts}"
-        )
-        raise RequestError(400, message, "messages")
-    return messages
-
-
-def count_characters(messages: List[Dict[str, Any]]) -> int:
-    """Characters of the texts of checked messages."""
-    n = 0
-    for message in messages:
-        content = message.get("content") or ""
-        if isinstance(content, str):
-            n += len(content)
-        else:
-            n += sum(len(p["text"]) for p in content if p["type"] == "text")
-    return n
-
-
-def check_content(name: str, message: Dict[str, Any]) -> None:
-    """Refuse a content that is neither a text nor a list of parts. Only that of an
-    assistant may be missing."""
-    content = message.get("content")
-    if isinstance(content, list):
-        for i, part in enumerate(content):
-            check_type(f"{name}[{i}]", part, dict)
-            check_choice(f"{name}[{i}].type", part.get("type"), PARTS)
-            if part["type"] == "text":
-                check_type(f"{name}[{i}].text", part.get("text"), str)
-    elif content is not None or message["role"] != "assistant":
-        check_type(name, content, str)
-
-
-def parse_tool_calls(name: str, message: Dict[str, Any]) -> None:
-    """Check the tool calls of a message, and parse their arguments in place: clients send
-    a text, and chat templates expect an object."""
-    calls = message.get("tool_calls") or []
-    check_type(name, calls, list)
-    for i, call in enumerate(calls):
-        check_type(f"{name}[{i}]", call, dict)
-        function = call.get("function")
-        check_type(f"{name}[{i}].function", function, dict)
-        where = f"{name}[{i}].function.arguments"
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError) as e:
-                raise RequestError(400, f"{where} must be JSON: {e}", where)
-        arguments = {} if arguments is None else arguments
-        check_type(where, arguments, dict)
-        function["arguments"] = arguments
-
-
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
     """Check the tools, and return those that the model may call."""
     tools = body.get("tools") or []
     check_count("tools", len(tools), MAX_TOOLS)
     for i, tool in enumerate(tools):
         check_type(f"tools[{i}]", tool, dict)
-        check_type(f"tools[{i}].function", tool.get("function"), dict)
+        name, function = f"tools[{i}].function", tool.get("function")
+        check_type(name, function, dict)
+        check_type(f"{name}.name", function.get("name"), str)
+        if not function["name"]:
+            raise RequestError(400, f"{name}.name must not be empty", f"{name}.name")
+        if function.get("parameters") is not None:
+            check_type(f"{name}.parameters", function["parameters"], dict)
     if body.get("tool_choice") == "none":
         return None
     return tools or None
@@ -454,6 +382,31 @@ def parse_logit_bias(body: Dict[str, Any]) -> Optional[Dict[int, float]]:
     )
 
 
+def parse_template_variables(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """The variables of the chat template that a request sets. Those of
+    ``chat_template_kwargs`` take precedence over the fields of their own."""
+    variables: Dict[str, Any] = {}
+    if "reasoning_effort" in body:
+        variables["reasoning_effort"] = body["reasoning_effort"]
+        if body["reasoning_effort"] == "none":
+            variables["enable_thinking"] = False
+    for name in ("enable_thinking", "add_generation_prompt", "continue_final_message"):
+        if name in body:
+            variables[name] = body[name]
+    if "enable_thinking" in variables:
+        # Its name in the templates of DeepSeek and Granite.
+        variables["thinking"] = variables["enable_thinking"]
+    variables |= body.get("chat_template_kwargs", {})
+    both = ("add_generation_prompt", "continue_final_message")
+    for name in both:
+        if name in variables:
+            check_type(name, variables[name], bool)
+    if all(variables.get(name) for name in both):
+        message = f"{both[1]} must not be true if {both[0]} is"
+        raise RequestError(400, message, both[1])
+    return variables or None
+
+
 def make_generation_arguments(
     body: Dict[str, Any], defaults: argparse.Namespace
 ) -> GenerationArguments:
@@ -492,7 +445,7 @@ def make_generation_arguments(
         top_logprobs=top_logprobs,
         # MLX takes unsigned seeds of 64 bits.
         seed=None if seed is None else seed % 2**64,
-        chat_template_kwargs=body.get("chat_template_kwargs"),
+        chat_template_kwargs=parse_template_variables(body),
     )
 
 

@@ -58,6 +58,7 @@ class Request(RequestInfo):
         started (Optional[float]): When it first started to run.
         first_token (Optional[float]): When it got its first token.
         generated (List[int]): The tokens of its answer so far.
+        is_suspect (bool): Whether a step has failed in which it took part.
         cancelled (bool): Whether nobody waits for its answer any more.
         finished (bool): Whether its last event was made.
         forgotten (bool): Whether the scheduler policy was told that it has ended.
@@ -79,6 +80,7 @@ class Request(RequestInfo):
     started: Optional[float] = None
     first_token: Optional[float] = None
     generated: List[int] = field(default_factory=list)
+    is_suspect: bool = False
     cancelled: bool = False
     finished: bool = False
     forgotten: bool = False
@@ -92,6 +94,11 @@ class Request(RequestInfo):
         ``cache_salt`` do not find it."""
         salt = self.body.get("cache_salt")
         return self.model.key if salt is None else (*self.model.key, salt)
+
+    @property
+    def tokens(self) -> List[int]:
+        """The tokens of its prompt and of its answer so far."""
+        return self.prompt + self.generated
 
     @property
     def prompt_field(self) -> str:
@@ -121,12 +128,11 @@ class Request(RequestInfo):
             self.args.sampling.top_k = 0
 
     def fit_to_context(self) -> None:
-        """Check that the prompt and the answer fit into the model's context. A default
-        ``max_tokens`` is lowered until it fits.
+        """Check that the prompt fits into the model's context. ``max_tokens`` is lowered until
+        the answer fits too: it is the most that the client takes, not what it asks for.
 
         Raises:
-            RequestError: If the prompt is empty or too long, or the ``max_tokens`` of the
-              body is too large.
+            RequestError: If the prompt is empty or too long.
         """
         prompt_field = self.prompt_field
         n_prompt, limit = len(self.prompt), self.model.context_length
@@ -134,16 +140,9 @@ class Request(RequestInfo):
             raise RequestError(400, f"{prompt_field} gives no tokens", prompt_field)
         if limit is None:
             return
-        room = limit - n_prompt
-        if room < 1:
+        if n_prompt >= limit:
             raise too_long(limit, f"the prompt has {n_prompt}", prompt_field)
-        if self.args.max_tokens <= room:
-            return
-        for name in ("max_completion_tokens", "max_tokens"):
-            if name in self.body:
-                asked = f"the prompt has {n_prompt}, and {name} may be {room} at most"
-                raise too_long(limit, asked, name)
-        self.args.max_tokens = room
+        self.args.max_tokens = min(self.args.max_tokens, limit - n_prompt)
 
     @property
     def deadline(self) -> float:

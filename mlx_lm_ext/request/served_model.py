@@ -1,12 +1,14 @@
 """What a handler knows of a model. It has no arrays."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Dict, Optional, Tuple
 
 from mlx_lm.generate import StopSequences
-from mlx_lm.server import CompletionRequest
 
+from .detokenizing import Decoder
 from .preparation import Preparation
+from .token_bytes import TokenBytes
 from .tokenizing import BoundedTokenizer
 
 # The paths of a model, an adapter and a draft model.
@@ -26,6 +28,7 @@ class ServedModel:
         most_characters (int): A prompt with more characters cannot fit into the context.
         takes_images (bool): Whether prompts may have images, by its configuration.
         end_of_text (StopSequences): The end-of-text tokens.
+        template_facts (Dict): What is known of its chat template, see ``TemplateShape``.
         sampling (Dict[str, Any]): What it samples with if neither a request nor the
           command line says so, by fields of a request.
     """
@@ -37,7 +40,18 @@ class ServedModel:
     most_characters: int
     takes_images: bool
     end_of_text: StopSequences
+    template_facts: Dict[Any, Any] = field(default_factory=dict, compare=False)
     sampling: Dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Makes text of token ids."""
+        return Decoder(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of each token."""
+        return TokenBytes(self.decoder)
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation
@@ -54,14 +68,5 @@ class ServedModel:
             self.most_characters,
             field,
             preparation,
+            self.template_facts,
         )
-
-    def replace_developer_role(self, request: CompletionRequest) -> None:
-        """Change the role developer to system, in place, if the chat template does not know
-        it: the template might leave out such messages."""
-        template = self.tokenizer.chat_template or request.role_mapping
-        if "developer" in str(template):
-            return
-        for message in request.messages:
-            if message["role"] == "developer":
-                message["role"] = "system"

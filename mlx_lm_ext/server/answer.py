@@ -8,26 +8,18 @@ Rules:
 """
 
 import logging
-import re
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.server import ToolCallFormatter
 
+from ..request.detokenizing import Detokenizer
 from ..request.request import Request, Token
+from .logprobs import ChosenToken, ChosenTokens
 from .stop_words import StopWords
+from .tool_calls import ToolCallParser
 
 logger = logging.getLogger(__name__)
-
-# Bounds of a text that is given to upstream's tool parsers: the time of some grows with
-# the number of characters times the number of marks, and they cannot be interrupted.
-MAX_TOOL_TEXT = 1 << 16
-MAX_TOOL_MARKS = 64
-TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
-
-# The value of OpenAI's API for the log probability of a token that cannot be chosen.
-LEAST_LOGPROB = -9999.0
 
 
 @dataclass
@@ -39,6 +31,8 @@ class Delta:
         reasoning (str): Text of the reasoning before the answer.
         tool_calls (List[Dict]): Complete tool calls in OpenAI's shape.
         tokens (List[Token]): The tokens that it was made from.
+        logprobs (List[ChosenToken]): The tokens of its text, if the request asked for log
+          probabilities.
         finish_reason (Optional[str]): "stop", "length" or "tool_calls" in the last delta
           of an answer.
     """
@@ -47,7 +41,16 @@ class Delta:
     reasoning: str = ""
     tool_calls: List[Dict[str, Any]] = field(default_factory=list)
     tokens: List[Token] = field(default_factory=list)
+    logprobs: List[ChosenToken] = field(default_factory=list)
     finish_reason: Optional[str] = None
+
+    def chunks(self) -> Iterator["Delta"]:
+        """The chunks of a stream that it makes. The finish reason has one of its own: some
+        clients read nothing else of a chunk that has one."""
+        if self.text or self.reasoning or self.tool_calls or self.logprobs:
+            yield replace(self, finish_reason=None)
+        if self.finish_reason is not None:
+            yield Delta(finish_reason=self.finish_reason)
 
 
 class WithoutTools:
@@ -84,8 +87,13 @@ class AnswerParser:
 
     def __init__(self, request: Request, stream: bool):
         tokenizer = request.model.tokenizer
-        self.detokenizer = tokenizer.detokenizer
-        self.format_tool_calls = ToolCallFormatter(
+        self.detokenizer = Detokenizer(request.model.decoder)
+        self.chosen: Optional[ChosenTokens] = None
+        if request.args.logprobs:
+            self.chosen = ChosenTokens(request.model.token_bytes)
+        # Characters of all text, and where a stop word has cut it.
+        self.n_characters, self.cut = 0, None
+        self.tool_calls = ToolCallParser(
             tokenizer.tool_parser, request.completion.tools, stream
         )
         if not request.completion.tools:
@@ -118,13 +126,16 @@ class AnswerParser:
         for group in groups:
             delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
-            for token in group:
-                # An end-of-text token has no text.
-                if token.finish_reason != "stop":
-                    self.detokenizer.add_token(token.id)
+            # An end-of-text token has no text.
+            said = [t for t in group if t.finish_reason != "stop"]
+            text = self.detokenizer.add([t.id for t in said])
             if delta.finish_reason is not None:
-                self.detokenizer.finalize()
-            self.split(self.detokenizer.last_segment, delta)
+                text += self.detokenizer.end()
+            self.n_characters += len(text)
+            self.split(text, delta)
+            if self.chosen is not None:
+                self.chosen.add(said)
+                delta.logprobs += self.take_chosen(delta.finish_reason is not None)
             if delta.finish_reason is not None:
                 break
         if delta.finish_reason == "stop" and self.made_tool_call:
@@ -148,25 +159,36 @@ class AnswerParser:
             elif name == "normal":
                 self.add_text(piece, delta)
         if last:
-            self.end_tool_call(delta)
+            self.end_tool_call(delta, is_cut=delta.finish_reason == "length")
             delta.text += self.stop_words.flush()
 
     def add_text(self, text: str, delta: Delta) -> None:
         """Add text to the answer, up to the first stop word."""
         if not self.stop_words.found:
-            delta.text += self.stop_words.split(text)
+            n = len(self.stop_words.held) + len(text)
+            settled = self.stop_words.split(text)
+            delta.text += settled
             if self.stop_words.found:
                 delta.finish_reason = "stop"
+                self.cut = self.n_characters - (n - len(settled))
 
-    def end_tool_call(self, delta: Delta) -> None:
-        """Parse the text of a tool call that has ended, if there is one. What cannot be
-        parsed is added to the answer as text."""
+    def take_chosen(self, last: bool) -> List[ChosenToken]:
+        """The tokens of the text that was given out."""
+        if last:
+            return self.chosen.end(self.cut)
+        *_, held = self.state
+        return self.chosen.take(
+            self.n_characters - len(held) - len(self.stop_words.held)
+        )
+
+    def end_tool_call(self, delta: Delta, is_cut: bool = False) -> None:
+        """Parse the text of a tool call that has ended, or was cut off, if there is one.
+        What cannot be parsed is added to the answer as text."""
         text, self.tool_text = self.tool_text, ""
         if not text or (self.takes_one_call and self.made_tool_call):
             return
         try:
-            check_tool_text(text)
-            calls = self.format_tool_calls([text])
+            calls = self.tool_calls.parse(text, is_cut)
         except Exception as e:
             # Upstream's parsers raise other errors than the ValueError that they should.
             logger.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
@@ -181,54 +203,3 @@ class AnswerParser:
             delta.tool_calls += calls
         else:
             self.add_text(text, delta)
-
-
-def check_tool_text(text: str) -> None:
-    """Check that a tool parser takes little time for a text.
-
-    Raises:
-        ValueError: If it has too many characters or too many marks.
-    """
-    n_marks = len(TOOL_MARK.findall(text))
-    if "<atem:" in text:
-        n_marks += text.count('name="')
-    if len(text) > MAX_TOOL_TEXT or n_marks > MAX_TOOL_MARKS:
-        raise ValueError(f"it has {len(text)} characters and {n_marks} marks")
-
-
-def in_json(logprob: float) -> float:
-    """A log probability as a number of JSON, which has no -inf and no NaN: for them it is
-    ``LEAST_LOGPROB``."""
-    # The order matters: ``max(x, nan)`` is x, and ``max(nan, x)`` is nan.
-    return max(LEAST_LOGPROB, logprob)
-
-
-def chat_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
-    """The ``logprobs`` of a chat choice, in OpenAI's shape."""
-
-    def entry(token_id, logprob):
-        text = decode([token_id])
-        # A part of a character decodes to U+FFFD, and its bytes are lost.
-        raw = None if "\ufffd" in text else list(text.encode())
-        return {
-            "id": token_id,
-            "token": text,
-            "bytes": raw,
-            "logprob": in_json(logprob),
-        }
-
-    return {
-        "content": [
-            entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]}
-            for t in tokens
-        ]
-    }
-
-
-def text_logprobs(tokens: List[Token], decode: Callable) -> Dict[str, Any]:
-    """The ``logprobs`` of a text completion choice, in OpenAI's shape."""
-    return {
-        "tokens": [decode([t.id]) for t in tokens],
-        "token_logprobs": [in_json(t.logprob) for t in tokens],
-        "top_logprobs": [{decode([i]): in_json(p) for i, p in t.top} for t in tokens],
-    }

@@ -15,19 +15,23 @@ from ..request.fields import (
     FIELDS,
     check_field,
     check_size,
-    count_characters,
     make_generation_arguments,
     parse_body,
-    parse_messages,
     parse_prompt,
     parse_tools,
+)
+from ..request.history import (
+    count_characters,
+    leave_out_past_images,
+    parse_messages,
 )
 from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.preparation import Preparation
 from ..request.request import Request
 from ..request.served_model import ServedModel
-from .answer import AnswerParser, Delta, chat_logprobs, text_logprobs
+from .answer import AnswerParser, Delta
 from .connection import HTTPHandler, clean
+from .logprobs import chat_logprobs, text_logprobs
 from .model_list import cached_models
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,8 @@ class BatchAPIHandler(HTTPHandler):
         del raw
         # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
+        if self.is_chat and not model.takes_images:
+            leave_out_past_images(self.body["messages"])
         images = image_parts(self.body["messages"]) if self.is_chat else []
         if images:
             with preparation.turn(self.server.preparations.fetches):
@@ -204,7 +210,7 @@ class BatchAPIHandler(HTTPHandler):
                 answer.text += delta.text
                 answer.reasoning += delta.reasoning
                 answer.tool_calls += delta.tool_calls
-                answer.tokens += delta.tokens
+                answer.logprobs += delta.logprobs
                 answer.finish_reason = delta.finish_reason
         self.send_json(200, self.make_response(request, answer, self.n_tokens))
         return answer.finish_reason
@@ -233,14 +239,8 @@ class BatchAPIHandler(HTTPHandler):
             if delta is None:
                 self.send_keepalive()
                 continue
-            if (
-                delta.text
-                or delta.reasoning
-                or delta.tool_calls
-                or delta.finish_reason
-                or request.args.logprobs
-            ):
-                chunk = self.make_response(request, delta, is_first=is_first)
+            for part in delta.chunks():
+                chunk = self.make_response(request, part, is_first=is_first)
                 self.send_event(json.dumps(chunk))
                 is_first = False
         if self.body.get("stream_options", {}).get("include_usage"):
@@ -287,7 +287,7 @@ class BatchAPIHandler(HTTPHandler):
         if request.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs
-            choice["logprobs"] = make(delta.tokens, request.model.tokenizer.decode)
+            choice["logprobs"] = make(delta.logprobs, request.model.token_bytes)
         return response
 
     # Other routes

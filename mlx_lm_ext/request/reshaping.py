@@ -1,0 +1,143 @@
+"""Other ways to say the same with the messages of a chat.
+
+Rules:
+1. Messages are as ``history`` makes them, and are never changed: what differs is new.
+2. Everything that a message has stands in the new ones.
+"""
+
+import hashlib
+import re
+from functools import reduce
+from typing import Any, Dict, List, Optional
+
+from .history import REASONING, RESULT_ROLES, Message
+from .json_text import to_text
+
+SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+def kind_of(message: Message) -> str:
+    """The role of a message; "call" for one that calls tools."""
+    return "call" if message.get("tool_calls") else message["role"]
+
+
+def to_parts(content: Any) -> List[Dict[str, Any]]:
+    """A content as a list of parts."""
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+def join_contents(first: Any, second: Any) -> Any:
+    """Two contents as one, with a blank line between texts."""
+    if isinstance(first, str) and isinstance(second, str):
+        return "\n\n".join(filter(None, (first, second)))
+    between = to_parts("\n\n" if first and second else "")
+    return [*to_parts(first), *between, *to_parts(second)]
+
+
+def join_messages(first: Message, second: Message) -> Message:
+    """Two messages of one role as one."""
+    joined = {
+        **first,
+        "content": join_contents(first["content"], second["content"]),
+        "tool_calls": [*first.get("tool_calls", []), *second.get("tool_calls", [])],
+    }
+    for name in REASONING:
+        texts = [m[name] for m in (first, second) if m.get(name)]
+        if texts:
+            joined[name] = "\n\n".join(map(to_text, texts))
+    if not joined["tool_calls"]:
+        del joined["tool_calls"]
+    return joined
+
+
+def join_all(messages: List[Message]) -> List[Message]:
+    """All messages of one role as one, or none."""
+    return [reduce(join_messages, messages)] if messages else []
+
+
+def without_reasoning(message: Message) -> Message:
+    """A message with its reasoning in its content."""
+    texts = [message[name] for name in REASONING if message.get(name)]
+    kept = {key: value for key, value in message.items() if key not in REASONING}
+    content = message["content"]
+    return {**kept, "content": join_contents(to_text(texts[0]), content)}
+
+
+def name_results(messages: List[Message]) -> List[Message]:
+    """Give each result of a tool the name of its call."""
+    names: Dict[Optional[str], str] = {}
+    named = []
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            names[call["id"]] = call["function"]["name"]
+        id = message.get("tool_call_id")
+        if message["role"] in RESULT_ROLES and "name" not in message and id in names:
+            message = {**message, "name": names[id]}
+        named.append(message)
+    return named
+
+
+def calls_to_text(message: Message) -> Message:
+    """A message whose calls, if any, stand in its content."""
+    if not message.get("tool_calls"):
+        return message
+    lines = [
+        to_text(
+            {key: call["function"][key] for key in ("name", "arguments")},
+        )
+        for call in message["tool_calls"]
+    ]
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**kept, "content": join_contents(message["content"], "\n".join(lines))}
+
+
+def result_to_user(message: Message) -> Message:
+    """The result of a tool as a message of the user's."""
+    name = message.get("name")
+    start = f"Result of the tool {name}:" if name else "Result of a tool:"
+    return {"role": "user", "content": join_contents(start, message["content"])}
+
+
+def orphans(messages: List[Message]) -> List[int]:
+    """Where results stand that do not follow the message with their call."""
+    found, pending = [], set()
+    for i, message in enumerate(messages):
+        if message["role"] != "tool":
+            pending = {call["id"] for call in message.get("tool_calls", [])}
+        elif message.get("tool_call_id") not in pending:
+            found.append(i)
+    return found
+
+
+def split_calls(messages: List[Message]) -> List[Message]:
+    """One message for each call, each followed by its results."""
+    split: List[Message] = []
+    i = 0
+    while i < len(messages):
+        message = messages[i]
+        i += 1
+        calls = message.get("tool_calls", [])
+        if len(calls) < 2:
+            split.append(message)
+            continue
+        results = []
+        while i < len(messages) and messages[i]["role"] == "tool":
+            results.append(messages[i])
+            i += 1
+        for call in calls:
+            split.append({**message, "tool_calls": [call]})
+            message = {"role": message["role"], "content": ""}
+            found = [r for r in results if r.get("tool_call_id") == call["id"]]
+            split += found[:1]
+            results = [r for r in results if not any(r is f for f in found[:1])]
+        split += results
+    return split
+
+
+def shorten_id(id: str) -> str:
+    """An id of nine letters and digits, always the same for an id."""
+    if SHORT_ID.fullmatch(id):
+        return id
+    return hashlib.sha256(id.encode()).hexdigest()[:9]
