@@ -148,14 +148,15 @@ class BatchModelProvider(ModelProviderBase):
             context_length = find_context_length(config, self.cli_args.context_length)
             if tokenizer is None:
                 tokenizer = load_tokenizer(path, self.tokenizer_config, eos_token_ids)
+            has_template = tokenizer.chat_template is not None
+            if self.cli_args.use_default_chat_template and not has_template:
+                tokenizer.chat_template = tokenizer.default_chat_template
             wrong = bound_chat_templates(tokenizer)
             # Other models are loaded for a request, which may have no chat.
             if wrong is not None and key == self.default_key:
                 raise ValueError(wrong)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
-            tokenizer.chat_template = tokenizer.default_chat_template
         text_config = config.get("text_config") or config
         return ServedModel(
             key=key,
