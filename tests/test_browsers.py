@@ -17,6 +17,8 @@ LOCAL = [
     "127.0.0.1:8080",
     "127.9.9.9",
     "[::1]:1",
+    # A name of the own network.
+    "my-server:8080",
 ]
 FOREIGN = [
     "evil.example",
@@ -115,6 +117,16 @@ def test_body_of_a_type_that_browsers_send_without_asking_is_refused(
     assert "application/json" in answer["error"]["message"]
     kind = "application/json; charset=utf-8"
     assert call(port, "POST", CHAT, body, **{"Content-Type": kind})[0] == 200
+
+
+def test_body_without_a_type_is_taken_from_programs_only(start_server):
+    _, port = start_server()
+    raw = json.dumps({"messages": HELLO, "max_tokens": 1})
+    for origin, expected in ({}, 200), ({"Origin": "http://localhost"}, 415):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", CHAT, raw, origin)
+        assert connection.getresponse().status == expected
+        connection.close()
 
 
 def test_page_that_is_named_may_ask_and_read_the_answer(start_server):

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from ..errors import RequestError
 from ..patterns import matches
 
-# Among allowed origins and hosts: all names and addresses of this machine itself.
+# Among allowed origins and hosts: all names and addresses of this machine itself. Among
+# hosts also the names without a dot, which only the own network has.
 LOOPBACK = "loopback"
 # An origin as browsers send it: a scheme, a name and perhaps a port, or "null".
 ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\\\s]*", re.IGNORECASE)
@@ -35,6 +36,12 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or an address cannot be that of a site of the internet, whose owner
+    could let it mean this machine. Their names have a dot."""
+    return is_loopback(host) or not any(sign in host for sign in ".[")
 
 
 def is_loopback_origin(origin: str) -> bool:
@@ -83,7 +90,7 @@ class BrowserGuard:
         match = HOST.fullmatch(host)
         return match is not None and (
             matches(match[1].lower(), self.hosts)
-            or (LOOPBACK in self.hosts and is_loopback(match[1]))
+            or (LOOPBACK in self.hosts and is_local(match[1]))
         )
 
     def check(self, headers: Message) -> None:

@@ -212,8 +212,10 @@ class HTTPHandler(APIHandler):
         # If this raises, the next request cannot be found.
         close, self.close_connection = self.close_connection, True
         self.is_unread = True
-        # A page of any site can send bodies of other types without asking first.
-        if self.headers.get_content_type() != "application/json":
+        # A page of any site can send bodies of other types without asking first, and one
+        # without a type with its ``Origin``.
+        has_type = "Content-Type" in self.headers or "Origin" in self.headers
+        if has_type and self.headers.get_content_type() != "application/json":
             raise RequestError(415, "the Content-Type must be application/json")
         reader = BodyReader(
             self.rfile,
