@@ -18,9 +18,10 @@ MAX_BYTES = 64
 # After so many ids, what is still held back is given out as it is.
 MAX_IDS = 256
 
-# A text that a tokenizer changes after decoding, and the ends of texts that may be changed:
-# what transformers takes spaces from, and what NewlineTokenizer makes newlines of.
-CHANGES = {"a ,b": r" +(?:'[vr]?|n *'?)?$", "<n>": r"<n?$"}
+# Texts that some tokenizers change after decoding, and the ends of texts that they may still
+# change: transformers takes out the space before a sign, NewlineTokenizer writes a newline
+# for each <n>.
+CHANGES = {"a ,b": r"(?<! ) +(?:'[vr]?|n *'?)?$", "<n>": r"<n?$"}
 
 
 class Decoder:
