@@ -10,7 +10,8 @@ Rules:
 import re
 from typing import Any, Callable, Dict, List, Optional, Pattern, Sequence, Set
 
-# With more ids than this, those are dropped that the text of the last ones does not need.
+# If there are more ids than this, the first are dropped, and as many of the last stay as
+# give the same end of the text: the first of these numbers that do.
 MAX_CONTEXT = 8
 CONTEXTS = (2, 3, 4, MAX_CONTEXT)
 # After so many byte tokens in a row, the characters that are complete are given out.

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import deque
 from itertools import chain
-from typing import Any, Deque, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from .history import REASONING, RESULT_ROLES, Message
 from .json_text import to_text
@@ -118,16 +118,19 @@ def split_calls(messages: List[Message]) -> List[Message]:
         if len(calls) < 2:
             split.append(message)
             continue
-        results: Dict[Optional[str], Deque[Message]] = {}
+        results = []
         while rest and rest[0]["role"] == "tool":
-            result = rest.popleft()
-            results.setdefault(result.get("tool_call_id"), deque()).append(result)
+            results.append(rest.popleft())
+        # Where the results of each call are, the last in front.
+        places: Dict[Optional[str], List[int]] = {}
+        for i in reversed(range(len(results))):
+            places.setdefault(results[i].get("tool_call_id"), []).append(i)
         for call in calls:
             split.append({**message, "tool_calls": [call]})
             message = {"role": message["role"], "content": ""}
-            if results.get(call["id"]):
-                split.append(results[call["id"]].popleft())
-        split += chain(*results.values())
+            if places.get(call["id"]):
+                split.append(results[places[call["id"]].pop()])
+        split += [results[i] for i in sorted(chain(*places.values()))]
     return split
 
 
