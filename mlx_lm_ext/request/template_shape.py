@@ -51,8 +51,8 @@ JOINABLE = {
 SILENT_USER: Message = {"role": "user", "content": ""}
 SILENT_ASSISTANT: Message = {"role": "assistant", "content": ""}
 
-# Transformers leaves out what is None, while DeepSeek's templates ask for a content that is
-# none. It makes one of this value.
+# Stands for a content that is None, which DeepSeek's templates look for. Transformers drops
+# the keys whose value is None, and turns this value into None after that.
 NULL = np.datetime64("NaT")
 
 # What the tools of the probes are.
