@@ -51,8 +51,8 @@ JOINABLE = {
 SILENT_USER: Message = {"role": "user", "content": ""}
 SILENT_ASSISTANT: Message = {"role": "assistant", "content": ""}
 
-# Becomes None in transformers, which leaves out what is None before: DeepSeek's templates
-# write calls only if the content is none.
+# Stands for a content that is None, which DeepSeek's templates look for. Transformers drops
+# the keys whose value is None, and turns this value into None after that.
 NULL = np.datetime64("NaT")
 
 # An argument of the probes, and their tool.

@@ -47,9 +47,10 @@ class Delta:
     def chunks(self) -> Iterator["Delta"]:
         """The chunks of a stream that it makes. The finish reason has one of its own: some
         clients read nothing else of a chunk that has one."""
+        is_last = self.finish_reason is not None
         if self.text or self.reasoning or self.tool_calls or self.logprobs:
-            yield replace(self, finish_reason=None)
-        if self.finish_reason is not None:
+            yield replace(self, finish_reason=None) if is_last else self
+        if is_last:
             yield Delta(finish_reason=self.finish_reason)
 
 
