@@ -14,7 +14,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request import tokenizing
 from mlx_lm_ext.request.preparation import Interrupted, Preparations
 from mlx_lm_ext.request.tokenizing import SLICE, USUAL_CHARACTERS, most_characters
-from mlx_lm_ext.server import connection, http_server
+from mlx_lm_ext.server import api, connection, http_server
 
 # For one content, a template that runs for hours and writes nothing.
 ENDLESS = (
@@ -164,6 +164,18 @@ def test_template_that_takes_too_long_costs_its_request(start_server, limit_prep
     body = {"messages": [{"role": "user", "content": "endless"}], "max_tokens": 2}
     status, answer = call(port, "POST", CHAT, body)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200
+
+
+def test_body_that_takes_too_long_costs_its_request(
+    start_server, limit_preparing, monkeypatch
+):
+    limit_preparing(1, 0.3)
+    _, port = start_server()
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "parse_messages", lambda body: loop())
+        status, answer = call(port, "POST", CHAT, {"messages": HELLO})
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
     assert call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200
 
 

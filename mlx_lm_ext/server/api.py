@@ -8,6 +8,7 @@ Rules:
 
 import json
 import logging
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional
 
 from ..errors import RequestError, internal_error
@@ -75,7 +76,7 @@ class BatchAPIHandler(HTTPHandler):
         arrival = engine.policies.clock()
         preparation = self.server.preparations.begin(self.client_is_gone)
         with preparation.turn():
-            self.parse(raw)
+            preparation.run(partial(self.parse, raw))
         del raw
         # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
