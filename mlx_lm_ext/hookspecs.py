@@ -130,13 +130,14 @@ def mlx_lm_make_logits_processors(
     It returns a list of functions ``processor(tokens, logits)`` that give logits of the same
     shape, or None for a request that it leaves alone. ``tokens`` are all tokens that the row
     has run, those of the prompt included, of shape (n,): the last one is the token that gave
-    the logits. ``logits`` have the shape (1, vocabulary). The processors of all plugins run in the order of the calls,
-    after the penalties of the request. They may not evaluate what they are given.
+    the logits. ``logits`` have the shape (1, vocabulary). The processors of all plugins run
+    in the order of the calls, after the penalties of the request. They may not evaluate what
+    they are given.
 
     When a step of the batch has failed, or there was no memory for its KV for a while, a
-    request goes on after the tokens that it has, and the hook is called again for it. A processor with a state of its own has to rebuild it
-    then: from the ``tokens`` of its first call, in which ``request.n_prompt`` tokens are the
-    prompt and the rest is generated.
+    request goes on after the tokens that it has, and the hook is called again for it. A
+    processor with a state of its own has to rebuild it then: from the ``tokens`` of its first
+    call, in which ``request.n_prompt`` tokens are the prompt and the rest is generated.
 
     A word has several spellings in tokens, as ``" yes"`` and ``"yes"``: a processor that
     forbids a word has to forbid each of them. If the hook raises, or a processor does, the

@@ -4,10 +4,12 @@ them decides how the answer starts."""
 import base64
 import io
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
 from helpers import ALONE, call
+from jinja2 import Environment, TemplateError
 from mlx_lm.chat_templates import deepseek_v32
 from mlx_lm.server import CompletionRequest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,6 +26,7 @@ from mlx_lm_ext.request.history import parse_messages
 from mlx_lm_ext.request.preparation import Preparations
 from mlx_lm_ext.request.request import Request
 from mlx_lm_ext.request.served_model import ServedModel
+from mlx_lm_ext.request.template_shape import TemplateShape
 from mlx_lm_ext.request.tokenizing import BoundedTokenizer
 
 DEFAULTS = dict(max_tokens=10, temp=0, top_p=1, top_k=0, min_p=0, num_draft_tokens=1)
@@ -54,6 +57,10 @@ def refusing(condition, message=MESSAGE):
 JSON_CALLS = with_calls("[{{ t.function.name }}|{{ t.function.arguments | tojson }}]")
 TEXT_CALLS = with_calls(
     "{{ '[' + t.function.name + '|' + t.function.arguments + ']' }}"
+)
+ONE_CALL = with_calls(
+    "{% if m.tool_calls | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]"
 )
 STRICT = refusing("m.role == 'system' and not loop.first")
 IN_TURN = refusing(
@@ -186,10 +193,7 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
         ),
         # One call in a message.
         (
-            with_calls(
-                "{% if m.tool_calls | length > 1 %}{{ raise_exception('one') }}{% endif %}"
-                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]"
-            ),
+            ONE_CALL,
             [
                 user("u"),
                 assistant("text", LS, ("cat", "{}")),
@@ -410,6 +414,56 @@ def test_each_probe_is_rendered_once(folder):
         counts.append(len(rendered))
         rendered.clear()
     assert counts[0] > counts[1] == 1
+
+
+def test_facts_may_be_dropped_by_another_thread_at_any_time(folder):
+    class Dropping(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = STRICT
+    bounded = BoundedTokenizer(
+        tokenizer, None, 10_000, "messages", Preparations().begin(), {False: Dropping()}
+    )
+    messages = parse_messages({"messages": [*HISTORY[:3], system("t"), user("v")]})
+    text = bounded.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<system>s\n\nt<user>u<assistant>a<user>v<assistant>"
+
+
+@pytest.mark.parametrize(
+    "template, messages",
+    [
+        (IN_TURN, [user("u" * 200)] * 10_000),
+        (IN_TURN, [system("s" * 200)] * 9_999 + [user("u")]),
+        (
+            ONE_CALL,
+            [
+                assistant("", *((f"f{i}", "{}") for i in range(10_000))),
+                *(tool("r", f"f{i}") for i in range(9_998, -1, -1)),
+            ],
+        ),
+    ],
+)
+def test_time_to_shape_a_history_does_not_grow_with_its_square(template, messages):
+    def render(messages):
+        environment = Environment()
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(template).render(messages=messages)
+        except TemplateError:
+            return None
+
+    def refuse(reason):
+        raise TemplateError(reason)
+
+    shape = TemplateShape(template, {}, render)
+    messages = parse_messages({"messages": messages})
+    start = time.perf_counter()
+    shape.shape(messages)
+    assert time.perf_counter() - start < 3
 
 
 def test_template_of_upstream_that_wants_text_gets_it(render):

@@ -1,6 +1,7 @@
 """Text that is made as tokens come is what the tokenizer makes of all of them."""
 
 import random
+import time
 from functools import cache
 
 import pytest
@@ -130,6 +131,13 @@ def test_cost_of_a_token_does_not_grow_with_the_answer(kind, words, monkeypatch)
             detokenizer.add([i])
         costs.append(n_decoded)
     assert costs[1] < 1.5 * costs[0] + 100
+
+
+def test_time_to_find_what_may_change_does_not_grow_with_the_square_of_a_text():
+    _, decoder = tokenizer_of("cleaned wordpiece")
+    start = time.perf_counter()
+    assert decoder.count_settled(" " * 20_000 + "a") == 20_001
+    assert time.perf_counter() - start < 3
 
 
 def test_tokens_that_have_piled_up_are_decoded_at_once(monkeypatch):

@@ -17,7 +17,7 @@ from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.request import Token
 from mlx_lm_ext.server.answer import AnswerParser
 from mlx_lm_ext.server.tool_calls import ToolCallParser
-from mlx_lm_ext.server.tool_values import allowed_for
+from mlx_lm_ext.server.tool_values import allowed_for, value_of
 
 FORMATS = sorted(p.stem for p in Path(tool_parsers.__path__[0]).glob("[a-z]*.py"))
 
@@ -636,6 +636,14 @@ def test_no_text_keeps_a_parser_busy(form):
         except Exception:
             pass
         assert time.perf_counter() - start < 3, text[:100]
+
+
+def test_no_number_keeps_a_parser_busy():
+    number = allowed_for("v", {"properties": {"v": {"type": "number"}}})
+    start = time.perf_counter()
+    for digits in ("1" * 20_000, "." + "1" * 20_000, "1." + "1" * 20_000):
+        assert value_of(digits + "x", number) == digits + "x"
+    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize("is_wide", [True, False])

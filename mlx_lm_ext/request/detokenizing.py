@@ -10,7 +10,8 @@ Rules:
 import re
 from typing import Any, Callable, Dict, List, Optional, Pattern, Sequence, Set
 
-# With more ids than this, those are dropped that the text of the last ones does not need.
+# If there are more ids than this, the first are dropped, and as many of the last stay as
+# give the same end of the text: the first of these numbers that do.
 MAX_CONTEXT = 8
 CONTEXTS = (2, 3, 4, MAX_CONTEXT)
 # After so many byte tokens in a row, the characters that are complete are given out.
@@ -18,9 +19,10 @@ MAX_BYTES = 64
 # After so many ids, what is still held back is given out as it is.
 MAX_IDS = 256
 
-# A text that a tokenizer changes after decoding, and the ends of texts that may be changed:
-# what transformers takes spaces from, and what NewlineTokenizer makes newlines of.
-CHANGES = {"a ,b": r" +(?:'[vr]?|n *'?)?$", "<n>": r"<n?$"}
+# Texts that some tokenizers change after decoding, and the ends of texts that they may still
+# change: transformers takes out the space before a sign, NewlineTokenizer writes a newline
+# for each <n>.
+CHANGES = {"a ,b": r"(?<! ) +(?:'[vr]?|n *'?)?$", "<n>": r"<n?$"}
 
 
 class Decoder:

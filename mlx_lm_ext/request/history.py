@@ -37,10 +37,23 @@ Message = Dict[str, Any]
 
 # Parts of contents, and tool calls, of all messages.
 MAX_PARTS = 20_000
-# The roles that a chat template need not name, and a role that it may have.
+# A role is any short text: a chat template may have others than OpenAI's API.
 ROLE = Field(str, 0, 64)
+# Roles of some templates and clients, and those that say the same elsewhere.
+ALIASES = {
+    "developer": "system",
+    "latest_reminder": "system",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "human": "user",
+    "thinking": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
 # The roles of messages that answer a call.
-RESULT_ROLES = ("tool", "function", "ipython", "observation", "tool_response")
+RESULT_ROLES = ("tool", *(role for role in ALIASES if ALIASES[role] == "tool"))
 # Where messages and parts have a reasoning.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # The types of parts that are images, and of those that nothing here reads.
@@ -257,8 +270,10 @@ def link_result(message: Message, pending: Dict[str, str]) -> None:
     """
     id = message.pop("tool_call_id", None)
     if id in (None, "") and pending:
-        named = (i for i, name in pending.items() if name == message.get("name"))
-        id = next(named, next(iter(pending)))
+        id = next(iter(pending))
+        if "name" in message:
+            named = (i for i, name in pending.items() if name == message["name"])
+            id = next(named, id)
     if id not in (None, ""):
         message["tool_call_id"] = to_text(id)
         pending.pop(message["tool_call_id"], None)

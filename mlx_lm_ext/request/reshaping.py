@@ -2,12 +2,13 @@
 
 Rules:
 1. Messages are as ``history`` makes them, and are never changed: what differs is new.
-2. Everything that a message has stands in the new ones.
+2. No content, reasoning or call is left out.
 """
 
 import hashlib
 import re
-from functools import reduce
+from collections import deque
+from itertools import chain
 from typing import Any, Dict, List, Optional
 
 from .history import REASONING, RESULT_ROLES, Message
@@ -28,33 +29,31 @@ def to_parts(content: Any) -> List[Dict[str, Any]]:
     return [{"type": "text", "text": content}] if content else []
 
 
-def join_contents(first: Any, second: Any) -> Any:
-    """Two contents as one, with a blank line between texts."""
-    if isinstance(first, str) and isinstance(second, str):
-        return "\n\n".join(filter(None, (first, second)))
-    between = to_parts("\n\n" if first and second else "")
-    return [*to_parts(first), *between, *to_parts(second)]
+def join_contents(*contents: Any) -> Any:
+    """Contents as one, with a blank line between texts."""
+    said = list(filter(None, contents))
+    if all(isinstance(content, str) for content in said):
+        return "\n\n".join(said)
+    parts: List[Dict[str, Any]] = []
+    for content in said:
+        parts += [*to_parts("\n\n" if parts else ""), *to_parts(content)]
+    return parts
 
 
-def join_messages(first: Message, second: Message) -> Message:
-    """Two messages of one role as one."""
-    joined = {
-        **first,
-        "content": join_contents(first["content"], second["content"]),
-        "tool_calls": [*first.get("tool_calls", []), *second.get("tool_calls", [])],
-    }
+def join_messages(messages: List[Message]) -> Message:
+    """Messages of one role, at least one, as one."""
+    if len(messages) == 1:
+        return messages[0]
+    contents = (message["content"] for message in messages)
+    joined = {**messages[0], "content": join_contents(*contents)}
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    if calls:
+        joined["tool_calls"] = calls
     for name in REASONING:
-        texts = [m[name] for m in (first, second) if m.get(name)]
+        texts = [to_text(message[name]) for message in messages if message.get(name)]
         if texts:
-            joined[name] = "\n\n".join(map(to_text, texts))
-    if not joined["tool_calls"]:
-        del joined["tool_calls"]
+            joined[name] = "\n\n".join(texts)
     return joined
-
-
-def join_all(messages: List[Message]) -> List[Message]:
-    """All messages of one role as one, or none."""
-    return [reduce(join_messages, messages)] if messages else []
 
 
 def without_reasoning(message: Message) -> Message:
@@ -84,9 +83,7 @@ def calls_to_text(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
     lines = [
-        to_text(
-            {key: call["function"][key] for key in ("name", "arguments")},
-        )
+        to_text({key: call["function"][key] for key in ("name", "arguments")})
         for call in message["tool_calls"]
     ]
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
@@ -112,27 +109,28 @@ def orphans(messages: List[Message]) -> List[int]:
 
 
 def split_calls(messages: List[Message]) -> List[Message]:
-    """One message for each call, each followed by its results."""
+    """One message for each call, each followed by its result."""
     split: List[Message] = []
-    i = 0
-    while i < len(messages):
-        message = messages[i]
-        i += 1
+    rest = deque(messages)
+    while rest:
+        message = rest.popleft()
         calls = message.get("tool_calls", [])
         if len(calls) < 2:
             split.append(message)
             continue
         results = []
-        while i < len(messages) and messages[i]["role"] == "tool":
-            results.append(messages[i])
-            i += 1
+        while rest and rest[0]["role"] == "tool":
+            results.append(rest.popleft())
+        # Where the results of each call are, the last in front.
+        places: Dict[Optional[str], List[int]] = {}
+        for i in reversed(range(len(results))):
+            places.setdefault(results[i].get("tool_call_id"), []).append(i)
         for call in calls:
             split.append({**message, "tool_calls": [call]})
             message = {"role": message["role"], "content": ""}
-            found = [r for r in results if r.get("tool_call_id") == call["id"]]
-            split += found[:1]
-            results = [r for r in results if not any(r is f for f in found[:1])]
-        split += results
+            if places.get(call["id"]):
+                split.append(results[places[call["id"]].pop()])
+        split += [results[i] for i in sorted(chain(*places.values()))]
     return split
 
 

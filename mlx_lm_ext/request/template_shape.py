@@ -1,44 +1,44 @@
 """What a chat template can take, and histories in that shape.
 
 Templates refuse messages, and some leave out without a word what they do not know. What one
-does is found out by rendering small chats with it, of which each message has a word of its
-own that must be in the prompt.
+does is found out with probes: small chats, of which each message has a word of its own that
+must be in the prompt.
 
 Rules:
 1. What a template writes as it is stays as it is, so that prompts do not change.
 2. Nothing of a history is left out: what a template cannot take is said in another way.
-3. A chat is rendered once for a model, when a history first needs to know, and knows nothing
-   of the requests.
+3. A probe is rendered when a history first needs to know, and has nothing of a request in
+   it. What it shows is kept with the model.
 """
 
+from functools import wraps
 from itertools import product
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+    cast,
+)
 
 import numpy as np
 
 from ..errors import RequestError
 from . import reshaping
-from .history import REASONING, Arguments, Message
+from .history import ALIASES, REASONING, Arguments, Message
 from .json_text import to_text
-from .reshaping import join_all, join_messages, kind_of
+from .reshaping import join_messages, kind_of
 
-# Facts that are kept of a template: a client could ask for any number of roles.
+# Facts that are kept of a template. They are bounded because clients choose the roles.
 MAX_FACTS = 1000
-# The roles for which there is another one in each template.
+# Roles that are never refused: what a template lacks of them is said in another way.
 STANDARD = ("system", "user", "assistant", "tool")
 SYSTEMS = ("system", "developer")
-ALIASES = {
-    "developer": "system",
-    "latest_reminder": "system",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "human": "user",
-    "thinking": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-}
 # Two messages that some templates refuse one after the other, and can be one.
 JOINABLE = {
     ("user", "user"),
@@ -55,7 +55,8 @@ SILENT_ASSISTANT: Message = {"role": "assistant", "content": ""}
 # the keys whose value is None, and turns this value into None after that.
 NULL = np.datetime64("NaT")
 
-# What the tools of the probes are.
+# An argument of the probes, and their tool.
+KEY, VALUE = "probekey", "probevalue"
 TOOLS = [
     {
         "type": "function",
@@ -64,13 +65,12 @@ TOOLS = [
             "description": "Probe",
             "parameters": {
                 "type": "object",
-                "properties": {"probekey": {"type": "string", "description": "Key"}},
-                "required": ["probekey"],
+                "properties": {KEY: {"type": "string", "description": "Key"}},
+                "required": [KEY],
             },
         },
     }
 ]
-KEY, VALUE = "probekey", "probevalue"
 # How a template writes the key if it takes an object for a text, or a text for an object.
 WRONG = (f"'{KEY}'", f'\\"{KEY}')
 
@@ -124,13 +124,37 @@ class CallForm(NamedTuple):
         return call
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def fact(find: Method) -> Method:
+    """Make a method of ``TemplateShape`` find something out once for a template."""
+
+    @wraps(find)
+    def known(self: "TemplateShape", *args: str) -> Any:
+        key = find.__name__, *args
+        try:
+            return self.facts[key]
+        except KeyError:
+            pass  # found out now
+        value = find(self, *args)
+        if len(self.facts) >= MAX_FACTS:
+            self.facts.clear()
+        self.facts[key] = value
+        return value
+
+    return cast(Method, known)
+
+
 class TemplateShape:
     """Gives histories in the shape that a chat template can take.
 
     Args:
         source (str): The text of the template, if it has one.
-        facts (Dict): What is known of it, kept by the caller.
+        facts (Dict): What is known of it, kept by the caller for all threads.
         render (Callable): Renders messages; None if the template fails.
+        is_plain (bool): Whether to use only what every template takes: one message of the
+          system's, and then the user's and the assistant's in turn.
     """
 
     def __init__(
@@ -138,10 +162,12 @@ class TemplateShape:
         source: str,
         facts: Dict[Any, Any],
         render: Callable[[List[Message]], Optional[str]],
+        is_plain: bool = False,
     ):
         self.source = source
         self.facts = facts
         self.render = render
+        self.is_plain = is_plain
 
     def attempts(self, messages: List[Message]) -> Iterator[List[Message]]:
         """Give the messages in the shapes to try until one can be rendered.
@@ -154,134 +180,101 @@ class TemplateShape:
             return
         shaped = self.shape(messages)
         yield shaped
-        plain = self.shape(messages, is_plain=True)
-        if plain != shaped:
-            yield plain
+        plain = TemplateShape(self.source, self.facts, self.render, is_plain=True)
+        plainly = plain.shape(messages)
+        if plainly != shaped:
+            yield plainly
 
-    def shape(self, messages: List[Message], is_plain: bool = False) -> List[Message]:
-        """Give messages in the shape of the template.
-
-        Args:
-            messages (List[Message]): As ``history`` makes them.
-            is_plain (bool): Whether to use only what every template takes: one message of
-              the system's, and then the user's and the assistant's in turn.
-        """
-        messages = self.with_known_roles(messages, is_plain)
+    def shape(self, messages: List[Message]) -> List[Message]:
+        """Give messages, as ``history`` makes them, in the shape of the template."""
+        messages = self.with_known_roles(messages)
         form = CallForm()
         if any(kind_of(message) in ("call", "tool") for message in messages):
-            form, messages = self.with_calls(messages, is_plain)
-        messages = self.with_systems(messages, is_plain)
-        messages = self.with_turns(messages, is_plain)
+            form, messages = self.with_calls(messages)
+        messages = self.with_systems(messages)
+        messages = self.with_turns(messages)
         return self.typed(form.apply(messages))
 
     # Facts
 
-    def fact(self, key: Any, find: Callable[[], Any]) -> Any:
-        """What is known by ``key``, or else found out now."""
-        if key not in self.facts:
-            if len(self.facts) >= MAX_FACTS:
-                self.facts.clear()
-            self.facts[key] = find()
-        return self.facts[key]
-
     @property
+    @fact
     def is_typed(self) -> bool:
         """Whether each content has to be a list of parts."""
-
-        def find() -> bool:
-            word = "probeword"
-            parts = [{"type": "text", "text": word}]
-            texts = (
-                self.render([{"role": "user", "content": content}]) or ""
-                for content in (word, parts)
-            )
-            is_text, is_list = (word in text for text in texts)
-            return is_list and not is_text
-
-        return bool(self.fact("typed", find))
+        word = "probeword"
+        is_text, is_list = (
+            word in (self.render([{"role": "user", "content": content}]) or "")
+            for content in (word, [{"type": "text", "text": word}])
+        )
+        return is_list and not is_text
 
     @property
     def is_known(self) -> bool:
         """Whether it can be found out what the template does."""
-        return self.shows("user")
+        return self.writes("user")
 
-    def shows(self, *kinds: str) -> bool:
+    @fact
+    def writes(self, *kinds: str) -> bool:
         """Whether the template writes the words of a chat of these kinds of messages."""
+        words = [f"probeword{i}x" for i in range(len(kinds))]
+        return self.writes_words(list(map(make_message, kinds, words)), words)
 
-        def find() -> bool:
-            words, messages = [], []
-            for i, kind in enumerate(kinds):
-                words.append(f"probeword{i}x")
-                messages.append(make_message(kind, words[-1]))
-            return self.shows_words(messages, words)
-
-        return bool(self.fact(kinds, find))
-
-    def shows_words(self, messages: List[Message], words: List[str]) -> bool:
+    def writes_words(self, messages: List[Message], words: List[str]) -> bool:
         has_calls = any(message.get("tool_calls") for message in messages)
         form = self.call_form[0] if has_calls else CallForm()
         text = self.render(self.typed(form.apply(messages)))
         return text is not None and all(word in text for word in words)
 
+    def shows(self, *kinds: str) -> bool:
+        """Whether a chat of these kinds of messages may stay as it is."""
+        return (not self.is_plain or is_in_turn(kinds)) and self.writes(*kinds)
+
     @property
+    @fact
     def call_form(self) -> Tuple[CallForm, bool, bool]:
         """The form in which it takes calls, and whether it writes calls and results."""
+        best, score = (CallForm(), False, False), 0
+        name, result = "probename", "proberesult"
+        messages = list(
+            map(make_message, ("user", "call", "tool"), ("x", name, result))
+        )
+        # In this order, the usual form is the first of those that are equally good.
+        for names, short, null, as_text in product((False, True), repeat=4):
+            form = CallForm(as_text, null, short, names)
+            text = self.render(self.typed(form.apply(messages)))
+            if text is None:
+                continue
+            calls, results = name in text and VALUE in text, result in text
+            is_right = not any(wrong in text for wrong in WRONG)
+            if 2 * (calls + results) + is_right > score:
+                score = 2 * (calls + results) + is_right
+                best = form, calls, results
+            if score == 5:
+                break
+        return best
 
-        def find() -> Tuple[CallForm, bool, bool]:
-            best, score = (CallForm(), False, False), 0
-            name, result = "probename", "proberesult"
-            messages = [make_message("user", "probe"), make_message("call", name)]
-            messages.append(make_message("tool", result))
-            # In this order, the usual form is the first of those that are equally good.
-            for names, short, null, as_text in product((False, True), repeat=4):
-                form = CallForm(as_text, null, short, names)
-                text = self.render(self.typed(form.apply(messages)))
-                if text is None:
-                    continue
-                calls, results = name in text and VALUE in text, result in text
-                is_right = not any(wrong in text for wrong in WRONG)
-                if 2 * (calls + results) + is_right > score:
-                    score = 2 * (calls + results) + is_right
-                    best = form, calls, results
-                if score == 5:
-                    break
-            return best
-
-        found: Tuple[CallForm, bool, bool] = self.fact("calls", find)
-        return found
-
+    @fact
     def takes_parallel_calls(self) -> bool:
-        def find() -> bool:
-            words = ["probename0", "probename1", "proberesult0", "proberesult1"]
-            first, second = (make_message("call", word) for word in words[:2])
-            results = [make_message("tool", word) for word in words[2:]]
-            for i, (call, result) in enumerate(
-                zip(first["tool_calls"] + second["tool_calls"], results)
-            ):
-                call["id"] = result["tool_call_id"] = f"call_probe_{i}"
-            calls = join_messages(first, second)
-            user = make_message("user", "probe")
-            return self.shows_words([user, calls, *results], words)
+        words = ["probename0", "probename1", "proberesult0", "proberesult1"]
+        kinds, ids = ("call", "call", "tool", "tool"), ("probe0", "probe1") * 2
+        first, second, *results = map(make_message, kinds, words, ids)
+        calls = join_messages([first, second])
+        return self.writes_words([make_message("user", "x"), calls, *results], words)
 
-        return bool(self.fact("parallel", find))
-
+    @fact
     def takes_reasoned_calls(self) -> bool:
         """Whether calls may come with both a reasoning and a content."""
-
-        def find() -> bool:
-            call = make_message("call", "probename")
-            call |= {"content": "probe", **dict.fromkeys(REASONING, "probe")}
-            user, result = make_message("user", "x"), make_message("tool", "x")
-            return self.shows_words([user, call, result], ["probename"])
-
-        return bool(self.fact("reasoned", find))
+        call = make_message("call", "probename")
+        call |= {"content": "probe", **dict.fromkeys(REASONING, "probe")}
+        user, result = make_message("user", "x"), make_message("tool", "x")
+        return self.writes_words([user, call, result], ["probename"])
 
     def takes_role(self, role: str) -> bool:
         """Whether it writes messages of a role."""
         places = [(role,), ("user", role), (role, "user")]
         places += [("user", "assistant", role), ("user", "assistant", role, "user")]
         places.append(("user", "call", role))
-        return any(self.shows(*kinds) for kinds in places)
+        return any(self.writes(*kinds) for kinds in places)
 
     # Steps. Each gives new messages.
 
@@ -297,9 +290,7 @@ class TemplateShape:
             for m in messages
         ]
 
-    def with_known_roles(
-        self, messages: List[Message], is_plain: bool = False
-    ) -> List[Message]:
+    def with_known_roles(self, messages: List[Message]) -> List[Message]:
         """Give other roles to messages whose role the template does not write."""
         roles: Dict[str, str] = {}
         changed = []
@@ -312,7 +303,9 @@ class TemplateShape:
                     and (self.takes_role(role) or not self.is_known)
                 )
                 alias = ALIASES.get(role, "")
-                roles[role] = role if is_known and not (is_plain and alias) else alias
+                roles[role] = (
+                    role if is_known and not (self.is_plain and alias) else alias
+                )
             if not roles[role]:
                 name = f"messages[{i}].role"
                 text = f"{name} {role!r} is not known to the model's chat template"
@@ -320,19 +313,19 @@ class TemplateShape:
             changed.append({**message, "role": roles[role]})
         return changed
 
-    def with_calls(
-        self, messages: List[Message], is_plain: bool
-    ) -> Tuple[CallForm, List[Message]]:
+    def with_calls(self, messages: List[Message]) -> Tuple[CallForm, List[Message]]:
         """Say calls and results in a way that the template writes, and find their form."""
         form, shows_calls, shows_results = self.call_form
-        if is_plain or not shows_results:
+        if self.is_plain:
+            shows_calls = shows_results = False
+        if not shows_results:
             messages = [
                 reshaping.result_to_user(m) if m["role"] == "tool" else m
                 for m in reshaping.name_results(messages)
             ]
-        if is_plain or not shows_calls:
+        if not shows_calls:
             messages = [reshaping.calls_to_text(message) for message in messages]
-        if is_plain or not (shows_calls and shows_results):
+        if not (shows_calls and shows_results):
             return form, messages
         if (
             any(len(message.get("tool_calls", [])) > 1 for message in messages)
@@ -356,49 +349,49 @@ class TemplateShape:
             for m in messages
         ]
 
-    def with_systems(self, messages: List[Message], is_plain: bool) -> List[Message]:
+    def with_systems(self, messages: List[Message]) -> List[Message]:
         """Move what the system says to the start where the template wants it there, as
         Ollama and LiteLLM do."""
         is_system = [message["role"] in SYSTEMS for message in messages]
         n = (is_system + [False]).index(False)
         first, rest = messages[:n], messages[n:]
         late = {message["role"] for message in rest} & set(SYSTEMS)
-        if late and (
-            is_plain
-            or not all(
-                self.shows("system", "user", "assistant", role, "user") for role in late
-            )
+        if not all(
+            self.shows("system", "user", "assistant", role, "user") for role in late
         ):
             first += [message for message in rest if message["role"] in SYSTEMS]
             rest = [message for message in rest if message["role"] not in SYSTEMS]
         roles = [message["role"] for message in first[:3]]
-        if len(first) > 1 and (is_plain or not self.shows(*roles, "user")):
-            first = join_all(first)
+        if len(first) > 1 and not self.shows(*roles, "user"):
+            first = [join_messages(first)]
         if first and not self.shows(first[0]["role"], "user"):
-            said = {**SILENT_USER, "content": join_all(first)[0]["content"]}
+            said = {**SILENT_USER, "content": join_messages(first)["content"]}
             n = 1 if rest and rest[0]["role"] == "user" else 0
-            return join_all([said, *rest[:n]]) + rest[n:]
+            return [join_messages([said, *rest[:n]]), *rest[n:]]
         return first + rest
 
-    def with_turns(self, messages: List[Message], is_plain: bool) -> List[Message]:
+    def with_turns(self, messages: List[Message]) -> List[Message]:
         """Let the user and the assistant speak in turn where the template wants it."""
         kinds = [kind_of(message) for message in messages]
         others = (i for i, kind in enumerate(kinds) if kind not in SYSTEMS)
         first = next(others, len(kinds))
-        made = messages[:first]
-        if kinds[first : first + 1] != ["user"] and (
-            is_plain or not self.may_start(kinds, first)
-        ):
-            made.append(SILENT_USER)
-        for message in messages[first:]:
-            pair = (kind_of(made[-1]), kind_of(message)) if made else ("", "")
-            if pair in JOINABLE and (is_plain or not self.takes_pair(pair)):
-                made[-1] = join_messages(made[-1], message)
+        # Messages that are to be one.
+        groups = [[message] for message in messages[:first]]
+        last = kinds[first - 1] if first else ""
+        if kinds[first : first + 1] != ["user"] and not self.may_start(kinds, first):
+            groups.append([SILENT_USER])
+            last = "user"
+        for kind, message in zip(kinds[first:], messages[first:]):
+            pair = last, kind
+            if pair in JOINABLE and not self.takes_pair(pair):
+                groups[-1].append(message)
+                last = "call" if "call" in pair else kind
                 continue
             if pair in (("tool", "user"), ("call", "user")) and self.wants_answer(pair):
-                made.append(SILENT_ASSISTANT)
-            made.append(message)
-        return made
+                groups.append([SILENT_ASSISTANT])
+            groups.append([message])
+            last = kind
+        return [join_messages(group) for group in groups]
 
     def may_start(self, kinds: List[str], first: int) -> bool:
         """Whether the first message after the system's need not be the user's."""
@@ -421,14 +414,22 @@ class TemplateShape:
         )
 
 
-def make_message(kind: str, word: str) -> Message:
-    """A message of a probe, with a word that is to be in the prompt."""
-    if kind != "call":
-        message = {"role": kind, "content": word}
-        return message | ({"tool_call_id": "call_probe"} if kind == "tool" else {})
-    function = {"name": word, "arguments": Arguments({KEY: VALUE})}
-    call = {"id": "call_probe", "type": "function", "function": function}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+def is_in_turn(kinds: Tuple[str, ...]) -> bool:
+    """Whether the user begins, perhaps after the system, and takes turns with the
+    assistant."""
+    said = kinds[1:] if kinds[:1] == ("system",) else kinds
+    turns = ("user", "assistant") * len(said)
+    return bool(said) and said == turns[: len(said)]
+
+
+def make_message(kind: str, word: str, id: str = "call_probe") -> Message:
+    """A message of a probe, with a word that is to be in the prompt, and the id of a call."""
+    if kind == "call":
+        function = {"name": word, "arguments": Arguments({KEY: VALUE})}
+        call = {"id": id, "type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    message = {"role": kind, "content": word}
+    return message | ({"tool_call_id": id} if kind == "tool" else {})
 
 
 def tool_forms(tools: Any) -> Iterator[Any]:

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 # Seconds in which the rest of a refused body is read.
 LINGER = 3.0
 
-# Seconds after the arrival of a request in which its client may close its sending side, and
-# those in which the request has to be submitted then.
+# A client that closes its sending side within HALF_CLOSE seconds of its request may wait for
+# the answer. If the request is not submitted within PATIENCE seconds, it has left after all.
 HALF_CLOSE, PATIENCE = 0.25, 5.0
-# Seconds to wait for that if there is no User-Agent: such requests come from scripts.
+# Seconds in which a client without a User-Agent, which is a script, may do so first.
 SCRIPT_WAIT = 0.02
 
 # The event that the other side has closed its sending side. macOS lacks it, and reports
@@ -259,7 +259,7 @@ class HTTPHandler(APIHandler):
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
         age = time.monotonic() - self.arrived
-        # With "Connection: close" it is not surprising.
+        # A client that wants no other request may close its side at any time.
         if age < HALF_CLOSE and (self.close_connection or not self.is_submitted):
             self.is_half_closed = True
         return not (self.is_half_closed and (self.is_submitted or age < PATIENCE))

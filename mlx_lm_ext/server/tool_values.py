@@ -34,7 +34,7 @@ TYPE_NAMES = re.compile(
 WORDS = dict.fromkeys(("true", "yes", "on", "1"), True)
 WORDS |= dict.fromkeys(("false", "no", "off", "0"), False)
 INTEGER = re.compile(r"([+-]?\d+)(\.0*)?", re.A)
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.A | re.I)
+NUMBER = re.compile(r"[+-]?(\d++\.?\d*|\.\d+)(e[+-]?\d+)?", re.A | re.I)
 
 
 def finite(digits: str) -> Union[float, str]:
