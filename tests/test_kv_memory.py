@@ -20,6 +20,7 @@ from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.sample_utils import make_logits_processors
 from tiny_models import CONFIGS
 
+from mlx_lm_ext.batch import generator
 from mlx_lm_ext.batch.answer_lengths import AnswerLengths
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
@@ -188,11 +189,14 @@ def test_short_answers_run_together_whatever_their_cap_is(start_engine):
     assert engine.batch.kv_memory.lengths.usual == 51
 
 
-@pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=["", "cache"])
+@pytest.mark.parametrize(
+    "cache, is_eager", [([], True), (["--use-prompt-cache"], False)], ids=str
+)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_that_outgrow_the_memory_wait_and_go_on(
-    architecture, cache, model_folder, start_engine
+    architecture, cache, is_eager, model_folder, start_engine, monkeypatch
 ):
+    monkeypatch.setattr(generator, "on_cpu", lambda: is_eager)
     bias = {i: -100 for i in range(3)}
     processors = make_logits_processors(bias)
     folder = model_folder(architecture)
@@ -213,6 +217,37 @@ def test_rows_that_outgrow_the_memory_wait_and_go_on(
         check(engine.prompt_cache)
     else:
         assert len(engine.batch.prompt_cache) == 0
+
+
+@pytest.mark.parametrize("max_tokens, n_resumed", [(11, 0), (12, 1)])
+def test_row_that_has_to_wait_may_end_with_the_token_that_is_known(
+    max_tokens, n_resumed, model_folder, start_engine, monkeypatch
+):
+    class OutgrowsOnce(Watched):
+        n_preempted = 0
+
+        @property
+        def outgrows_memory(self):
+            return bool(self.rows) and self.newest.n_generated == 10
+
+        def preempt(self, request):
+            self.n_preempted += 1
+            super().preempt(request)
+
+    class ShortEngine(Engine):
+        batch_class = OutgrowsOnce
+
+    # A GPU is a step ahead.
+    monkeypatch.setattr(generator, "on_cpu", lambda: False)
+    reference = Reference(model_folder())
+    engine = start_engine(make_engine=ShortEngine)
+    job = submit(engine, "hello", max_tokens=max_tokens)
+    assert read(job) == reference.tokens("hello", max_tokens)
+    wait_until_idle(engine)
+    batch = engine.batch
+    assert (batch.n_preempted, len(batch.resumed)) == (1, n_resumed)
+    assert len(batch.generator.generation_batch) == 0
+    assert job.forgotten
 
 
 def test_row_whose_kv_was_evicted_runs_all_its_tokens_again(start_engine):

@@ -13,6 +13,7 @@ import logging
 from typing import Any, Callable, Collection, Dict, List, Optional, Protocol, Tuple
 
 import mlx.core as mx
+from mlx_lm.generate import GenerationBatch
 
 from ..cache import growth
 from ..cache.prompt_cache import RadixPromptCache
@@ -252,11 +253,19 @@ class Batch:
         return self.rows[max(self.rows)].request
 
     def preempt(self, request: Request) -> None:
-        """Take a request out until there is room for it again. What it has run is kept as far
-        as the prompt cache has room for it."""
+        """Take a request out until there is room for it again, unless it ends just then. What
+        it has run is kept as far as the prompt cache has room for it."""
         (row,) = (row for row in self.rows.values() if row.request is request)
-        self.sharing.keep(row)
-        self.remove([request])
+        if not row.is_prefilling:
+            # KV that cannot be cut is of use only for what follows all tokens that are in it.
+            pending = self.generator.generation_batch.pending(row.uid)
+            if pending is not None:
+                self.deliver([pending])
+        if row.uid in self.rows:
+            self.sharing.keep(row)
+            self.remove([request])
+        else:
+            self.generator.remove([row.uid])
 
     def forget(self, request: Request) -> None:
         """A request that waited, or ran, is not served any more."""
@@ -301,6 +310,10 @@ class Batch:
         for r in joined:
             self.rows[r.uid].is_prefilling = False
         self.reserve()
+        self.deliver(responses)
+
+    def deliver(self, responses: List[GenerationBatch.Response]) -> None:
+        """Hand out tokens, and store what the rows that have ended have run."""
         if responses:
             counts = [(self.rows[r.uid].request, 1) for r in responses]
             self.policies.scheduler.on_tokens(counts)

@@ -290,6 +290,28 @@ class LeanGenerationBatch(GenerationBatch):
             self._matchers = [s.matcher() if n == 0 else m for n, m, s in rows]
         return given
 
+    def pending(self, uid: int) -> Optional[GenerationBatch.Response]:
+        """The response that a row would have to the next step: its token is known already if
+        the device is a step ahead. For a row that leaves before that step; else None.
+        """
+        i = self.uids.index(uid)
+        if self.is_eager or self._num_tokens[i] < 0:
+            return None
+        token = self._next_tokens[i].item()
+        reason = None
+        if self._num_tokens[i] + 1 >= self.max_tokens[i]:
+            reason = "length"
+        if self._matchers[i].advance(token):
+            reason = "stop"
+        return self.Response(
+            uid=uid,
+            token=token,
+            logprobs=self._next_logprobs[i],
+            finish_reason=reason,
+            prompt_cache=self.extract_cache(i) if reason else None,
+            all_tokens=self.tokens[i] if reason else None,
+        )
+
     def apply_logits_processors(
         self, inputs: mx.array, logits: mx.array
     ) -> Tuple[mx.array, List[mx.array]]:

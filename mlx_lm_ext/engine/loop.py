@@ -388,6 +388,8 @@ class Engine:
             self.waiting.appendleft(request)
             self.changed = True
             self.batch.preempt(request)
+            if request.finished:
+                self.waiting.popleft()
 
     def step(self) -> None:
         """Run a step of the batch."""
