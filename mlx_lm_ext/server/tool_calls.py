@@ -7,13 +7,14 @@ Rules:
 3. A tool of a request may have any schema or none: it never makes a call fail.
 """
 
+import re
 import string
 from random import SystemRandom
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from mlx_lm.server import ToolCallFormatter
 
-from .tool_formats import READERS, TAGS, Tags, read_json
+from .tool_formats import READERS, TAGS, Tags, check_kimi_k3, read_json
 from .tool_values import (
     Allowed,
     allowed_for,
@@ -24,8 +25,11 @@ from .tool_values import (
     value_without_schema,
 )
 
-# Characters of a text that is parsed: parsers cannot be interrupted.
+# Bounds of a text that is given to upstream's tool parsers: the time of some grows with
+# the number of characters times the number of marks, and they cannot be interrupted.
 MAX_TOOL_TEXT = 1 << 16
+MAX_TOOL_MARKS = 64
+TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
 # Mistral's chat templates refuse ids other than 9 letters and digits. No client is known to
 # need the "call_" with which OpenAI's begin.
@@ -98,8 +102,12 @@ class ToolCallParser:
             return self.find_tagged(text, tags)
         if self.format in READERS:
             return READERS[self.format](text)
+        check_marks(text)
         calls = self.parser(text, tools)
-        return calls if isinstance(calls, list) else [calls]
+        calls = calls if isinstance(calls, list) else [calls]
+        if self.format == "kimi_k3":
+            check_kimi_k3(text, calls)
+        return calls
 
     def find_tagged(self, text: str, tags: Tags) -> List[Dict[str, Any]]:
         """Calls whose arguments are texts, with the values that these stand for."""
@@ -122,6 +130,7 @@ class ToolCallParser:
             raise ValueError("there is no call of a tool")
         if not rest:
             return [{"name": name}]
+        check_marks(text)
         call = self.parser(text, None)
         if call["arguments"] == {"raw": rest[0].strip()}:
             raise ValueError("the arguments are no object")
@@ -171,3 +180,16 @@ class ToolCallParser:
             found = "".join(choose(ID_LETTERS, k=ID_LENGTH))
         self.ids.add(found)
         return found
+
+
+def check_marks(text: str) -> None:
+    """Check that a tool parser of upstream takes little time for a text.
+
+    Raises:
+        ValueError: If it has too many marks.
+    """
+    n_marks = len(TOOL_MARK.findall(text))
+    if "<atem:" in text:
+        n_marks += text.count('name="')
+    if n_marks > MAX_TOOL_MARKS:
+        raise ValueError(f"it has {n_marks} marks")
