@@ -38,6 +38,7 @@ SCRIPT_WAIT = 0.02
 
 # The event that the other side has closed its sending side. macOS lacks it, and reports
 # POLLHUP instead, which elsewhere means that both sides are closed.
+HAS_RDHUP = hasattr(select, "POLLRDHUP")
 POLLRDHUP = getattr(select, "POLLRDHUP", select.POLLHUP)
 CLOSED = select.POLLERR | (select.POLLHUP & ~POLLRDHUP)
 
@@ -253,8 +254,9 @@ class HTTPHandler(APIHandler):
             if events & CLOSED:
                 return True
             if not events & POLLRDHUP:
-                # It may have sent another request, or nothing more.
-                if not events or self.connection.recv(1, socket.MSG_PEEK):
+                # It may have sent another request. Where there is no event of its own for
+                # the end, only a read tells.
+                if HAS_RDHUP or not events or self.connection.recv(1, socket.MSG_PEEK):
                     return False
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
