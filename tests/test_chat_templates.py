@@ -227,7 +227,52 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
             [user("u"), assistant("text", LS, reasoning="why"), tool("r", "ls")],
             '<user>u<assistant>why\n\ntext[ls|{"a": "b"}]<tool>r<assistant>',
         ),
+        # A text beside calls that the template leaves out, and calls that take its place.
+        (
+            loop(
+                "{% if m.tool_calls %}{% for t in m.tool_calls %}"
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]{% endfor %}"
+                "{% else %}" + MESSAGE + "{% endif %}"
+            ),
+            [user("u"), assistant("text", LS), tool("r", "ls"), assistant("", LS)],
+            '<user>u<assistant>text[ls|{"a": "b"}]<tool>r[ls|{"a": "b"}]<assistant>',
+        ),
+        # Only the text beside the first calls is written, as in DeepSeek's templates.
+        (
+            "{% set n = namespace(i=0) %}"
+            + loop(
+                "{% if m.tool_calls %}{% if n.i == 0 %}<assistant>{{ m.content }}"
+                "{% set n.i = 1 %}{% endif %}{% for t in m.tool_calls %}"
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]{% endfor %}"
+                "{% else %}" + MESSAGE + "{% endif %}"
+            ),
+            [*ASKED[:1], assistant("a", LS), tool("r", "ls"), assistant("b", LS)],
+            '<user>u<assistant>a[ls|{"a": "b"}]<tool>r<assistant>b[ls|{"a": "b"}]<assistant>',
+        ),
+        # Calls at the start, where the template takes a text for the user's.
+        (
+            "<user>{{ messages[0].content }}"
+            + loop(
+                "{% if not loop.first %}{% if m.tool_calls %}[{{ m.tool_calls[0].function.name }}"
+                "|{{ m.tool_calls[0].function.arguments | tojson }}]{% else %}"
+                + MESSAGE
+                + "{% endif %}{% endif %}"
+            ),
+            [assistant("", LS), tool("r", "ls"), user("u")],
+            '<user>[ls|{"a": "b"}]<tool>r<user>u<assistant>',
+        ),
         # The system's place.
+        # With the last message only if that is the user's, as in one of Mistral's templates.
+        (
+            with_calls(
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]",
+                "{% if m.role == 'user' and loop.last and messages[0].role == 'system' %}"
+                "({{ messages[0].content }}){% endif %}"
+                "{% if m.role != 'system' %}" + MESSAGE + "{% endif %}",
+            ),
+            [system("s"), *ASKED],
+            '<user>s\n\nu<assistant>[ls|{"a": "b"}]<tool>r<assistant>',
+        ),
         (
             STRICT,
             [system("s"), {"role": "developer", "content": "d"}, user("u")],

@@ -111,6 +111,15 @@ def orphans(messages: List[Message]) -> List[int]:
     return found
 
 
+def split_content(message: Message) -> List[Message]:
+    """A message with calls after one with what it says beside them, if it says anything."""
+    if not (message.get("tool_calls") and message["content"]):
+        return [message]
+    said = {key: value for key, value in message.items() if key != "tool_calls"}
+    rest = {key: value for key, value in message.items() if key not in REASONING}
+    return [said, {**rest, "content": ""}]
+
+
 def split_calls(messages: List[Message]) -> List[Message]:
     """One message for each call, each followed by its results."""
     split: List[Message] = []
