@@ -160,7 +160,16 @@ def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
     answer = parse(tokenizer, "so<tool>nonsense" + ending)
-    assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
+    assert answer.text == "so<tool>nonsense" + ending
+    assert (answer.calls, answer.end) == ([], "stop")
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+def test_reasoning_goes_on_after_a_call_in_it(tokenizer, pile):
+    text = "<think>hm<tool>call f</tool>\n<tool>what</tool></think>so"
+    answer = parse(ToolTokenizer(tokenizer), text, pile)
+    assert answer.reasoning == "hm\n<tool>what</tool>"
+    assert (answer.text, len(answer.calls)) == ("so", 1)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,7 @@ def test_text_that_would_keep_a_tool_parser_busy_stays_text(tokenizer, text):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
     answer = parse(tokenizer, f"so<tool>{text}</tool>", pile=1000)
-    assert (answer.text, answer.calls) == ("so" + text, [])
+    assert (answer.text, answer.calls) == (f"so<tool>{text}</tool>", [])
 
 
 def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):

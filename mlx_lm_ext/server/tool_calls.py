@@ -31,6 +31,10 @@ MAX_TOOL_TEXT = 1 << 16
 MAX_TOOL_MARKS = 64
 TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
+# The keys of arguments in calls of JSON, as some models write them, and of what is none.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+HEADER = ("name", "function", "id", "type", "index")
+
 # Mistral's chat templates refuse ids other than 9 letters and digits. No client is known to
 # need the "call_" with which OpenAI's begin.
 ID_LETTERS = string.ascii_letters + string.digits
@@ -147,10 +151,11 @@ class ToolCallParser:
         for wrapper in ("function", "tool"):
             if isinstance(call.get(wrapper), dict):
                 call = {"id": call.get("id")} | call[wrapper]
-        arguments = call.get("arguments")
-        # Llama's name for them.
-        arguments = call.get("parameters") if arguments is None else arguments
+        sent = (call.get(key) for key in ARGUMENTS)
+        arguments = next((value for value in sent if value is not None), None)
         name = call.get("name", call.get("function"))
+        if arguments is None and not call.keys() <= {*HEADER, *ARGUMENTS}:
+            raise ValueError("a call has other keys than arguments")
         if name is None and arguments is not None and len(self.parameters) == 1:
             # It can only be of the one tool that there is.
             (name,) = self.parameters
