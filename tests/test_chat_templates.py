@@ -354,6 +354,24 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
             [{"role": "developer", "content": "d"}, user("u")],
             "<system>d<user>u<assistant>",
         ),
+        # What gpt-oss writes, and its template refuses.
+        (
+            refusing("'<|channel|>final' in m.content", MESSAGE + "{{ m.reasoning }}"),
+            [
+                user("<|channel|>x<|message|>y"),
+                assistant(
+                    "<|channel|>analysis<|message|>why<|end|><|start|>assistant"
+                    "<|channel|>final<|message|>a<b"
+                ),
+                user("v"),
+            ],
+            "<user><|channel|>x<|message|>y<assistant>a<bwhy<user>v<assistant>",
+        ),
+        (
+            loop(),
+            [user("u"), assistant("<|channel|>final<|message|>a"), user("v")],
+            "<user>u<assistant><|channel|>final<|message|>a<user>v<assistant>",
+        ),
         # What answers have in ``reasoning``.
         (
             loop(

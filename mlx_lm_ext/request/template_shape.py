@@ -152,6 +152,11 @@ class TemplateShape:
             return
         shaped = self.shape(messages)
         yield shaped
+        # The template of gpt-oss refuses what its model writes.
+        others = list(map(reshaping.without_channels, messages))
+        if others != messages:
+            messages = others
+            yield self.shape(messages)
         plain = self.shape(messages, is_plain=True)
         if plain != shaped:
             yield plain

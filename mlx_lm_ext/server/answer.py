@@ -15,6 +15,7 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from ..request.detokenizing import Detokenizer
 from ..request.request import Request, Token
+from .harmony import with_channels
 from .logprobs import ChosenToken, ChosenTokens
 from .stop_words import StopWords
 from .tool_calls import ToolCallParser
@@ -106,7 +107,7 @@ class AnswerParser:
     """
 
     def __init__(self, request: Request, stream: bool):
-        tokenizer = request.model.tokenizer
+        tokenizer = with_channels(request.model.tokenizer)
         self.detokenizer = Detokenizer(request.model.decoder)
         self.chosen: Optional[ChosenTokens] = None
         if request.args.logprobs:
