@@ -485,6 +485,21 @@ LATE = [*HISTORY, assistant("b"), system("t"), user("w")]
 SHAPED = "<system>s\n\nt<user>u<assistant>a<user>v<assistant>b<user>w<assistant>"
 
 
+@pytest.mark.parametrize(
+    "body, end",
+    [
+        ({"enable_thinking": False}, "</think>"),
+        ({"enable_thinking": True, "reasoning_effort": "low"}, "<think>"),
+        ({"reasoning_effort": "none"}, "</think>"),
+    ],
+)
+def test_template_that_is_a_function_need_not_know_all_fields(body, end, render):
+    template = deepseek_v32.apply_chat_template
+    assert render(template, user("u"), **body).prompt.endswith(end)
+    with pytest.raises(TypeError, match="thinking"):
+        render(template, user("u"), chat_template_kwargs={"thinking": False})
+
+
 @pytest.mark.parametrize("argv", [(), ALONE])
 def test_request_that_is_served_alone_has_the_same_prompt(argv, start_server):
     _, port = start_server("llama", "--chat-template", STRICT, *argv)
