@@ -282,6 +282,8 @@ TEXTS = [
     ({"type": ["string", "null"]}, "True", "True"),
     ({"type": ["string", "null"]}, "NULL", "NULL"),
     ({"type": ["string", "null"]}, "null", None),
+    ({"type": "integer"}, "null", None),
+    ({"type": "integer"}, "none", "none"),
     ({"type": "string", "nullable": True}, "null", None),
     ({"type": ["integer", "string"]}, "5", 5),
     ({"type": ["number", "string"]}, "5", 5),
