@@ -679,6 +679,15 @@ def test_no_text_keeps_a_parser_busy(form):
         assert time.perf_counter() - start < 3, text[:100]
 
 
+@pytest.mark.parametrize("form", sorted({*FORMATS} - {"kimi_k3"}))
+def test_call_that_writes_a_large_file_is_one(form, answer):
+    text = "a line of code\n" * 13_000
+    found = answer(
+        form, WRITERS[form]("send", {"v": text}), [tool(v={"type": "string"})]
+    )
+    assert arguments_of(found) == {"v": text}
+
+
 @pytest.mark.parametrize("is_wide", [True, False])
 def test_large_schema_is_looked_at_in_part_only(is_wide):
     references = [{"$ref": f"#/$defs/{i}"} for i in range(5000)]

@@ -25,6 +25,8 @@ from .tool_values import (
     value_without_schema,
 )
 
+# Characters of a call: no other thread runs while some of it is read.
+MAX_CALL = 1 << 18
 # Bounds of a text that is given to upstream's tool parsers: the time of some grows with
 # the number of characters times the number of marks, and they cannot be interrupted.
 MAX_TOOL_TEXT = 1 << 16
@@ -82,7 +84,7 @@ class ToolCallParser:
         Returns:
             The calls. If there are none, or something is raised, it is no tool call.
         """
-        if len(text) > MAX_TOOL_TEXT:
+        if len(text) > MAX_CALL:
             raise ValueError(f"it has {len(text)} characters")
         self.is_cut = is_cut
         return self.to_openai([text])
@@ -191,8 +193,10 @@ def check_marks(text: str) -> None:
     """Check that a tool parser of upstream takes little time for a text.
 
     Raises:
-        ValueError: If it has too many marks.
+        ValueError: If it is too long, or has too many marks.
     """
+    if len(text) > MAX_TOOL_TEXT:
+        raise ValueError(f"it has {len(text)} characters")
     n_marks = len(TOOL_MARK.findall(text))
     if "<atem:" in text:
         n_marks += text.count('name="')
