@@ -160,7 +160,16 @@ def test_tool_call_that_cannot_be_parsed_stays_text(tokenizer, ending, error):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
     answer = parse(tokenizer, "so<tool>nonsense" + ending)
-    assert (answer.text, answer.calls, answer.end) == ("sononsense", [], "stop")
+    assert answer.text == "so<tool>nonsense" + ending
+    assert (answer.calls, answer.end) == ([], "stop")
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+def test_reasoning_goes_on_after_a_call_in_it(tokenizer, pile):
+    text = "<think>hm<tool>call f</tool>\n<tool>what</tool></think>so"
+    answer = parse(ToolTokenizer(tokenizer), text, pile)
+    assert answer.reasoning == "hm\n<tool>what</tool>"
+    assert (answer.text, len(answer.calls)) == ("so", 1)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +182,58 @@ def test_text_that_would_keep_a_tool_parser_busy_stays_text(tokenizer, text):
     tokenizer = ToolTokenizer(tokenizer)
     tokenizer.tool_parser = tool_parser
     answer = parse(tokenizer, f"so<tool>{text}</tool>", pile=1000)
-    assert (answer.text, answer.calls) == ("so" + text, [])
+    assert (answer.text, answer.calls) == (f"so<tool>{text}</tool>", [])
 
 
 def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):
     text = "<think>stop</think>go on stop here"
     answer = parse(ToolTokenizer(tokenizer), text, stop=["stop"])
     assert (answer.reasoning, answer.text) == ("stop", "go on ")
+
+
+CALLED = '{"v": "<|message|>"}'
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "said, reasoning, text, has_call",
+    [
+        ("<|channel|>final<|message|>a <|x|> b", "", "a <|x|> b", False),
+        ("no channel", "", "no channel", False),
+        (
+            "<|channel|>analysis<|message|>hm<|channel|>final<|message|>a",
+            "hm",
+            "a",
+            False,
+        ),
+        (
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+            "<|channel|>commentary<|message|>a<|end|><|start|>assistant"
+            f"<|channel|>commentary to=functions.f <|constrain|>json<|message|>{CALLED}",
+            "hm",
+            "a",
+            True,
+        ),
+        (f" to=functions.f<|channel|>commentary json<|message|>{CALLED}", "", "", True),
+        (
+            "<|channel|>commentary to=python code<|message|>1",
+            "",
+            "<|channel|>commentary to=python code<|message|>1",
+            False,
+        ),
+    ],
+)
+def test_channels_become_reasoning_text_and_calls(
+    tokenizer, said, reasoning, text, has_call, pile
+):
+    channels = ToolTokenizer(tokenizer)
+    channels.has_thinking = channels.has_tool_calling = False
+    channels.chat_template = "... <|channel|>analysis<|message|> ..."
+    answer = parse(channels, said, pile)
+    assert (answer.reasoning, answer.text) == (reasoning, text)
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in answer.calls]
+    assert calls == ([("f", CALLED)] if has_call else [])
+    answer = parse(channels, said, pile, tools=None)
+    assert (answer.reasoning, answer.calls) == (reasoning, [])
+    assert answer.text.startswith(text) and (CALLED in answer.text) == has_call
+    assert parse(channels, said, pile, request_type="text").text == said

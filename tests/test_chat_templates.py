@@ -231,7 +231,52 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
             [user("u"), assistant("text", LS, reasoning="why"), tool("r", "ls")],
             '<user>u<assistant>why\n\ntext[ls|{"a": "b"}]<tool>r<assistant>',
         ),
+        # A text beside calls that the template leaves out, and calls that take its place.
+        (
+            loop(
+                "{% if m.tool_calls %}{% for t in m.tool_calls %}"
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]{% endfor %}"
+                "{% else %}" + MESSAGE + "{% endif %}"
+            ),
+            [user("u"), assistant("text", LS), tool("r", "ls"), assistant("", LS)],
+            '<user>u<assistant>text[ls|{"a": "b"}]<tool>r[ls|{"a": "b"}]<assistant>',
+        ),
+        # Only the text beside the first calls is written, as in DeepSeek's templates.
+        (
+            "{% set n = namespace(i=0) %}"
+            + loop(
+                "{% if m.tool_calls %}{% if n.i == 0 %}<assistant>{{ m.content }}"
+                "{% set n.i = 1 %}{% endif %}{% for t in m.tool_calls %}"
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]{% endfor %}"
+                "{% else %}" + MESSAGE + "{% endif %}"
+            ),
+            [*ASKED[:1], assistant("a", LS), tool("r", "ls"), assistant("b", LS)],
+            '<user>u<assistant>a[ls|{"a": "b"}]<tool>r<assistant>b[ls|{"a": "b"}]<assistant>',
+        ),
+        # Calls at the start, where the template takes a text for the user's.
+        (
+            "<user>{{ messages[0].content }}"
+            + loop(
+                "{% if not loop.first %}{% if m.tool_calls %}[{{ m.tool_calls[0].function.name }}"
+                "|{{ m.tool_calls[0].function.arguments | tojson }}]{% else %}"
+                + MESSAGE
+                + "{% endif %}{% endif %}"
+            ),
+            [assistant("", LS), tool("r", "ls"), user("u")],
+            '<user>[ls|{"a": "b"}]<tool>r<user>u<assistant>',
+        ),
         # The system's place.
+        # With the last message only if that is the user's, as in one of Mistral's templates.
+        (
+            with_calls(
+                "[{{ t.function.name }}|{{ t.function.arguments | tojson }}]",
+                "{% if m.role == 'user' and loop.last and messages[0].role == 'system' %}"
+                "({{ messages[0].content }}){% endif %}"
+                "{% if m.role != 'system' %}" + MESSAGE + "{% endif %}",
+            ),
+            [system("s"), *ASKED],
+            '<user>s\n\nu<assistant>[ls|{"a": "b"}]<tool>r<assistant>',
+        ),
         (
             STRICT,
             [system("s"), {"role": "developer", "content": "d"}, user("u")],
@@ -312,6 +357,24 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
             refusing("m.role == 'developer'"),
             [{"role": "developer", "content": "d"}, user("u")],
             "<system>d<user>u<assistant>",
+        ),
+        # What gpt-oss writes, and its template refuses.
+        (
+            refusing("'<|channel|>final' in m.content", MESSAGE + "{{ m.reasoning }}"),
+            [
+                user("<|channel|>x<|message|>y"),
+                assistant(
+                    "<|channel|>analysis<|message|>why<|end|><|start|>assistant"
+                    "<|channel|>final<|message|>a<b"
+                ),
+                user("v"),
+            ],
+            "<user><|channel|>x<|message|>y<assistant>a<bwhy<user>v<assistant>",
+        ),
+        (
+            loop(),
+            [user("u"), assistant("<|channel|>final<|message|>a"), user("v")],
+            "<user>u<assistant><|channel|>final<|message|>a<user>v<assistant>",
         ),
         # What answers have in ``reasoning``.
         (
@@ -474,6 +537,21 @@ def test_template_of_upstream_that_wants_text_gets_it(render):
 
 LATE = [*HISTORY, assistant("b"), system("t"), user("w")]
 SHAPED = "<system>s\n\nt<user>u<assistant>a<user>v<assistant>b<user>w<assistant>"
+
+
+@pytest.mark.parametrize(
+    "body, end",
+    [
+        ({"enable_thinking": False}, "</think>"),
+        ({"enable_thinking": True, "reasoning_effort": "low"}, "<think>"),
+        ({"reasoning_effort": "none"}, "</think>"),
+    ],
+)
+def test_template_that_is_a_function_need_not_know_all_fields(body, end, render):
+    template = deepseek_v32.apply_chat_template
+    assert render(template, user("u"), **body).prompt.endswith(end)
+    with pytest.raises(TypeError, match="thinking"):
+        render(template, user("u"), chat_template_kwargs={"thinking": False})
 
 
 @pytest.mark.parametrize("argv", [(), ALONE])

@@ -35,6 +35,20 @@ def parsed_call(call):
     return parse(calling(call))[0].get("tool_calls")
 
 
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [None, a_call()],
+        a_call(),
+        {"1": a_call()},
+    ],
+)
+def test_calls_of_odd_shapes_are_calls(calls):
+    (message,) = parse({"role": "assistant", "tool_calls": calls})
+    (call_,) = message["tool_calls"]
+    assert (call_["function"]["name"], call_["function"]["arguments"]) == ("exec", {})
+
+
 # Arguments
 
 

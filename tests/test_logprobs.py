@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,46 @@ def parse(kind, ids, stop=(), finish_reason="stop", sizes=(1,), top=()):
     return text, chosen
 
 
+def parse_chat(text, stop, finish_reason="stop"):
+    """The text and the chosen tokens of a chat's answer that may have reasoning and calls."""
+    model = model_of("byte level")
+    parser = import_module("mlx_lm.tool_parsers.json_tools")
+    marks = dict(
+        has_thinking=True,
+        think_start="<think>",
+        think_end="</think>",
+        has_tool_calling=True,
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+        tool_parser=parser.parse_tool_call,
+        structural_markers=(),
+        response_transitions={},
+    )
+    request = SimpleNamespace(
+        model=SimpleNamespace(
+            tokenizer=SimpleNamespace(**marks),
+            decoder=model.decoder,
+            token_bytes=model.token_bytes,
+        ),
+        completion=CompletionRequest("chat", "", [], [{}], None),
+        body={},
+        args=SimpleNamespace(stop_words=stop, logprobs=True),
+        initial_state="normal",
+    )
+    answer, chosen = "", []
+    answer_parser = AnswerParser(request, stream=True)
+    for token in [*encode("byte level", text), None]:
+        last = token is None
+        delta = answer_parser.feed(
+            [Token(2 if last else token, -0.5, (), finish_reason if last else None)]
+        )
+        answer += delta.text
+        chosen += delta.logprobs
+        if delta.finish_reason:
+            break
+    return answer, chosen
+
+
 def in_chat(kind, *args, **kwargs):
     return chat_logprobs(parse(kind, *args, **kwargs)[1], model_of(kind).token_bytes)
 
@@ -105,6 +146,18 @@ def test_tokens_add_up_to_what_is_no_text(kind, data):
     )
     assert "".join(c.text for c in chosen) == text
     assert [c.token.id for c in chosen] == ids
+
+
+@pytest.mark.parametrize("stop", [[], ["lo"], ["v"], ["\ufffd"], ["> "]])
+@pytest.mark.parametrize(
+    "text",
+    ["hello <tool_call>{v: 1}</tool_call> lo", "a\ufffd<b", "\U0001f600 <tool_call>v"],
+)
+def test_tokens_of_a_broken_call_are_those_of_its_text(text, stop):
+    said, chosen = parse_chat(text, stop)
+    ends = [text.index(word) for word in stop if word in text]
+    assert said == text[: min(ends, default=len(text))]
+    assert "".join(c.text for c in chosen) == said
 
 
 @pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "own"])

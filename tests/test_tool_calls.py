@@ -152,11 +152,13 @@ def answer(tokenizer):
         deltas = [
             parser.feed(tokens[i : i + pile]) for i in range(0, len(tokens), pile)
         ]
-        return SimpleNamespace(
-            text="".join(d.text for d in deltas),
-            calls=sum((d.tool_calls for d in deltas), []),
-            end=deltas[-1].finish_reason,
-        )
+        said = "".join(d.text for d in deltas)
+        calls = sum((d.tool_calls for d in deltas), [])
+        # What is no call is there as the model wrote it, with the marks.
+        assert calls or said == text
+        said = said.removeprefix(model.tool_call_start)
+        said = said.removesuffix("" if is_cut else model.tool_call_end)
+        return SimpleNamespace(text=said, calls=calls, end=deltas[-1].finish_reason)
 
     return parse
 
@@ -280,6 +282,8 @@ TEXTS = [
     ({"type": ["string", "null"]}, "True", "True"),
     ({"type": ["string", "null"]}, "NULL", "NULL"),
     ({"type": ["string", "null"]}, "null", None),
+    ({"type": "integer"}, "null", None),
+    ({"type": "integer"}, "none", "none"),
     ({"type": "string", "nullable": True}, "null", None),
     ({"type": ["integer", "string"]}, "5", 5),
     ({"type": ["number", "string"]}, "5", 5),
@@ -357,6 +361,9 @@ def test_value_of_another_type_than_the_schema_has_is_mended(
         ('{"name": "send", "arguments": "null"}', {}),
         ('{"name": "send"}', {}),
         ('{"name": "send", "parameters": {"v": 1}}', {"v": 1}),
+        ('{"name": "send", "args": {"v": 1}}', {"v": 1}),
+        ('{"name": "send", "input": {"v": 1}}', {"v": 1}),
+        (r'{"name": "send", "arguments": {"v": "\d\\d\$\n"}}', {"v": "\\d\\d\\$\n"}),
         ('{"name": "send", "type": "function", "arguments": {}}', {}),
         ('{"type": "function", "function": {"name": "send"}}', {}),
         ('{"name": "send", "arguments": {"v": NaN}}', {"v": "NaN"}),
@@ -386,6 +393,8 @@ def test_json_call_has_an_object_of_arguments(form, text, arguments, answer):
         '{"name": "send", "arguments": [1]}',
         '{"name": "send", "arguments": "v=1"}',
         '{"name": "send", "arguments": 5}',
+        '{"name": "send", "v": 5}',
+        '{"name": "send", "options": {"v": 5}}',
         '[{"name": "send", "arguments": {}}, {"arguments": {}}]',
         '[{"name": "send", "arguments": {}}, 5]',
         '{"name": "send", "arguments": {}} and so on',
@@ -472,6 +481,38 @@ def test_broken_call_beside_a_good_one_is_not_lost(form, left_out, broken, answe
     text = "".join(texts)
     found = answer(form, text)
     assert (found.text, found.calls) == (text, [])
+
+
+# The formats in which the text of a call tells whether a value has ended.
+ENDED = sorted({*FORMATS} - {"kimi_k3", "mistral"})
+
+
+@pytest.mark.parametrize("pile", [1, 10**6])
+@pytest.mark.parametrize("form", ENDED)
+def test_mark_of_the_end_within_a_value_is_a_part_of_it(form, pile, answer):
+    parser = import_module(f"mlx_lm.tool_parsers.{form}")
+    value = f"a {parser.tool_call_start} b {parser.tool_call_end} c"
+    text = WRITERS[form]("send", {"v": value, "w": value})
+    text = parser.tool_call_end.join([text] + [parser.tool_call_start + text])
+    string = {"type": "string"}
+    found = answer(form, text, [tool(v=string, w=string)], pile=pile)
+    assert functions(found.calls) == [("send", {"v": value, "w": value})] * 2
+    assert found.text == ""
+
+
+@pytest.mark.parametrize("pile", [1, 10**6])
+@pytest.mark.parametrize(
+    "form, broken", [("json_tools", '{"name": "b'), ("pythonic", "[b(v='x)]")]
+)
+def test_broken_call_whose_value_does_not_end_is_not_more_than_that(
+    form, broken, pile, answer
+):
+    parser = import_module(f"mlx_lm.tool_parsers.{form}")
+    start, end = parser.tool_call_start, parser.tool_call_end
+    text = f"{broken}{end} and {start}" + WRITERS[form]("send", {"v": "x"})
+    found = answer(form, text, pile=pile)
+    assert functions(found.calls) == [("send", {"v": "x"})]
+    assert found.text == f"{broken}{end} and "
 
 
 @pytest.mark.parametrize("form", ["glm47", "longcat"])
@@ -644,6 +685,15 @@ def test_no_number_keeps_a_parser_busy():
     for digits in ("1" * 20_000, "." + "1" * 20_000, "1." + "1" * 20_000):
         assert value_of(digits + "x", number) == digits + "x"
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("form", sorted({*FORMATS} - {"kimi_k3"}))
+def test_call_that_writes_a_large_file_is_one(form, answer):
+    text = "a line of code\n" * 13_000
+    found = answer(
+        form, WRITERS[form]("send", {"v": text}), [tool(v={"type": "string"})]
+    )
+    assert arguments_of(found) == {"v": text}
 
 
 @pytest.mark.parametrize("is_wide", [True, False])

@@ -146,9 +146,15 @@ def parse_message(name: str, message: Message, index: int, is_past: bool) -> Mes
         # What OpenAI's API had before tool calls.
         calls = [made["function_call"]]
     made.pop("function_call", None)
+    if isinstance(calls, dict):
+        # One without its array, or an array in PHP whose keys have gaps.
+        calls = [calls] if "function" in calls else list(calls.values())
     check_type(f"{name}.tool_calls", calls, list)
     parsed = []
     for i, call in enumerate(calls):
+        if call is None:
+            # An array in JavaScript with gaps.
+            continue
         check_type(f"{name}.tool_calls[{i}]", call, dict)
         parsed += parse_call(call, f"call_{index}_{i}")
     if parsed:

@@ -14,6 +14,11 @@ from typing import Any, Dict, List, Optional
 from .history import REASONING, RESULT_ROLES, Message
 from .json_text import to_text
 
+# The start of a channel of gpt-oss, and the marks between channels.
+CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>")
+MARK = re.compile(
+    r"<\|(?:end|return|call)\|>(?:<\|start\|>assistant)?|<\|start\|>assistant"
+)
 SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -90,6 +95,25 @@ def calls_to_text(message: Message) -> Message:
     return {**kept, "content": join_contents(message["content"], "\n".join(lines))}
 
 
+def without_channels(message: Message) -> Message:
+    """An answer that has the channels of gpt-oss in its content, with the analysis as its
+    reasoning."""
+    content = message["content"]
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    before, *parts = CHANNEL.split(content)
+    if not parts:
+        return message
+    texts: Dict[bool, List[str]] = {True: [], False: [before]}
+    for channel, text in zip(parts[::2], parts[1::2]):
+        texts[channel == "analysis"].append(MARK.sub("", text))
+    made = {**message, "content": "\n\n".join(filter(None, texts[False]))}
+    thought = [to_text(message[key]) for key in REASONING[:1] if key in message]
+    if reasoning := "\n\n".join(filter(None, [*thought, *texts[True]])):
+        made.update(reasoning_content=reasoning, reasoning=reasoning)
+    return made
+
+
 def result_to_user(message: Message) -> Message:
     """The result of a tool as a message of the user's."""
     name = message.get("name")
@@ -106,6 +130,15 @@ def orphans(messages: List[Message]) -> List[int]:
         elif message.get("tool_call_id") not in pending:
             found.append(i)
     return found
+
+
+def split_content(message: Message) -> List[Message]:
+    """A message with calls after one with what it says beside them, if it says anything."""
+    if not (message.get("tool_calls") and message["content"]):
+        return [message]
+    said = {key: value for key, value in message.items() if key != "tool_calls"}
+    rest = {key: value for key, value in message.items() if key not in REASONING}
+    return [said, {**rest, "content": ""}]
 
 
 def split_calls(messages: List[Message]) -> List[Message]:

@@ -104,11 +104,9 @@ class CallForm(NamedTuple):
             yield message
             return
         if self.null:
-            if message["content"]:
-                # The template writes either a content or calls.
-                kept = {k: v for k, v in message.items() if k != "tool_calls"}
-                yield kept
-                message = {k: v for k, v in message.items() if k not in REASONING}
+            # The template writes either a content or calls.
+            *before, message = reshaping.split_content(message)
+            yield from before
             message = {**message, "content": NULL}
         yield {
             **message,
@@ -131,7 +129,7 @@ def fact(find: Method) -> Method:
     """Make a method of ``TemplateShape`` find something out once for a template."""
 
     @wraps(find)
-    def known(self: "TemplateShape", *args: str) -> Any:
+    def known(self: "TemplateShape", *args: Any) -> Any:
         key = find.__name__, *args
         try:
             return self.facts[key]
@@ -180,6 +178,11 @@ class TemplateShape:
             return
         shaped = self.shape(messages)
         yield shaped
+        # The template of gpt-oss refuses what its model writes.
+        others = list(map(reshaping.without_channels, messages))
+        if others != messages:
+            messages = others
+            yield self.shape(messages)
         plain = TemplateShape(self.source, self.facts, self.render, is_plain=True)
         plainly = plain.shape(messages)
         if plainly != shaped:
@@ -269,6 +272,20 @@ class TemplateShape:
         user, result = make_message("user", "x"), make_message("tool", "x")
         return self.writes_words([user, call, result], ["probename"])
 
+    @fact
+    def takes_content(self, is_first: bool) -> bool:
+        """Whether the first calls of a chat, or later ones, may come with a content, as far as
+        this can be helped."""
+        word, end = "probeword0x", "probeword1x"
+        call, result = make_message("call", "probename"), make_message("tool", "x")
+        before = [make_message("user", "x"), *([] if is_first else [call, result])]
+        after = [result, make_message("assistant", end)]
+        whole = {**call, "content": word}
+        split = reshaping.split_content(whole)
+        return self.writes_words([*before, whole, *after], [word]) or (
+            not self.writes_words([*before, *split, *after], [word, end])
+        )
+
     def takes_role(self, role: str) -> bool:
         """Whether it writes messages of a role."""
         places = [(role,), ("user", role), (role, "user")]
@@ -337,17 +354,20 @@ class TemplateShape:
             messages = list(messages)
             for i in lost:
                 messages[i] = reshaping.result_to_user(messages[i])
-        return form, [
-            (
-                reshaping.without_reasoning(m)
-                if m.get("tool_calls")
-                and m["content"]
-                and m.get("reasoning")
-                and not self.takes_reasoned_calls()
-                else m
-            )
-            for m in messages
-        ]
+        made: List[Message] = []
+        is_first = True
+        for message in messages:
+            parts = [message]
+            if message.get("tool_calls"):
+                if not message["content"]:
+                    pass
+                elif message.get("reasoning") and not self.takes_reasoned_calls():
+                    parts = [reshaping.without_reasoning(message)]
+                elif not self.takes_content(is_first):
+                    parts = reshaping.split_content(message)
+                is_first = False
+            made += parts
+        return form, made
 
     def with_systems(self, messages: List[Message]) -> List[Message]:
         """Move what the system says to the start where the template wants it there, as
@@ -364,7 +384,7 @@ class TemplateShape:
         roles = [message["role"] for message in first[:3]]
         if len(first) > 1 and not self.shows(*roles, "user"):
             first = [join_messages(first)]
-        if first and not self.shows(first[0]["role"], "user"):
+        if first and not self.shows(first[0]["role"], "user", *ending(rest)):
             said = {**SILENT_USER, "content": join_messages(first)["content"]}
             n = 1 if rest and rest[0]["role"] == "user" else 0
             return [join_messages([said, *rest[:n]]), *rest[n:]]
@@ -397,9 +417,8 @@ class TemplateShape:
         """Whether the first message after the system's need not be the user's."""
         if first == len(kinds):
             return self.shows("system")
-        if "user" in kinds:
-            return self.shows("assistant", "user")
-        return self.shows("assistant")
+        start = ["call", "tool"] if kinds[first] == "call" else ["assistant"]
+        return self.shows(*start, *(["user"] if "user" in kinds else []))
 
     def takes_pair(self, pair: Tuple[str, str]) -> bool:
         if pair == ("user", "user"):
@@ -420,6 +439,13 @@ def is_in_turn(kinds: Tuple[str, ...]) -> bool:
     said = kinds[1:] if kinds[:1] == ("system",) else kinds
     turns = ("user", "assistant") * len(said)
     return bool(said) and said == turns[: len(said)]
+
+
+def ending(messages: List[Message]) -> List[str]:
+    """The kinds of the messages after the user's with which a chat like this ends."""
+    kind = kind_of(messages[-1]) if messages else "user"
+    endings = {"tool": ["call", "tool"], "call": ["call"], "assistant": ["assistant"]}
+    return endings.get(kind, [])
 
 
 def make_message(kind: str, word: str, id: str = "call_probe") -> Message:

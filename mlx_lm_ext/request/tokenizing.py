@@ -7,9 +7,10 @@ Rules:
 4. A prompt begins with one beginning-of-text token at most.
 """
 
+import re
 from contextvars import ContextVar
 from os.path import commonprefix
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Union
 
 from jinja2 import TemplateSyntaxError
 
@@ -26,6 +27,9 @@ MAX_CHARACTERS = 1 << 26
 USUAL_CHARACTERS = 4
 # Characters of a slice, and how many tokens the cuts at its two ends may add.
 SLICE, CUT = 1 << 16, 16
+
+# What Python says of an argument that a function does not have.
+UNKNOWN = re.compile("unexpected keyword argument '(\\w+)'")
 
 # Stands for what follows a content.
 MARK = "probemark"
@@ -100,6 +104,14 @@ def mark(message: Message) -> Message:
         return {**message, "content": [*content, {"type": "text", "text": MARK}]}
     # What is not a text is the content of a message with calls that a template wants null.
     return {**message, "content": content + MARK if isinstance(content, str) else MARK}
+
+
+def spare(variables: Dict[str, Any]) -> Set[str]:
+    """The variables without which a template does what the request asks for as far as it
+    can: it may do without an effort, and know but one of two names."""
+    names = {"enable_thinking", "thinking"}
+    both = names if names <= variables.keys() else set()
+    return both | ({"reasoning_effort"} & variables.keys())
 
 
 class Rendered(NamedTuple):
@@ -185,9 +197,17 @@ class BoundedTokenizer:
         """The tokenizer's ``apply_chat_template``, bounded and interruptible."""
         token = current.set(self)
         try:
-            return self.preparation.run(
-                lambda: self.tokenizer.apply_chat_template(messages, **kwargs)
-            )
+            while True:
+                try:
+                    return self.preparation.run(
+                        lambda: self.tokenizer.apply_chat_template(messages, **kwargs)
+                    )
+                except TypeError as e:
+                    # A template that is a function may refuse what others do not read.
+                    unknown = UNKNOWN.search(str(e))
+                    if unknown is None or unknown[1] not in spare(kwargs):
+                        raise
+                    del kwargs[unknown[1]]
         finally:
             current.reset(token)
 

@@ -15,11 +15,16 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from ..request.detokenizing import Detokenizer
 from ..request.request import Request, Token
+from .harmony import with_channels
 from .logprobs import ChosenToken, ChosenTokens
 from .stop_words import StopWords
 from .tool_calls import ToolCallParser
+from .tool_formats import Unfinished
 
 logger = logging.getLogger(__name__)
+
+# How often the mark of the end of a tool call may stand in the values of one.
+MAX_ENDS_IN_VALUE = 16
 
 
 @dataclass
@@ -77,6 +82,22 @@ class WithoutTools:
         }
 
 
+class OpenCalls:
+    """Presents a tokenizer as that of a model whose tool calls have no end.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+    """
+
+    tool_call_end = ""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
 class AnswerParser:
     """Makes text, reasoning and tool calls from the tokens of one answer as they arrive.
 
@@ -87,7 +108,7 @@ class AnswerParser:
     """
 
     def __init__(self, request: Request, stream: bool):
-        tokenizer = request.model.tokenizer
+        tokenizer = with_channels(request.model.tokenizer)
         self.detokenizer = Detokenizer(request.model.decoder)
         self.chosen: Optional[ChosenTokens] = None
         if request.args.logprobs:
@@ -97,14 +118,24 @@ class AnswerParser:
         self.tool_calls = ToolCallParser(
             tokenizer.tool_parser, request.completion.tools, stream
         )
-        if not request.completion.tools:
-            tokenizer = WithoutTools(tokenizer)
+        self.tokenizer = tokenizer
+        # Only the text of a call tells its end from the same mark within a value.
+        has_tools = bool(request.completion.tools)
+        tokenizer = OpenCalls(tokenizer) if has_tools else WithoutTools(tokenizer)
         # A text completion has neither reasoning nor tool calls.
         is_chat = request.completion.request_type == "chat"
-        machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
-        self.state = machine.make_state(request.initial_state)
+        self.machine = (
+            make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
+        )
+        self.state = self.machine.make_state(request.initial_state)
         self.stop_words = StopWords(request.args.stop_words)
-        self.tool_text = ""
+        # The text of a tool call, how much of it has no end of the call that was not tried,
+        # where ends turned out to be in a value, and the state before and after it.
+        self.tool_text, self.n_searched = "", 0
+        self.ends_in_value: List[int] = []
+        self.around = "normal"
+        # Characters after those that are being added.
+        self.n_rest = 0
         self.made_tool_call = False
         self.takes_one_call = request.body.get("parallel_tool_calls") is False
 
@@ -145,23 +176,39 @@ class AnswerParser:
 
     def split(self, text: str, delta: Delta) -> None:
         """Split text into answer, reasoning and tool calls, and add them to ``delta``."""
-        last = delta.finish_reason is not None
-        self.state, segments = TextStateMachine.split(self.state, text)
-        if last:
-            self.state, rest, name = TextStateMachine.flush(self.state)
-            segments.append((name, rest))
-        for name, piece in segments:
-            if name == "tool":
-                self.tool_text += piece
-                continue
-            self.end_tool_call(delta)
-            if name == "reasoning":
-                delta.reasoning += piece
-            elif name == "normal":
-                self.add_text(piece, delta)
-        if last:
-            self.end_tool_call(delta, is_cut=delta.finish_reason == "length")
+        is_last = delta.finish_reason is not None
+        rest: Optional[str] = text
+        while rest is not None:
+            *_, held = self.state
+            self.n_rest = len(held) + len(rest)
+            self.state, (*segments, (name, last)) = TextStateMachine.split(
+                self.state, rest
+            )
+            for before, piece in segments:
+                self.n_rest -= len(piece)
+                self.add(before, piece, delta)
+            *_, held = self.state
+            self.n_rest = len(held)
+            self.add(name, last, delta)
+            rest = self.end_tool_call(delta)
+            if rest is None and is_last:
+                self.n_rest = 0
+                self.state, held, name = TextStateMachine.flush(self.state)
+                self.add(name, held, delta)
+                rest = self.end_last_tool_call(delta)
+        if is_last:
             delta.text += self.stop_words.flush()
+
+    def add(self, name: str, text: str, delta: Delta) -> None:
+        """Add the text of a state."""
+        if name == "reasoning":
+            delta.reasoning += text
+        elif name == "tool":
+            self.tool_text += text
+        elif name == "normal":
+            self.add_text(text, delta)
+        if name in ("reasoning", "normal"):
+            self.around = name
 
     def add_text(self, text: str, delta: Delta) -> None:
         """Add text to the answer, up to the first stop word."""
@@ -171,36 +218,97 @@ class AnswerParser:
             delta.text += settled
             if self.stop_words.found:
                 delta.finish_reason = "stop"
-                self.cut = self.n_characters - (n - len(settled))
+                self.cut = self.n_characters - self.n_rest - (n - len(settled))
 
     def take_chosen(self, last: bool) -> List[ChosenToken]:
         """The tokens of the text that was given out."""
         if last:
             return self.chosen.end(self.cut)
-        *_, held = self.state
-        return self.chosen.take(
-            self.n_characters - len(held) - len(self.stop_words.held)
-        )
+        name, *_, held = self.state
+        n = len(held) + len(self.stop_words.held)
+        if name == "tool":
+            # It may yet turn out to be text.
+            n += len(self.tokenizer.tool_call_start) + len(self.tool_text)
+        return self.chosen.take(self.n_characters - n)
 
-    def end_tool_call(self, delta: Delta, is_cut: bool = False) -> None:
-        """Parse the text of a tool call that has ended, or was cut off, if there is one.
-        What cannot be parsed is added to the answer as text."""
-        text, self.tool_text = self.tool_text, ""
-        if not text or (self.takes_one_call and self.made_tool_call):
-            return
+    def end_tool_call(self, delta: Delta) -> Optional[str]:
+        """Add the tool call whose end has come, if it has; gives the text after it."""
+        end = self.tokenizer.tool_call_end
+        if self.state[0] != "tool" or not end:
+            return None
+        while (at := self.tool_text.find(end, self.n_searched)) >= 0:
+            self.n_searched = at + len(end)
+            try:
+                calls = self.parse_tool_call(self.tool_text[:at])
+            except Unfinished:
+                if len(self.ends_in_value) < MAX_ENDS_IN_VALUE:
+                    self.ends_in_value.append(at)
+                    continue
+                calls = []
+            return self.leave_tool_call(calls, at, delta)
+        self.n_searched = max(self.n_searched, len(self.tool_text) - len(end) + 1)
+        return None
+
+    def end_last_tool_call(self, delta: Delta) -> Optional[str]:
+        """Add the tool call that ends with the answer or was cut off, if there is one; gives
+        the text after it."""
+        if self.state[0] != "tool":
+            return None
+        is_cut = delta.finish_reason == "length"
         try:
-            calls = self.tool_calls.parse(text, is_cut)
+            calls = self.parse_tool_call(self.tool_text, is_cut)
+        except Unfinished:
+            calls = []
+        return self.leave_tool_call(calls, len(self.tool_text), delta)
+
+    def parse_tool_call(self, text: str, is_cut: bool = False) -> List[Dict[str, Any]]:
+        """The tool calls of a text; none if it cannot be parsed.
+
+        Raises:
+            Unfinished: If it ends within a value.
+        """
+        try:
+            return self.tool_calls.parse(text, is_cut) if text else []
+        except Unfinished:
+            raise
         except Exception as e:
             # Upstream's parsers raise other errors than the ValueError that they should.
             logger.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
-            calls = []
-        if calls:
-            self.made_tool_call = True
-            if self.takes_one_call:
-                calls, delta.finish_reason = calls[:1], "stop"
-                delta.text += self.stop_words.flush()
-                # As after a stop word: no more text is added.
-                self.stop_words.found = True
-            delta.tool_calls += calls
-        else:
-            self.add_text(text, delta)
+            return []
+
+    def leave_tool_call(
+        self, calls: List[Dict[str, Any]], at: int, delta: Delta
+    ) -> Optional[str]:
+        """Go on after a tool call.
+
+        Args:
+            calls (List[Dict]): The calls; without any, the text stays text, marks included.
+            at (int): Where its text has ended.
+            delta (Delta): What is added to.
+
+        Returns:
+            The text after it; None if the answer has ended.
+        """
+        end = self.tokenizer.tool_call_end or ""
+        if not calls and self.ends_in_value:
+            # It was broken, and has ended there.
+            at = self.ends_in_value[0]
+        text, rest = self.tool_text[:at], self.tool_text[at + len(end) :]
+        if at < len(self.tool_text):
+            text += end
+        self.tool_text, self.n_searched, self.ends_in_value = "", 0, []
+        self.state = self.machine.make_state(self.around)
+        if self.takes_one_call and self.made_tool_call:
+            return rest
+        if not calls:
+            self.n_rest = len(rest)
+            self.add(self.around, self.tokenizer.tool_call_start + text, delta)
+            return rest
+        self.made_tool_call = True
+        if self.takes_one_call:
+            calls, delta.finish_reason = calls[:1], "stop"
+            delta.text += self.stop_words.flush()
+            # As after a stop word: no more text is added.
+            self.stop_words.found = True
+        delta.tool_calls += calls
+        return None if self.takes_one_call else rest

@@ -25,11 +25,17 @@ from .tool_values import (
     value_without_schema,
 )
 
+# Characters of a call: no other thread runs while some of it is read.
+MAX_CALL = 1 << 18
 # Bounds of a text that is given to upstream's tool parsers: the time of some grows with
 # the number of characters times the number of marks, and they cannot be interrupted.
 MAX_TOOL_TEXT = 1 << 16
 MAX_TOOL_MARKS = 64
 TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
+
+# The keys of arguments in calls of JSON, as some models write them, and of what is none.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+HEADER = ("name", "function", "id", "type", "index")
 
 # Mistral's chat templates refuse ids other than 9 letters and digits. No client is known to
 # need the "call_" with which OpenAI's begin.
@@ -78,7 +84,7 @@ class ToolCallParser:
         Returns:
             The calls. If there are none, or something is raised, it is no tool call.
         """
-        if len(text) > MAX_TOOL_TEXT:
+        if len(text) > MAX_CALL:
             raise ValueError(f"it has {len(text)} characters")
         self.is_cut = is_cut
         return self.to_openai([text])
@@ -147,10 +153,11 @@ class ToolCallParser:
         for wrapper in ("function", "tool"):
             if isinstance(call.get(wrapper), dict):
                 call = {"id": call.get("id")} | call[wrapper]
-        arguments = call.get("arguments")
-        # Llama's name for them.
-        arguments = call.get("parameters") if arguments is None else arguments
+        sent = (call.get(key) for key in ARGUMENTS)
+        arguments = next((value for value in sent if value is not None), None)
         name = call.get("name", call.get("function"))
+        if arguments is None and not call.keys() <= {*HEADER, *ARGUMENTS}:
+            raise ValueError("a call has other keys than arguments")
         if name is None and arguments is not None and len(self.parameters) == 1:
             # It can only be of the one tool that there is.
             (name,) = self.parameters
@@ -186,8 +193,10 @@ def check_marks(text: str) -> None:
     """Check that a tool parser of upstream takes little time for a text.
 
     Raises:
-        ValueError: If it has too many marks.
+        ValueError: If it is too long, or has too many marks.
     """
+    if len(text) > MAX_TOOL_TEXT:
+        raise ValueError(f"it has {len(text)} characters")
     n_marks = len(TOOL_MARK.findall(text))
     if "<atem:" in text:
         n_marks += text.count('name="')

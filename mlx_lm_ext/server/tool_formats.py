@@ -14,11 +14,20 @@ import ast
 import json
 import re
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 from .tool_values import DECODER
 
 Calls = List[Dict[str, Any]]
+
+
+# An escape of JSON, or a backslash that is none: models write those in patterns and paths.
+ESCAPE = re.compile(r"\\(?:[\"\\/bfnrt]|u[0-9a-fA-F]{4})?")
+
+
+class Unfinished(Exception):
+    """A text ends within a value. No ValueError, which upstream takes for a broken call."""
+
 
 SPACE = re.compile(r"\s*")
 
@@ -29,12 +38,33 @@ def after(pattern: re.Pattern, text: str, at: int) -> int:
     return match.end() if match else at
 
 
+def decode_at(text: str, at: int) -> Tuple[Any, int]:
+    """The value of JSON that begins at a character, and where it ends.
+
+    Raises:
+        Unfinished: If the text ends within a string.
+        ValueError: If it is not JSON.
+    """
+    try:
+        return DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as e:
+        if e.msg.startswith("Unterminated string"):
+            raise Unfinished("a string does not end")
+        raise
+
+
+def with_escapes(text: str) -> str:
+    """JSON whose backslashes are all escapes."""
+    return ESCAPE.sub(lambda match: match[0] if match[0][1:] else r"\\", text)
+
+
 def read_json(text: str) -> List[Any]:
     """The values of JSON that a text consists of, those of a list one by one."""
+    text = with_escapes(text)
     at = after(SPACE, text, 0)
     values = []
     while at < len(text):
-        value, at = DECODER.raw_decode(text, at)
+        value, at = decode_at(text, at)
         values += value if isinstance(value, list) else [value]
         at = after(SPACE, text, at)
     return values
@@ -50,12 +80,13 @@ def read_headed(text: str, header: str, end: str = "") -> Calls:
     """
     start = re.compile(rf"\s*+{header}\s*+")
     stop = re.compile(rf"\s*+(?:{end})?\s*+")
+    text = with_escapes(text)
     calls, at = [], 0
     while at < len(text):
         match = start.match(text, at)
         if match is None:
             raise ValueError(f"there is no call at character {at}")
-        arguments, at = DECODER.raw_decode(text, match.end())
+        arguments, at = decode_at(text, match.end())
         calls.append(match.groupdict() | {"arguments": arguments})
         at = after(stop, text, at)
     return calls
@@ -76,7 +107,7 @@ GEMMA_TOKEN = re.compile(
 def gemma_token_to_json(token: re.Match) -> str:
     kind, text = token.lastgroup, token[token.lastgroup]
     if kind == "open":
-        raise ValueError("a string does not end")
+        raise Unfinished("a string does not end")
     if kind == "key":
         return json.dumps(text) + ":"
     if kind == "word":
@@ -109,7 +140,7 @@ def read_pythonic(text: str) -> Calls:
 
     def to_python(token: re.Match) -> str:
         if token["open"]:
-            raise ValueError("a string does not end")
+            raise Unfinished("a string does not end")
         if token["string"]:
             return token[0].replace("\n", "\\n").replace("\r", "\\r")
         if token["word"]:
@@ -172,7 +203,9 @@ class Tags:
         is_bare: bool = False,
     ):
         self.opening = opening
-        self.start, self.end = (re.compile(rf"\s*+{p}\s*+") for p in (start, end))
+        self.start, self.opens, self.end = (
+            re.compile(rf"\s*+{p}\s*+") for p in (start, opening, end)
+        )
         # A value may have the closing tag in it: what follows tells which one is the last.
         # With another opening tag in it, a closing one is missing somewhere.
         value = rf"(?P<value>(?:(?!{opening}).)*?)"
@@ -202,6 +235,8 @@ class Tags:
                 value = groups["value"] if data is None else data
                 arguments[groups["name"].strip()] = value
             end = self.end.match(text, at)
+            if end is None and self.opens.match(text, at):
+                raise Unfinished(f"an argument does not end at character {at}")
             if end is None or (is_cut and not end[0].strip()):
                 raise ValueError(f"a call does not end at character {at}")
             at = end.end()

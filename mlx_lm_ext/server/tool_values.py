@@ -173,6 +173,9 @@ def value_of(text: str, allowed: Allowed) -> Any:
             return choice
     if not isinstance(value, str) and allowed.has_type_of(value):
         return value
+    if value is None and "string" not in allowed.types:
+        # As in formats of JSON: models write it for what is left out.
+        return None
     return text if "string" in allowed.types else guess(text, allowed)
 
 

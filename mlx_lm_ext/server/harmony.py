@@ -1,0 +1,59 @@
+"""The format of the answers of gpt-oss, which mlx-lm does not know: channels for the reasoning,
+for calls and for the answer itself.
+
+Rule: where mlx-lm knows the format of a model, nothing here is used.
+"""
+
+from typing import Any, Dict, List
+
+from .tool_formats import Calls, read_headed
+
+ANALYSIS = "<|channel|>analysis<|message|>"
+CALL = " to=functions."
+ANSWERS = [
+    ("<|channel|>final<|message|>", "normal"),
+    ("<|channel|>commentary<|message|>", "normal"),
+    ("<|start|>assistant", "normal"),
+    ("<|end|>", "normal"),
+]
+CALLS = [
+    (f"<|channel|>{channel}{CALL}", "tool") for channel in ("commentary", "analysis")
+]
+
+
+class Harmony:
+    """Presents the tokenizer of gpt-oss as one that knows the format.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+    """
+
+    has_tool_calling = True
+    # A call ends with the answer.
+    tool_call_start, tool_call_end = CALL, ""
+    response_transitions = {
+        "normal": [(ANALYSIS, "reasoning"), (CALL, "tool"), *ANSWERS, *CALLS],
+        "reasoning": [*ANSWERS, *CALLS],
+    }
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    @staticmethod
+    def tool_parser(text: str, tools: List[Dict[str, Any]]) -> Calls:
+        header = r"(?P<name>[^\s<]+)(?:(?!<\|message\|>)[^{])*<\|message\|>"
+        return read_headed(text, header, r"<\|(?:call|end)\|>")
+
+
+def with_channels(tokenizer: Any) -> Any:
+    """The tokenizer, presented as ``Harmony`` if it is that of a model with channels."""
+    if (
+        tokenizer.has_thinking
+        or tokenizer.response_transitions
+        or ANALYSIS not in str(getattr(tokenizer, "chat_template", None))
+    ):
+        return tokenizer
+    return Harmony(tokenizer)
