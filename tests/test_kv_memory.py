@@ -23,6 +23,7 @@ from tiny_models import CONFIGS
 from mlx_lm_ext.batch.answer_lengths import AnswerLengths
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
+from mlx_lm_ext.bench.random_model import write_model
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.device import device_memory, give_back_freed
 from mlx_lm_ext.engine.loop import Engine
@@ -238,6 +239,20 @@ def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
         answers.append([read(job) for job in jobs])
         assert bool(engine.batch.resumed) == (n_rows == 3)
     assert answers[0] == answers[1]
+
+
+def test_spare_rows_of_windows_count_like_those_of_other_layers(tmp_path, start_engine):
+    # A row of a window takes as much as is predicted.
+    config = CONFIGS["gemma3_text"] | {"sliding_window": 225}
+    folder = write_model(tmp_path / "model", "gemma3_text", config)
+    limit = KVMemory(Reference(folder).model).nbytes(1, 2048)
+    argv = "--model", str(folder), "--max-kv-bytes", str(limit)
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    body = {"logit_bias": {i: -100 for i in range(3)}}
+    lengths = 1900, 20
+    jobs = [submit(engine, "x" * 100, max_tokens=n, **body) for n in lengths]
+    assert [len(read(job)) for job in jobs] == [*lengths]
+    assert engine.batch.most_of_rows <= limit
 
 
 def test_last_row_has_all_the_memory(start_engine):
