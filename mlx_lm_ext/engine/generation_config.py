@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from ..errors import RequestError
-from ..request.fields import check_fields
+from ..request.fields import check_fields, check_type
 from .json_files import read_object
 
 FILE = "generation_config.json"
@@ -26,13 +26,16 @@ def read_sampling(path: Path) -> Dict[str, Any]:
     """
     config = read_object(path / FILE)
     values = {n: config[n] for n in NAMES if config.get(n) is not None}
+    do_sample = config.get("do_sample")
     try:
         check_fields(values)
+        if do_sample is not None:
+            check_type("do_sample", do_sample, bool)
     except RequestError as e:
         raise ValueError(f"its {FILE} cannot be used: {e}")
-    if config.get("do_sample") is False:
+    if do_sample is False:
         values["temperature"] = 0.0
-    elif config.get("do_sample"):
+    elif do_sample:
         # The default of transformers, for which the file is made.
         values.setdefault("temperature", 1.0)
     return values
