@@ -326,6 +326,18 @@ def test_wrong_chat_template_of_the_served_model_ends_the_start(changed_model):
     assert "the chat template is wrong in line 2: " in line
 
 
+@pytest.mark.parametrize("template", [5, {"a": 1}])
+def test_chat_template_that_is_no_text_ends_the_start(
+    template, changed_model, model_folder
+):
+    path = model_folder() / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"chat_template": template}
+    folder = changed_model(tokenizer_config_json=json.dumps(config))
+    code, line = start_and_fail(folder)
+    assert code == 1
+    assert "the chat template is not a text" in line
+
+
 @pytest.mark.parametrize("template", WRONG_TEMPLATES)
 def test_wrong_chat_template_of_a_model_that_a_request_names_fails_its_chats(
     template, changed_model, start_server
