@@ -226,6 +226,32 @@ def test_row_whose_kv_was_evicted_runs_all_its_tokens_again(start_engine):
     assert {n_run for _, n_run in engine.batch.resumed} == {0}
 
 
+@pytest.mark.logs_errors
+def test_row_that_cannot_be_put_back_costs_no_other_its_answer(
+    model_folder, start_engine, monkeypatch
+):
+    """Memory is short then, so that the KV that is to be kept may get none."""
+    failed = []
+
+    def remove(self, requests):
+        original(self, requests)
+        if len(failed) < 2:
+            failed.append(requests)
+            raise MemoryError
+
+    original = Watched.remove
+    monkeypatch.setattr(Watched, "remove", remove)
+    bias = {i: -100 for i in range(3)}
+    processors = make_logits_processors(bias)
+    reference = Reference(model_folder(), logits_processors=processors)
+    engine = start_engine("llama", *memory_of(2, 1024), make_engine=WatchedEngine)
+    prompts = [(text * 240)[:240] for text in texts(2)]
+    jobs = [submit(engine, p, max_tokens=900, logit_bias=bias) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 900)
+    assert failed
+
+
 def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
     body = {"max_tokens": 300, "temperature": 1, "repetition_penalty": 1.2}
     body["logit_bias"] = {i: -100 for i in range(3)}
