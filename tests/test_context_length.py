@@ -7,7 +7,11 @@ import pytest
 from helpers import call, read, submit
 
 from mlx_lm_ext.bench.random_model import write_model
-from mlx_lm_ext.engine.context_length import TABLE_MODELS, find_context_length
+from mlx_lm_ext.engine.context_length import (
+    TABLE_MODELS,
+    find_context_length,
+    find_vocabulary_size,
+)
 from mlx_lm_ext.errors import RequestError
 
 GPT2 = dict(
@@ -78,6 +82,47 @@ def test_length_of_gemma3_is_stretched_already():
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
     assert find_context_length(config) == 131072
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": [1]},
+        {"rope_parameters": 5},
+        {"rope_parameters": {"full_attention": None, "sliding_attention": [1]}},
+        {"rope_scaling": {"type": ["yarn"], "factor": 2}},
+        {"rope_scaling": {"type": "yarn", "factor": "2"}},
+        {"rope_scaling": {"type": "yarn", "factor": 1e308}},
+        {"rope_scaling": {"type": "yarn", "factor": 10**400}},
+        {"rope_scaling": {"type": "yarn", "factor": float("nan")}},
+        {"n_ctx": "64", "n_positions": -1, "max_seq_len": True},
+        {"text_config": "x"},
+        {"text_config": [1]},
+        {"text_config": {"max_position_embeddings": None}},
+        {"model_type": "gpt2", "n_positions": "48"},
+    ],
+    ids=str,
+)
+def test_values_that_mean_nothing_are_no_lengths(config):
+    config = {"max_position_embeddings": 4096} | config
+    assert find_context_length(config) == 4096
+    assert find_context_length(config, 100) == 100
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"vocab_size": 300}, 300),
+        ({"vocab_size": 300, "text_config": {"vocab_size": 200}}, 200),
+        ({"vocab_size": 300, "text_config": {"vocab_size": None}}, 300),
+        ({"vocab_size": None}, None),
+        ({"vocab_size": "300"}, None),
+    ],
+    ids=str,
+)
+def test_size_of_the_vocabulary_is_that_of_the_text(config, expected):
+    assert find_vocabulary_size(config) == expected
 
 
 @pytest.mark.parametrize("config", [{}, {"max_position_embeddings": 4096}])

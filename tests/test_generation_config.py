@@ -105,6 +105,7 @@ def test_each_model_that_requests_name_has_its_own(with_config, start_engine):
 
 
 BROKEN = ["{", "[]", '{"temperature": "hot"}', '{"top_p": 2}', '{"top_k": 1.5}', "\0"]
+BROKEN += ['{"do_sample": "no"}', '{"do_sample": 0}']
 
 
 @pytest.mark.parametrize("text", BROKEN)

@@ -24,6 +24,7 @@ from mlx_lm_ext.batch import generator
 from mlx_lm_ext.batch.answer_lengths import AnswerLengths
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
+from mlx_lm_ext.bench.random_model import write_model
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.device import device_memory, give_back_freed
 from mlx_lm_ext.engine.loop import Engine
@@ -260,6 +261,32 @@ def test_row_whose_kv_was_evicted_runs_all_its_tokens_again(start_engine):
     assert {n_run for _, n_run in engine.batch.resumed} == {0}
 
 
+@pytest.mark.logs_errors
+def test_row_that_cannot_be_put_back_costs_no_other_its_answer(
+    model_folder, start_engine, monkeypatch
+):
+    """Memory is short then, so that the KV that is to be kept may get none."""
+    failed = []
+
+    def remove(self, requests):
+        original(self, requests)
+        if len(failed) < 2:
+            failed.append(requests)
+            raise MemoryError
+
+    original = Watched.remove
+    monkeypatch.setattr(Watched, "remove", remove)
+    bias = {i: -100 for i in range(3)}
+    processors = make_logits_processors(bias)
+    reference = Reference(model_folder(), logits_processors=processors)
+    engine = start_engine("llama", *memory_of(2, 1024), make_engine=WatchedEngine)
+    prompts = [(text * 240)[:240] for text in texts(2)]
+    jobs = [submit(engine, p, max_tokens=900, logit_bias=bias) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 900)
+    assert failed
+
+
 def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
     body = {"max_tokens": 300, "temperature": 1, "repetition_penalty": 1.2}
     body["logit_bias"] = {i: -100 for i in range(3)}
@@ -273,6 +300,20 @@ def test_sampled_rows_go_on_with_the_same_tokens(start_engine):
         answers.append([read(job) for job in jobs])
         assert bool(engine.batch.resumed) == (n_rows == 3)
     assert answers[0] == answers[1]
+
+
+def test_spare_rows_of_windows_count_like_those_of_other_layers(tmp_path, start_engine):
+    # A row of a window takes as much as is predicted.
+    config = CONFIGS["gemma3_text"] | {"sliding_window": 225}
+    folder = write_model(tmp_path / "model", "gemma3_text", config)
+    limit = KVMemory(Reference(folder).model).nbytes(1, 2048)
+    argv = "--model", str(folder), "--max-kv-bytes", str(limit)
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    body = {"logit_bias": {i: -100 for i in range(3)}}
+    lengths = 1900, 20
+    jobs = [submit(engine, "x" * 100, max_tokens=n, **body) for n in lengths]
+    assert [len(read(job)) for job in jobs] == [*lengths]
+    assert engine.batch.most_of_rows <= limit
 
 
 def test_last_row_has_all_the_memory(start_engine):

@@ -57,6 +57,41 @@ def test_only_the_served_model_is_loaded_by_default(
 
 
 @pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "Expecting value"),
+        ("[1]", "it is not a JSON object"),
+        ("null", "it is not a JSON object"),
+        ("[" * 100_000, "recursion"),
+        ("\N{BYTE ORDER MARK}{}", "BOM"),
+        (None, "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_broken_file_of_a_model_is_named(name, text, reason, folders, start_engine):
+    path = folders / "models" / "a" / name
+    if text is None:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    else:
+        path.write_text(text)
+    served = "--model", str(folders / "models" / "b"), "--generation-config", "model"
+    engine = start_engine("llama", *served, MODELS, str(folders / "models" / "*"))
+    answer = refusal(engine, model=str(path.parent))
+    assert "\n" not in answer
+    if (name, text) == ("config.json", None):
+        assert "it has no config.json" in answer
+    else:
+        assert f"its {name} cannot be used: " in answer and reason in answer
+    # At the start too, where the weights are loaded first.
+    provider = engine.model_provider
+    with pytest.raises(RequestError, match=name):
+        provider.switch_to((str(path.parent), None, None))
+
+
+@pytest.mark.parametrize(
     "name, allowed",
     [
         ("models/a", True),

@@ -326,6 +326,18 @@ def test_wrong_chat_template_of_the_served_model_ends_the_start(changed_model):
     assert "the chat template is wrong in line 2: " in line
 
 
+@pytest.mark.parametrize("template", [5, {"a": 1}])
+def test_chat_template_that_is_no_text_ends_the_start(
+    template, changed_model, model_folder
+):
+    path = model_folder() / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"chat_template": template}
+    folder = changed_model(tokenizer_config_json=json.dumps(config))
+    code, line = start_and_fail(folder)
+    assert code == 1
+    assert "the chat template is not a text" in line
+
+
 @pytest.mark.parametrize("template", WRONG_TEMPLATES)
 def test_wrong_chat_template_of_a_model_that_a_request_names_fails_its_chats(
     template, changed_model, start_server
@@ -561,6 +573,64 @@ def test_response_says_that_the_connection_will_be_closed(streamed, start_server
     ):
         head, _, _ = send_raw(port, request, shut=False).partition(b"\r\n\r\n")
         assert head.count(b"\r\nConnection: close") == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "Connection: TE, close",
+        "Connection: close, TE",
+        "Connection: Upgrade, CLOSE\r\nUpgrade: h2c",
+        "Connection: TE\r\nConnection: close",
+        "Connection: keep-alive, close",
+    ],
+)
+def test_connection_is_closed_if_that_is_one_of_several_options(headers, start_server):
+    _, port = start_server()
+    raw = f"GET /health HTTP/1.1\r\n{headers}\r\n\r\n".encode()
+    answer = send_raw(port, raw, shut=False)
+    assert b"\r\nConnection: close" in answer
+
+
+def test_connection_of_http_1_0_is_kept_if_that_is_one_of_several_options(start_server):
+    _, port = start_server()
+    kept = b"GET /health HTTP/1.0\r\nConnection: TE, Keep-Alive\r\n\r\n"
+    answer = send_raw(port, kept + b"GET /health HTTP/1.0\r\n\r\n", shut=False)
+    assert answer.count(b"HTTP/1.1 200") == 2
+
+
+def test_empty_lines_before_a_request_are_skipped(start_server):
+    _, port = start_server()
+    last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+    raw = b"\r\n" + post_whole(BODY) + b"\r\n\n\r\n" + last
+    assert send_raw(port, raw, shut=False).count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize(
+    "raw, status, reason",
+    [
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, b"Invalid HTTP version (2.0)"),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400, b"Bad request syntax"),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, b"Too Long"),
+    ],
+    ids=["HTTP/2", "TLS", "long"],
+)
+def test_what_is_no_request_gets_a_whole_response(raw, status, reason, start_server):
+    _, port = start_server()
+    answer = send_raw(port, raw, shut=False)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert reason in error["message"].encode()
+
+
+@pytest.mark.parametrize("coding, status", [("gzip", 415), ("Identity", 200)])
+def test_coded_body_is_refused(coding, status, start_server):
+    _, port = start_server()
+    headers = f"Content-Encoding: {coding}\r\nConnection: close"
+    raw = post(f"{headers}\r\nContent-Length: {len(BODY)}", BODY)
+    answer = send_raw(port, raw, shut=False)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert (b"Content-Encoding" in answer) == (status == 415)
 
 
 def test_requests_of_all_kinds_may_be_pipelined(start_server):

@@ -70,6 +70,16 @@ def test_top_k_may_be_larger_than_any_vocabulary(start_engine):
         read(request)
 
 
+@pytest.mark.parametrize("argv", [[], ["--max-kv-bytes", "200000"], ALONE])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_largest_integers_of_all_types_are_no_limit(name, argv, start_engine):
+    engine = start_engine("llama", *argv, "--context-length", "64")
+    for most in (2**31 - 1, 2**32 - 1, 2.0**53, 2**63 - 1, 2**64 - 1):
+        request = submit(engine, "x" * 60, **{name: most})
+        assert request.args.max_tokens == 4
+        assert len(read(request)) <= 4
+
+
 @pytest.mark.parametrize(
     "body",
     [

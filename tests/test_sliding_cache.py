@@ -94,6 +94,15 @@ def test_prompts_of_different_lengths_are_run_at_once():
         run(batch, prompts, 1)
 
 
+def test_spare_rows_are_given_up_when_tokens_are_dropped():
+    batch, x = BatchSlidingKVCache([0] * 3, 800), mx.zeros((3, 2, 801, 32))
+    batch.update_and_fetch(x, x)
+    batch.filter([0, 1])
+    assert len(batch.keys) == 3
+    batch.drop_old()
+    assert len(batch.keys) == len(batch.values) == 2
+
+
 def test_steps_write_in_place_until_it_is_time_to_drop():
     batch = BatchSlidingKVCache([0] * 4, 800)
     x = mx.zeros((4, 2, 801, 32))

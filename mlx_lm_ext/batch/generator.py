@@ -95,7 +95,7 @@ class KVShape(NamedTuple):
     """The shape of the KV of the rows that decode, in the layers that keep all of it.
 
     Args:
-        n_rows (int): Rows of the arrays, spare ones included.
+        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
         end (int): Places that the tokens take, with the padding.
         n_places (int): Places that there are. If all are taken, the arrays grow.
     """
@@ -467,8 +467,9 @@ class LeanBatchGenerator(BatchGenerator):
             return KVShape(0, 0, 0)
         # Of the layers with a window, only the last places are there.
         longest = max(layers, key=lambda c: c.end)
-        n_rows, _, n_places, _ = longest.keys.shape
-        return KVShape(n_rows, longest.end, n_places)
+        # Spare rows are given up when arrays are copied, which is not in all layers at once.
+        n_rows = max(len(c.keys) for c in layers)
+        return KVShape(n_rows, longest.end, longest.keys.shape[2])
 
     @property
     def generation_batch(self) -> LeanGenerationBatch:

@@ -77,8 +77,10 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
 
         def newest(x: mx.array) -> mx.array:
             n_free = growth.window_capacity(self.max_size) - self.max_size
-            room = mx.zeros((*x.shape[:2], n_free, x.shape[3]), x.dtype)
-            return mx.concatenate([x[:, :, n:end], room], axis=2)
+            # All rows are copied in any case, so that spare ones cost nothing to give up.
+            rows = x[: self.n_rows]
+            room = mx.zeros((*rows.shape[:2], n_free, x.shape[3]), x.dtype)
+            return mx.concatenate([rows[:, :, n:end], room], axis=2)
 
         self.state = (
             newest(self.keys),

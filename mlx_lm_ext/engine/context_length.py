@@ -1,6 +1,5 @@
-"""How many tokens a model takes, by its configuration."""
+"""How many tokens a model takes and knows, by its configuration."""
 
-from math import isfinite
 from typing import Any, Dict, Iterator, Optional
 
 # Where configurations say it. If several do, the smallest counts.
@@ -20,6 +19,22 @@ TABLE_MODELS = ("gpt2", "gpt_bigcode")
 # The kinds of RoPE whose factor stretches the length that the keys above give. For others,
 # such as llama3 and longrope, that length is stretched already.
 STRETCHED = ("linear", "dynamic", "yarn", "deepseek_yarn", "telechat3-yarn")
+# A larger factor is none.
+MAX_FACTOR = 1e6
+
+
+def text_config(config: Dict[str, Any]) -> Dict[str, Any]:
+    """The configuration of what takes text, in that of a model that also takes images."""
+    part = config.get("text_config")
+    if not isinstance(part, dict):
+        return config
+    return config | {name: part[name] for name in part if part[name] is not None}
+
+
+def find_vocabulary_size(config: Dict[str, Any]) -> Optional[int]:
+    """The rows of the embedding; None if the configuration does not say it."""
+    n = text_config(config).get("vocab_size")
+    return n if is_length(n) else None
 
 
 def find_context_length(
@@ -37,11 +52,11 @@ def find_context_length(
     Raises:
         ValueError: If ``wanted`` is more than the model has positions for.
     """
-    config = config | (config.get("text_config") or {})
+    config = text_config(config)
     if wanted is not None:
         n_positions = config.get("n_positions")
         is_table = config.get("model_type") in TABLE_MODELS
-        if is_table and n_positions is not None and wanted > n_positions:
+        if is_table and is_length(n_positions) and wanted > n_positions:
             raise ValueError(
                 f"--context-length may be {n_positions} at most: the model has no more "
                 "positions"
@@ -51,20 +66,20 @@ def find_context_length(
     # That of Gemma 3 is stretched already.
     if length is None or str(config.get("model_type")).startswith("gemma3"):
         return length
-    return max(length, *(stretched(length, rope) for rope in ropes(config)))
+    return max([length, *(stretched(length, rope) for rope in ropes(config))])
 
 
 def is_length(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+    return type(value) is int and value > 0
 
 
 def ropes(config: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
     """The parameters of the RoPE, or those of each kind of layer."""
     for name in ("rope_scaling", "rope_parameters"):
-        parameters = config.get(name) or {}
-        yield from (
-            p for p in (parameters, *parameters.values()) if isinstance(p, dict)
-        )
+        parameters = config.get(name)
+        if isinstance(parameters, dict):
+            of_layers = (p for p in parameters.values() if isinstance(p, dict))
+            yield from (parameters, *of_layers)
 
 
 def stretched(length: int, rope: Dict[str, Any]) -> int:
@@ -79,7 +94,7 @@ def stretched(length: int, rope: Dict[str, Any]) -> int:
     if (
         kind not in STRETCHED
         or not isinstance(factor, (int, float))
-        or not isfinite(factor)
+        or not 0 < factor <= MAX_FACTOR
     ):
         return length
     original = rope.get("original_max_position_embeddings")

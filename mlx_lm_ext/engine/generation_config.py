@@ -1,10 +1,11 @@
 """How a model is to be sampled, by the ``generation_config.json`` that comes with it."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict
 
-from ..request.fields import check_fields
+from ..errors import RequestError
+from ..request.fields import check_fields, check_type
+from .json_files import read_object
 
 FILE = "generation_config.json"
 # The fields of a request that the file may give.
@@ -23,19 +24,18 @@ def read_sampling(path: Path) -> Dict[str, Any]:
     Raises:
         ValueError: If the file cannot be read, or a value is wrong.
     """
+    config = read_object(path / FILE)
+    values = {n: config[n] for n in NAMES if config.get(n) is not None}
+    do_sample = config.get("do_sample")
     try:
-        config = json.loads((path / FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-        values = {n: config[n] for n in NAMES if config.get(n) is not None}
         check_fields(values)
-    except FileNotFoundError:
-        return {}
-    except Exception as e:
+        if do_sample is not None:
+            check_type("do_sample", do_sample, bool)
+    except RequestError as e:
         raise ValueError(f"its {FILE} cannot be used: {e}")
-    if config.get("do_sample") is False:
+    if do_sample is False:
         values["temperature"] = 0.0
-    elif config.get("do_sample"):
+    elif do_sample:
         # The default of transformers, for which the file is made.
         values.setdefault("temperature", 1.0)
     return values

@@ -144,13 +144,13 @@ class Engine:
             try:
                 self.drop_unwanted()
             except BaseException as e:
-                # No step of those that stay has failed: all of them start again.
-                logger.error("Requests could not be taken out of the batch", exc_info=e)
-                traceback.clear_frames(e.__traceback__)
-                self.put_back(self.running)
+                self.restart(e)
             self.admit()
             try:
                 self.preempt()
+            except BaseException as e:
+                self.restart(e)
+            try:
                 self.step()
             except BaseException as e:
                 self.recover(e)
@@ -417,6 +417,13 @@ class Engine:
         if n_innocent and n_innocent == len(suspects):
             # None fails by itself: they were too many at a time.
             self.max_rows = max(1, len(suspects) // 2)
+
+    def restart(self, error: BaseException) -> None:
+        """After requests could not leave the batch: no step of those that stay has failed, and
+        all of them start again."""
+        logger.error("Requests could not be taken out of the batch", exc_info=error)
+        traceback.clear_frames(error.__traceback__)
+        self.put_back(self.running)
 
     def put_back(self, requests: List[Request]) -> int:
         """Empty the batch, and let the requests that have not ended start again before all

@@ -21,8 +21,14 @@ from ..device import on_cpu, process_limit
 from ..errors import RequestError, one_line
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
-from .context_length import TABLE_MODELS, find_context_length
+from .context_length import (
+    TABLE_MODELS,
+    find_context_length,
+    find_vocabulary_size,
+    text_config,
+)
 from .generation_config import FILE, read_sampling
+from .json_files import read_object
 from .model_names import AllowedModels, is_path, normalize
 from .upstream import ModelProviderBase, download
 
@@ -141,7 +147,6 @@ class BatchModelProvider(ModelProviderBase):
         self, key: ModelKey, path: Path, tokenizer: Any = None
     ) -> ServedModel:
         try:
-            # First, because ``load_config`` reads the same file without checking it.
             sampling = self._read_sampling(path)
             config = load_config(path)
             eos_token_ids = config.get("eos_token_id")
@@ -157,11 +162,10 @@ class BatchModelProvider(ModelProviderBase):
                 raise ValueError(wrong)
         except Exception as e:
             raise self.unusable("model", key[0], e)
-        text_config = config.get("text_config") or config
         return ServedModel(
             key=key,
             tokenizer=tokenizer,
-            vocabulary_size=text_config.get("vocab_size", len(tokenizer)),
+            vocabulary_size=find_vocabulary_size(config) or len(tokenizer),
             context_length=context_length,
             most_characters=most_characters(tokenizer, context_length),
             # Without a template, upstream would write an image as Python does.
@@ -198,6 +202,11 @@ class BatchModelProvider(ModelProviderBase):
                     raise FileNotFoundError("there is no such folder")
                 if not (path / config).is_file():
                     raise FileNotFoundError(f"it has no {config}")
+                # Upstream reads the same files, and its errors do not name them.
+                for name_of_file in (config, "tokenizer_config.json"):
+                    read_object(path / name_of_file)
+                if param == "model":
+                    self._read_sampling(path)
             except Exception as e:
                 raise self.unusable(param, called, e)
         if "draft_model" in paths:
@@ -217,10 +226,12 @@ class BatchModelProvider(ModelProviderBase):
                 lengths.append(find_context_length(config, length))
             except Exception as e:
                 raise self.unusable(param, path.name, e)
-            configs.append(config | (config.get("text_config") or {}))
-        n, n_draft = (config.get("vocab_size") or 0 for config in configs)
-        if n_draft > n > 0:
-            message = f"the draft model has {n_draft} tokens, and the model {n}"
+            configs.append(text_config(config))
+        n_tokens, n_drafted = (find_vocabulary_size(config) or 0 for config in configs)
+        if n_drafted > n_tokens > 0:
+            message = (
+                f"the draft model has {n_drafted} tokens, and the model {n_tokens}"
+            )
             raise RequestError(400, message, "draft_model")
         n, n_draft = (length or inf for length in lengths)
         if n_draft < n and configs[1].get("model_type") in TABLE_MODELS:

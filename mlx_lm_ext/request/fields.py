@@ -55,8 +55,9 @@ FIELDS = {
     "num_draft_tokens": Field(int, 1),
     "stream": Field(bool),
     "stream_options": Field(dict),
-    "max_tokens": Field(int, 1),
-    "max_completion_tokens": Field(int, 1),
+    # Clients send the largest integer of some type for "no limit".
+    "max_tokens": Field(int, 1, 2**64 - 1),
+    "max_completion_tokens": Field(int, 1, 2**64 - 1),
     "temperature": Field(float, 0),
     "top_p": Field(float, 0, 1),
     "top_k": Field(int, 0, 2**63 - 1),
@@ -242,7 +243,7 @@ def check_field(name: str, value: Any, field: Field) -> None:
     # Not ``value < low or ...``: NaN must fail too.
     if not low <= value <= high:
         limits = f"between {low:g} and {high:g}"
-        if value < low and high == Field.maximum:
+        if value < low and high >= Field.maximum:
             limits = f"at least {low:g}"
         raise RequestError(400, f"{name} must be {limits}", name)
 

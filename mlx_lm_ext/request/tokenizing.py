@@ -73,6 +73,8 @@ def bound_chat_templates(tokenizer: Any) -> Optional[str]:
                 compile_chat_template(template).environment.concat = join_bounded
             except TemplateSyntaxError as e:
                 wrong = wrong or explain(e)
+        elif template is not None:
+            wrong = wrong or "the chat template is not a text"
     return wrong
 
 

@@ -17,6 +17,7 @@ import socket
 import time
 from email.errors import MissingHeaderBodySeparatorDefect
 from email.message import Message
+from http import HTTPStatus
 from typing import Any, Callable, Dict, Optional
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -132,8 +133,19 @@ class HTTPHandler(APIHandler):
         raise NotImplementedError
 
     def parse_request(self):
+        if not self.raw_requestline.strip():
+            # Some clients send an empty line after a body.
+            self.close_connection = False
+            return False
         if not super().parse_request():
             return False
+        # Python's parser knows only a single option, in a single header.
+        values = ",".join(self.headers.get_all("Connection", []))
+        options = {option.strip().lower() for option in values.split(",")}
+        if "close" in options:
+            self.close_connection = True
+        elif "keep-alive" in options:
+            self.close_connection = False
         self.route = path_of(self.path)
         # Python's parser ignores all headers after such a line.
         if MissingHeaderBodySeparatorDefect in map(type, self.headers.defects):
@@ -218,6 +230,9 @@ class HTTPHandler(APIHandler):
         has_type = "Content-Type" in self.headers or "Origin" in self.headers
         if has_type and self.headers.get_content_type() != "application/json":
             raise RequestError(415, "the Content-Type must be application/json")
+        encoding = self.headers.get("Content-Encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise RequestError(415, "the body must have no Content-Encoding")
         reader = BodyReader(
             self.rfile,
             self.headers,
@@ -344,7 +359,10 @@ class HTTPHandler(APIHandler):
         """Answer what ``http.server`` refuses by itself, in OpenAI's shape."""
         self.close_connection = self.is_unread = True
         self.headers = getattr(self, "headers", None) or Message()
-        error = RequestError(code, message or explain or "the request is not HTTP")
+        if self.request_version == self.default_request_version:
+            # The version that a request without one has, which would get no headers.
+            self.request_version = self.protocol_version
+        error = RequestError(code, message or explain or HTTPStatus(code).phrase)
         if code == 501:
             error = self.wrong_route()
         self.send_json(error.status, error.to_json(), error.headers)
