@@ -138,6 +138,7 @@ def test_most_connections_leave_open_files_for_the_rest(monkeypatch):
         assert descriptors.for_connections() == most
 
 
+@pytest.mark.slow
 def test_more_connections_than_open_files_leave_a_server_that_answers(
     tmp_path, model_folder
 ):
@@ -210,6 +211,7 @@ def test_connection_that_gets_no_thread_is_closed_with_one_line(monkeypatch, cap
 FULL = ["/dev/full"] if os.path.exists("/dev/full") else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&-", *(f">{f}" for f in FULL)])
 def test_server_needs_no_standard_output(redirection, model_folder):
     argv = ["--model", str(model_folder()), "--no-warmup"]
@@ -221,6 +223,7 @@ def test_server_needs_no_standard_output(redirection, model_folder):
     assert "Traceback" not in "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirection", ["2>&-", "<&- >&- 2>&-", *(f"2>{f}" for f in FULL)]
 )
@@ -262,6 +265,7 @@ def test_folder_for_temporary_files_that_cannot_be_used_is_one_line(
     assert code == 1 and "TMPDIR" in line
 
 
+@pytest.mark.slow
 def test_home_and_caches_that_cannot_be_written_are_not_needed(model_folder):
     argv = ["--model", str(model_folder()), "--no-warmup"]
     nowhere = dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME"), "/dev/null/nothing")
@@ -358,6 +362,7 @@ def test_template_of_the_command_line_replaces_a_wrong_one(changed_model, start_
     assert call(port, "POST", CHAT, {"messages": HELLO, "max_tokens": 1})[0] == 200
 
 
+@pytest.mark.slow
 def test_missing_weights_are_named(changed_model, model_folder):
     config = with_config(model_folder(), num_hidden_layers=5)
     code, line = start_and_fail(changed_model(config_json=config))
