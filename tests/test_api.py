@@ -280,8 +280,9 @@ def test_model_names_of_the_command_line_mean_the_served_model(start_server):
     assert len(answers) == 1
     _, models = call(port, "GET", "/v1/models")
     assert models["data"][0]["id"] == engine.cli_args.model_id
-    status, model = call(port, "GET", f"/v1/models/{engine.cli_args.model_id}")
-    assert (status, model) == (200, models["data"][0])
+    for name in (engine.cli_args.model_id, "default_model"):
+        status, model = call(port, "GET", f"/v1/models/{name}")
+        assert (status, model) == (200, models["data"][0])
     assert call(port, "GET", "/v1/models/nobody/nothing")[0] == 404
 
 
@@ -750,13 +751,18 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
         wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 200)
 
 
-def test_connections_are_bounded(start_server, monkeypatch):
+def test_connections_are_bounded_and_the_log_says_so_once(
+    start_server, monkeypatch, caplog
+):
     monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
     _, port = start_server()
     address = ("127.0.0.1", port)
     with socket.create_connection(address), socket.create_connection(address):
-        with socket.create_connection(address, timeout=60) as third:
-            assert third.recv(1) == b""
+        for _ in range(2):
+            with socket.create_connection(address, timeout=60) as third:
+                assert third.recv(1) == b""
+    (line,) = [r.message for r in caplog.records if "connections" in r.message]
+    assert "2 connections are open" in line
 
 
 def test_client_that_sends_more_and_leaves_is_gone(start_server):

@@ -36,6 +36,8 @@ GPT2 = dict(
         ({"max_sequence_length": 2048}, 2048),
         ({"max_seq_len": 2048, "text_config": {}}, 2048),
         ({"text_config": {"max_position_embeddings": 100}}, 100),
+        ({"block_size": 512}, 512),
+        ({"block_size": 32, "max_position_embeddings": 4096}, 4096),
     ],
     ids=str,
 )

@@ -13,6 +13,8 @@ KEYS = (
     "seq_length",
     "model_max_length",
 )
+# Where it stands if none of them is there. In other models this is the size of something else.
+LAST_KEY = "block_size"
 # The models of mlx-lm that look positions up in a table of ``n_positions`` rows. MLX would
 # read beyond it.
 TABLE_MODELS = ("gpt2", "gpt_bigcode")
@@ -62,7 +64,8 @@ def find_context_length(
                 "positions"
             )
         return wanted
-    length = min((n for n in map(config.get, KEYS) if is_length(n)), default=None)
+    lengths = [n for n in map(config.get, KEYS) if is_length(n)]
+    length = min(lengths or filter(is_length, [config.get(LAST_KEY)]), default=None)
     # That of Gemma 3 is stretched already.
     if length is None or str(config.get("model_type")).startswith("gemma3"):
         return length

@@ -6,7 +6,8 @@ must be in the prompt.
 
 Rules:
 1. What a template writes as it is stays as it is, so that prompts do not change.
-2. Nothing of a history is left out: what a template cannot take is said in another way.
+2. Nothing of a history is left out: what a template cannot take is said in another way. Only
+   a text beside calls is, if neither it nor a message of its own has a place there.
 3. A probe is rendered when a history first needs to know, and has nothing of a request in
    it. What it shows is kept with the model.
 """

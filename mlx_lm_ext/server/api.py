@@ -320,7 +320,8 @@ class BatchAPIHandler(HTTPHandler):
             return
         for model in models:
             # An id may be a path.
-            if clean(model["id"]) == wanted:
+            is_default = model is models[0] and wanted == "/default_model"
+            if is_default or clean(model["id"]) == wanted:
                 self.send_json(200, model)
                 return
         raise RequestError(

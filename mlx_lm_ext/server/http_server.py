@@ -71,8 +71,8 @@ class BatchHTTPServer(ThreadingHTTPServer):
                 f"{self.max_connections} connections at most, because this process may have "
                 f"{descriptors.limit()} open files (ulimit -n)"
             )
-        # Whether the system refused the last connection.
-        self.is_exhausted = False
+        # Whether the last connection was refused: by the system, or as one too many.
+        self.is_exhausted = self.is_full = False
         self.connections: Set[socket.socket] = set()
         # Bytes of bodies that are held now.
         self.n_bytes = 0
@@ -131,11 +131,18 @@ class BatchHTTPServer(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         with self.changed:
-            if len(self.connections) >= self.max_connections:
-                # It gets no answer, for which a thread would be needed.
-                self.shutdown_request(request)
-                return
-            self.connections.add(request)
+            is_full = len(self.connections) >= self.max_connections
+            if not is_full:
+                self.connections.add(request)
+        if is_full and not self.is_full:
+            logger.warning(
+                f"{self.max_connections} connections are open: others are closed at once"
+            )
+        self.is_full = is_full
+        if is_full:
+            # It gets no answer, for which a thread would be needed.
+            self.shutdown_request(request)
+            return
         try:
             super().process_request(request, client_address)
         except Exception as e:
