@@ -5,6 +5,7 @@ import http.client
 import json
 import random
 import threading
+from importlib import import_module
 
 import mlx.core as mx
 from mlx_lm import load, stream_generate
@@ -100,6 +101,20 @@ def saying(answer):
         return [force]
 
     return plugin(mlx_lm_make_logits_processors=processors)
+
+
+def tool_marks(form):
+    """What the tokenizer of a model says that writes tool calls in a format of mlx-lm."""
+    parser = import_module(f"mlx_lm.tool_parsers.{form}")
+    return dict(
+        has_thinking=False,
+        has_tool_calling=True,
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+        tool_parser=parser.parse_tool_call,
+        structural_markers=(),
+        response_transitions={},
+    )
 
 
 class Always(BatchSampler):

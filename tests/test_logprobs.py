@@ -2,11 +2,10 @@
 
 import math
 from functools import cache
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
-from helpers import call, saying, stream
+from helpers import call, saying, stream, tool_marks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.server import CompletionRequest
@@ -70,17 +69,8 @@ def parse(kind, ids, stop=(), finish_reason="stop", sizes=(1,), top=()):
 def parse_chat(text, stop, finish_reason="stop"):
     """The text and the chosen tokens of a chat's answer that may have reasoning and calls."""
     model = model_of("byte level")
-    parser = import_module("mlx_lm.tool_parsers.json_tools")
-    marks = dict(
-        has_thinking=True,
-        think_start="<think>",
-        think_end="</think>",
-        has_tool_calling=True,
-        tool_call_start=parser.tool_call_start,
-        tool_call_end=parser.tool_call_end,
-        tool_parser=parser.parse_tool_call,
-        structural_markers=(),
-        response_transitions={},
+    marks = tool_marks("json_tools") | dict(
+        has_thinking=True, think_start="<think>", think_end="</think>"
     )
     request = SimpleNamespace(
         model=SimpleNamespace(

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import tool_marks
 from mlx_lm import tool_parsers
 from mlx_lm.server import CompletionRequest
 from mlx_lm.utils import load_tokenizer
@@ -108,20 +109,6 @@ def tool(name="send", **properties):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def make_tokenizer(form):
-    """A tokenizer whose model writes tool calls in a format."""
-    parser = import_module(f"mlx_lm.tool_parsers.{form}")
-    return SimpleNamespace(
-        has_thinking=False,
-        has_tool_calling=True,
-        tool_call_start=parser.tool_call_start,
-        tool_call_end=parser.tool_call_end,
-        tool_parser=parser.parse_tool_call,
-        structural_markers=(),
-        response_transitions={},
-    )
-
-
 @pytest.fixture(scope="session")
 def tokenizer(model_folder):
     return load_tokenizer(model_folder())
@@ -134,7 +121,7 @@ def answer(tokenizer):
     decoder = Decoder(tokenizer)
 
     def parse(form, text, tools=None, pile=10**6, is_cut=False, stream=False):
-        model = make_tokenizer(form)
+        model = SimpleNamespace(**tool_marks(form))
         request = SimpleNamespace(
             model=SimpleNamespace(tokenizer=model, decoder=decoder),
             completion=CompletionRequest("chat", "", [], tools or [tool()], None),

@@ -22,6 +22,7 @@ from ..cache.kinds import Layout, flatten, nbytes
 from ..device import device_memory
 from ..errors import RequestError
 from ..interfaces import RequestInfo
+from ..request.request import Request
 from .answer_lengths import AnswerLengths
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class KVMemory:
         """Whether they fit into the limit; see ``needed``."""
         return self.needed(requests, *shape) <= self.limit
 
-    def fit(self, request: RequestInfo) -> None:
+    def fit(self, request: Request) -> None:
         """Lower the ``max_tokens`` of a request until it fits if it runs alone.
 
         Raises:
@@ -116,7 +117,7 @@ class KVMemory:
                 f"the KV of {request.n_prompt} tokens of prompt and one of the answer takes "
                 f"{n_bytes / 1e6:,.1f} MB, and the server has {self.limit / 1e6:,.1f} MB "
                 "(--max-kv-bytes)",
-                "messages" if "messages" in request.body else "prompt",
+                request.prompt_field,
                 "context_length_exceeded",
             )
         request.args.max_tokens = min(request.max_tokens, room)

@@ -17,6 +17,7 @@ from ..request.detokenizing import Detokenizer
 from ..request.request import Request, Token
 from .harmony import with_channels
 from .logprobs import ChosenToken, ChosenTokens
+from .presented import Presented
 from .stop_words import StopWords
 from .tool_calls import ToolCallParser
 from .tool_formats import Unfinished
@@ -59,20 +60,10 @@ class Delta:
             yield Delta(finish_reason=self.finish_reason)
 
 
-class WithoutTools:
-    """Presents a tokenizer as that of a model that cannot call tools.
-
-    Args:
-        tokenizer (TokenizerWrapper): The model's tokenizer.
-    """
+class WithoutTools(Presented):
+    """A tokenizer as that of a model that cannot call tools."""
 
     has_tool_calling = False
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
 
     @property
     def response_transitions(self) -> Dict[str, List[Tuple[str, str]]]:
@@ -82,20 +73,10 @@ class WithoutTools:
         }
 
 
-class OpenCalls:
-    """Presents a tokenizer as that of a model whose tool calls have no end.
-
-    Args:
-        tokenizer (TokenizerWrapper): The model's tokenizer.
-    """
+class OpenCalls(Presented):
+    """A tokenizer as that of a model whose tool calls have no end."""
 
     tool_call_end = ""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
 
 
 class AnswerParser:
@@ -129,8 +110,8 @@ class AnswerParser:
         )
         self.state = self.machine.make_state(request.initial_state)
         self.stop_words = StopWords(request.args.stop_words)
-        # The text of a tool call, how much of it has no end of the call that was not tried,
-        # where ends turned out to be in a value, and the state before and after it.
+        # The text of a tool call, how much of it was searched for the mark of the end, where
+        # this mark turned out to be part of a value, and the state around the call.
         self.tool_text, self.n_searched = "", 0
         self.ends_in_value: List[int] = []
         self.around = "normal"

@@ -6,6 +6,7 @@ Rule: where mlx-lm knows the format of a model, nothing here is used.
 
 from typing import Any, Dict, List
 
+from .presented import Presented
 from .tool_formats import Calls, read_headed
 
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -21,12 +22,8 @@ CALLS = [
 ]
 
 
-class Harmony:
-    """Presents the tokenizer of gpt-oss as one that knows the format.
-
-    Args:
-        tokenizer (TokenizerWrapper): The model's tokenizer.
-    """
+class Harmony(Presented):
+    """The tokenizer of gpt-oss as one that knows the format."""
 
     has_tool_calling = True
     # A call ends with the answer.
@@ -35,12 +32,6 @@ class Harmony:
         "normal": [(ANALYSIS, "reasoning"), (CALL, "tool"), *ANSWERS, *CALLS],
         "reasoning": [*ANSWERS, *CALLS],
     }
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
 
     @staticmethod
     def tool_parser(text: str, tools: List[Dict[str, Any]]) -> Calls:

@@ -25,7 +25,7 @@ from .tool_values import (
     value_without_schema,
 )
 
-# Characters of a call: no other thread runs while some of it is read.
+# Characters of a call. While a pattern or JSON is read, all other threads wait.
 MAX_CALL = 1 << 18
 # Bounds of a text that is given to upstream's tool parsers: the time of some grows with
 # the number of characters times the number of marks, and they cannot be interrupted.
@@ -33,7 +33,8 @@ MAX_TOOL_TEXT = 1 << 16
 MAX_TOOL_MARKS = 64
 TOOL_MARK = re.compile(r"call:|<\|open\|>|<\w*arg_key>|<atem:|<escape>")
 
-# The keys of arguments in calls of JSON, as some models write them, and of what is none.
+# The keys under which models write the arguments of a call in JSON, and the other keys that
+# a call may have.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 HEADER = ("name", "function", "id", "type", "index")
 
