@@ -179,6 +179,16 @@ ASKED = [user("u"), assistant("", LS), tool("r", "ls")]
             [user("u"), assistant("text", LS), tool("r", "ls")],
             '<user>u<assistant>text[ls{"a":"b"}]<tool>r<assistant>',
         ),
+        (
+            loop(
+                "{% if m.content is none %}{% for t in m.tool_calls %}"
+                "[{{ t.function.name + t.function.arguments }}]{% endfor %}{% else %}"
+                + MESSAGE
+                + "{% endif %}"
+            ),
+            [user("u"), assistant("", LS), tool("r", "ls")],
+            '<user>u[ls{"a":"b"}]<tool>r<assistant>',
+        ),
         # Calls and results of a template that knows neither.
         (
             IN_TURN,

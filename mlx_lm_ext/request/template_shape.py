@@ -358,15 +358,13 @@ class TemplateShape:
         made: List[Message] = []
         is_first = True
         for message in messages:
-            parts = [message]
-            if message.get("tool_calls"):
-                if not message["content"]:
-                    pass
-                elif message.get("reasoning") and not self.takes_reasoned_calls():
+            parts, has_calls = [message], bool(message.get("tool_calls"))
+            if has_calls and message["content"]:
+                if message.get("reasoning") and not self.takes_reasoned_calls():
                     parts = [reshaping.without_reasoning(message)]
                 elif not self.takes_content(is_first):
                     parts = reshaping.split_content(message)
-                is_first = False
+            is_first = is_first and not has_calls
             made += parts
         return form, made
 
