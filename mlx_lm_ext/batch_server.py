@@ -23,6 +23,7 @@ from typing import Any, List, Optional
 
 from . import blas, demo_model, descriptors
 from .arguments import parse_arguments
+from .folders import cache_directory
 from .log import LogWriter
 from .policies.loading import PluginError, Plugins
 
@@ -161,7 +162,7 @@ class BatchServer:
                 args.model = str(demo_model.ensure(quantized=not on_cpu()))
             except OSError as e:
                 raise OSError(
-                    f"the default model cannot be kept in {demo_model.cache_directory()}: "
+                    f"the default model cannot be kept in {cache_directory()}: "
                     f"{e.strerror or e}; name a model with --model, or set XDG_CACHE_HOME"
                 )
             logger.info(f"No --model was given: serving {args.model_id}")

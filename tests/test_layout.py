@@ -34,7 +34,16 @@ ROOMS = [
     ("cache",),
     ("request",),
     ("interfaces", "hookspecs"),
-    ("errors", "device", "blas", "demo_model", "descriptors", "log", "patterns"),
+    (
+        "errors",
+        "device",
+        "blas",
+        "demo_model",
+        "descriptors",
+        "folders",
+        "log",
+        "patterns",
+    ),
 ]
 # mlx-lm could take these as they are.
 WITHOUT_PLUGINS = ("batch", "sampling", "cache")
