@@ -72,7 +72,8 @@ def start(command: str, model: str) -> Iterator[Server]:
         model (str): Path or repository of the model.
 
     Raises:
-        RuntimeError: If it ends before it answers, or does not answer in time.
+        RuntimeError: If it ends before it answers, or does not answer in time, or if the
+          path of the BLAS library cannot be preloaded.
     """
     port = free_port()
     if "{model}" not in command:
@@ -81,10 +82,16 @@ def start(command: str, model: str) -> Iterator[Server]:
         word.replace("{model}", model).replace("{port}", str(port))
         for word in shlex.split(command)
     ]
+    library = blas.load_openblas()[0]
     environment = dict(os.environ)
-    if library := blas.load_openblas():
+    if library:
         # Let every server use the BLAS library that this one would find.
         environment["LD_PRELOAD"] = library
+        if " " in library or ":" in library:
+            raise RuntimeError(
+                f"{library} cannot be preloaded; XDG_CACHE_HOME must name a folder "
+                "without blanks and colons"
+            )
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with open(log, "w") as output:
