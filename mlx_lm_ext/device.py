@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 import resource
+import sys
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -20,6 +22,14 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
+def device_kind() -> str:
+    """What MLX runs on: ``cuda``, ``metal``, or a CPU with its system, as ``cpu-linux`` and
+    ``cpu-darwin``."""
+    if on_cpu():
+        return f"cpu-{sys.platform}"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
 def device_memory() -> int:
     """Bytes that MLX may use: the memory of the GPU, or without one the memory of the
     machine, as far as this process may use it."""
@@ -31,6 +41,25 @@ def device_memory() -> int:
     # The other half of the address space is for threads and for temporary arrays.
     limits = [total, cgroup_limit(), address_space_limit(share=0.5)]
     return min(limit for limit in limits if limit is not None)
+
+
+def usable_memory() -> int:
+    """Bytes of ``device_memory`` that other processes leave at present."""
+    free = mx.device_info().get("free_memory", machine_free())
+    if free is None:
+        return device_memory()
+    own = mx.get_active_memory() + mx.get_cache_memory()
+    return min(device_memory(), own + int(free))
+
+
+def machine_free() -> Optional[int]:
+    """Bytes of the machine's memory that Linux can give to processes; None elsewhere."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def process_limit() -> Optional[int]:

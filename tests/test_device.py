@@ -1,5 +1,6 @@
 """The memory that this process may use: control groups, and the limit of address space."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,12 @@ import pytest
 from helpers import call, complete, read, submit
 
 from mlx_lm_ext import device
-from mlx_lm_ext.device import cgroup_limit, device_memory
+from mlx_lm_ext.device import (
+    cgroup_limit,
+    device_memory,
+    machine_free,
+    usable_memory,
+)
 from mlx_lm_ext.engine import models as model_provider
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
@@ -65,6 +71,27 @@ def test_memory_of_the_device_is_bounded_by_the_limits(monkeypatch):
     # The limits do not apply to the memory of a GPU.
     monkeypatch.setattr(device.mx, "device_info", lambda: {"memory_size": 9 * GB})
     assert device_memory() == 9 * GB
+
+
+def test_usable_memory_is_what_other_processes_leave(monkeypatch):
+    monkeypatch.setattr(device, "device_memory", lambda: 9 * GB)
+    monkeypatch.setattr(device.mx, "get_active_memory", lambda: 2 * GB)
+    monkeypatch.setattr(device.mx, "get_cache_memory", lambda: GB)
+    monkeypatch.setattr(device.mx, "device_info", lambda: {})
+    monkeypatch.setattr(device, "machine_free", lambda: 4 * GB)
+    assert usable_memory() == 7 * GB
+    monkeypatch.setattr(device, "machine_free", lambda: 40 * GB)
+    assert usable_memory() == 9 * GB
+    monkeypatch.setattr(device, "machine_free", lambda: None)
+    assert usable_memory() == 9 * GB
+    # With a GPU, the free memory is that of the GPU.
+    monkeypatch.setattr(device.mx, "device_info", lambda: {"free_memory": GB})
+    assert usable_memory() == 4 * GB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
+def test_free_memory_of_the_machine_is_a_part_of_it():
+    assert 0 < machine_free() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_limit_of_address_space_counts_what_is_taken():
