@@ -30,6 +30,7 @@ from ..device import give_back_freed, on_cpu
 from ..sampling.groups import RowSampler, SamplerGroups
 from ..sampling.penalties import Penalties, PenaltyParameters
 from .logprobs import Logprobs
+from .prefill import padded_end
 
 make_logits_processors = _make_logits_processors
 
@@ -159,14 +160,28 @@ class LeanPromptBatch(PromptProcessingBatch):
         padding = [width - n for n in lengths]
         prepare_step(self.prompt_cache)
         if any(padding):
-            tokens = [row + [0] * n for row, n in zip(tokens, padding)]
             for c in self.prompt_cache:
                 c.prepare(lengths=lengths, right_padding=padding)
+        n_more = self.n_padding(width)
+        tokens = [row + [0] * (n + n_more) for row, n in zip(tokens, padding)]
         self.model(mx.array(tokens, mx.uint32), cache=self.prompt_cache)
+        if n_more:
+            for c in segmented(self.prompt_cache):
+                c.trim(n_more)
         if any(padding):
             for c in self.prompt_cache:
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
+
+    def n_padding(self, width: int) -> int:
+        """How many tokens of padding a chunk of ``width`` tokens gets in all rows. They are
+        taken back, which only caches can that keep all tokens. Where a model looks positions
+        up in a table, its length is a multiple of the places where chunks end."""
+        kept = segmented(self.prompt_cache)
+        if len(kept) < len([*flatten(self.prompt_cache)]):
+            return 0
+        end = kept[0].end + width
+        return padded_end(end) - end
 
     def generate(self, tokens: List[List[int]]) -> "LeanGenerationBatch":
         """Make the batch that decodes these rows.
