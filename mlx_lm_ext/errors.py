@@ -62,6 +62,14 @@ def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
     return RequestError(400, message, param, "context_length_exceeded")
 
 
+def too_late(timeout: float) -> RequestError:
+    """The 408 for a request that has taken more than ``timeout`` seconds."""
+    return RequestError(
+        408,
+        f"the request took longer than {timeout:g} seconds, the server's --request-timeout",
+    )
+
+
 def internal_error() -> RequestError:
     """The 500 for an error of the server. Its text may be confidential and is not sent."""
     return RequestError(500, "the server failed; its log says why")

@@ -34,7 +34,9 @@ from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler
 from mlx_lm_ext.request.fields import check_size, parse_logit_bias
-from mlx_lm_ext.server import api, bodies, http_server
+from mlx_lm_ext.server import api, bodies
+from mlx_lm_ext.server import connection as connections
+from mlx_lm_ext.server import http_server
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.bodies import Incoming
 from mlx_lm_ext.server.http_server import BatchHTTPServer
@@ -291,7 +293,6 @@ def test_health_tells_whether_the_engine_serves(start_server):
     assert call(port, "GET", "/health") == (200, {"status": "ok"})
     engine.loaded.clear()
     assert call(port, "GET", "/health") == (503, {"status": "loading"})
-    assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
     engine.loaded.set()
     engine.stop_and_join()
     assert call(port, "GET", "/health") == (503, {"status": "unavailable"})
@@ -302,16 +303,120 @@ def test_answer_of_a_server_that_cannot_serve_yet_says_when_to_come_back(start_s
     engine, port = start_server()
     engine.loaded.clear()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for method, path in (("POST", CHAT), ("GET", "/health")):
-        connection.request(method, path, chat() if method == "POST" else None, JSON)
-        response = connection.getresponse()
-        response.read()
-        assert (response.status, response.getheader("Retry-After")) == (503, "1")
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    response.read()
+    assert (response.status, response.getheader("Retry-After")) == (503, "1")
     engine.loaded.set()
     connection.request("GET", "/health")
     response = connection.getresponse()
     assert (response.status, response.getheader("Retry-After")) == (200, None)
     connection.close()
+
+
+@pytest.fixture
+def post_while_loading(start_server, monkeypatch):
+    """Sends a chat to a server that loads its model. Gives the engine, the connection, and
+    a function that waits until the server has noticed ``n`` times that it still loads.
+    """
+    connections = []
+
+    def post(*argv, **fields):
+        engine, port = start_server("llama", *argv)
+        engine.loaded.clear()
+        waits, original = threading.Semaphore(0), engine.loaded.wait
+
+        def wait(timeout):
+            waits.release()
+            return original(timeout)
+
+        monkeypatch.setattr(engine.loaded, "wait", wait)
+        monkeypatch.setattr(api, "HEARTBEAT", 0.05)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connections.append(connection)
+        connection.request("POST", CHAT, chat(**fields), JSON)
+
+        def wait_for(n):
+            for _ in range(n):
+                assert waits.acquire(timeout=60)
+
+        return engine, connection, wait_for
+
+    yield post
+    for connection in connections:
+        connection.close()
+
+
+def test_request_waits_until_the_model_is_loaded(post_while_loading):
+    engine, connection, wait_for = post_while_loading()
+    wait_for(3)
+    engine.loaded.set()
+    response = connection.getresponse()
+    answer = json.load(response)
+    assert (response.status, answer["usage"]["completion_tokens"]) == (200, 2)
+
+
+def test_stream_is_kept_alive_until_the_model_is_loaded(post_while_loading):
+    engine, connection, wait_for = post_while_loading(stream=True)
+    response = connection.getresponse()
+    assert response.status == 200
+    assert response.readline() == b": keepalive\n"
+    engine.loaded.set()
+    raw = response.read()
+    assert b"data: {" in raw and raw.endswith(b"data: [DONE]\n\n")
+    # The connection serves on.
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+
+
+def test_error_of_a_stream_that_was_kept_alive_is_its_last_event(post_while_loading):
+    engine, connection, wait_for = post_while_loading(stream=True, model="none")
+    response = connection.getresponse()
+    assert response.readline() == b": keepalive\n"
+    engine.loaded.set()
+    event = response.read().rpartition(b"data: ")[2]
+    assert json.loads(event)["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_has_closed_its_sending_side_waits_for_the_model(
+    stream, post_while_loading, monkeypatch
+):
+    monkeypatch.setattr(connections, "HALF_CLOSE", 60)
+    engine, connection, wait_for = post_while_loading(stream=stream)
+    connection.sock.shutdown(socket.SHUT_WR)
+    wait_for(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(connections, "PATIENCE", 0.1)
+        wait_for(5)
+    engine.loaded.set()
+    assert connection.getresponse().read().endswith(b"[DONE]\n\n" if stream else b"}")
+
+
+def test_wrong_body_is_refused_before_the_model_is_loaded(post_while_loading):
+    _, connection, _ = post_while_loading(stream=True, temperature=-1)
+    assert connection.getresponse().status == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_that_waits_for_the_model_is_told_that_it_cannot_be_loaded(
+    stream, post_while_loading
+):
+    engine, connection, wait_for = post_while_loading(stream=stream)
+    wait_for(2)
+    engine.inbox.close("the model cannot be loaded")
+    response = connection.getresponse()
+    assert response.status == (200 if stream else 503)
+    error = json.loads(response.read().rpartition(b"data: ")[2])["error"]
+    assert error["message"] == "the model cannot be loaded"
+    engine.loaded.set()
+
+
+def test_request_that_waits_for_the_model_ends_after_its_time(post_while_loading):
+    _, connection, _ = post_while_loading("--request-timeout", "0.2")
+    response = connection.getresponse()
+    assert response.status == 408
+    assert "--request-timeout" in json.load(response)["error"]["message"]
 
 
 def chat(**fields):

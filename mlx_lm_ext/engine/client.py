@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 from jinja2 import TemplateSyntaxError
 from mlx_lm.server import CompletionRequest, GenerationArguments
 
-from ..errors import RequestError
+from ..errors import RequestError, too_late
 from ..interfaces import RequestStats
 from ..policies.guard import Policies
 from ..request.fields import check_choice, use_model_sampling
@@ -51,11 +51,30 @@ class EngineClient:
         return not self.is_loading and not self.inbox.is_closed
 
     def check_available(self) -> None:
-        """Raise a 503 ``RequestError`` unless requests are served."""
+        """Raise a 503 ``RequestError`` if no request is served any more."""
         if self.inbox.reason is not None:
             raise RequestError(503, self.inbox.reason)
-        if self.is_loading:
-            raise RequestError(503, "the model is being loaded and warmed up")
+
+    def wait_until_loaded(self, seconds: float, arrival: float) -> bool:
+        """Wait until the served model is loaded.
+
+        Args:
+            seconds (float): How long to wait at most.
+            arrival (float): When the request came, on the clock of the policies.
+
+        Returns:
+            bool: Whether it is loaded.
+
+        Raises:
+            RequestError: If it cannot be loaded, the server stops, or the request has taken
+              longer than ``--request-timeout``.
+        """
+        is_loaded = self.inbox.loaded.wait(seconds)
+        self.check_available()
+        timeout = self.cli_args.request_timeout
+        if timeout is not None and self.policies.clock() - arrival >= timeout:
+            raise too_late(timeout)
+        return is_loaded
 
     def describe(self, args: GenerationArguments) -> ServedModel:
         """The model that a request names. It may have to be downloaded.

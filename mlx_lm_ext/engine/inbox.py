@@ -16,7 +16,8 @@ class Inbox:
         self.cancelled: "SimpleQueue[Request]" = SimpleQueue()
         # Takes the tokens back to the handlers.
         self.turnstile = Turnstile()
-        # Set when the model is loaded and warmed up, or when that has failed.
+        # Set when requests are served: the model is loaded, and with --warmup full warm, too.
+        # Also set when that has failed.
         self.loaded = Event()
         # Why no request is served any more, if none is.
         self.reason: Optional[str] = None
@@ -42,6 +43,11 @@ class Inbox:
         """
         self.reason = self.reason or reason
         self.requests.put(None)
+
+    @property
+    def has_new(self) -> bool:
+        """Whether ``take`` would not have to wait."""
+        return not self.requests.empty()
 
     def take(self, block: bool, timeout: Optional[float] = None) -> List[Request]:
         """All new requests that were not cancelled.

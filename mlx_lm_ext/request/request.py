@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 from mlx_lm.server import CompletionRequest
 
-from ..errors import RequestError, too_long
+from ..errors import RequestError, too_late, too_long
 from ..interfaces import Clock, RequestInfo, RequestStats
 from .mailbox import Mailbox, Turnstile
 from .served_model import ServedModel
@@ -152,11 +152,7 @@ class Request(RequestInfo):
     def check_time(self) -> None:
         """Raise a 408 ``RequestError`` if it has taken longer than its timeout."""
         if self.clock() >= self.deadline:
-            raise RequestError(
-                408,
-                f"the request took longer than {self.timeout:g} seconds, the server's "
-                "--request-timeout",
-            )
+            raise too_late(self.timeout or 0.0)
 
     def start(self) -> None:
         """Note when it first started to run."""

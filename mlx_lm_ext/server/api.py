@@ -7,11 +7,11 @@ Rules:
 """
 
 import json
-import logging
+import time
 from functools import partial
 from typing import Any, Dict, Iterator, List, Optional
 
-from ..errors import RequestError, internal_error
+from ..errors import RequestError
 from ..request.fields import (
     FIELDS,
     check_field,
@@ -34,8 +34,6 @@ from .answer import AnswerParser, Delta
 from .connection import HTTPHandler, clean
 from .logprobs import chat_logprobs, text_logprobs
 from .model_list import cached_models
-
-logger = logging.getLogger(__name__)
 
 # Seconds without a new token after which a stream gets a keep-alive comment, and after
 # which it is checked that the client and the engine are still there.
@@ -78,6 +76,7 @@ class BatchAPIHandler(HTTPHandler):
         with preparation.turn():
             preparation.run(partial(self.parse, raw))
         del raw
+        self.await_model(arrival)
         # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
         if self.is_chat and not model.takes_images:
@@ -112,6 +111,25 @@ class BatchAPIHandler(HTTPHandler):
         finally:
             engine.cancel(request)
             engine.request_finished(request, request.stats(reason, self.n_tokens))
+
+    def await_model(self, arrival: float) -> None:
+        """Wait until the served model is loaded. A stream begins meanwhile, because some
+        clients give up on a server that sends nothing.
+
+        Args:
+            arrival (float): When the request came, on the clock of the policies.
+
+        Raises:
+            ConnectionError: If the client is gone.
+            RequestError: If the model cannot be loaded, or the request takes too long.
+        """
+        while not self.response_generator.wait_until_loaded(HEARTBEAT, arrival):
+            self.prepared_since = time.monotonic()
+            if self.client_is_gone():
+                raise ConnectionResetError("the client is gone")
+            if self.stream:
+                self.start_events()
+                self.send_keepalive()
 
     def parse(self, raw: bytes) -> None:
         """Parse a body and check what can be checked without the model."""
@@ -220,21 +238,6 @@ class BatchAPIHandler(HTTPHandler):
         """Answer in server-sent events; gives the finish reason."""
         # Before the first token: some clients give up on a server that sends nothing.
         self.start_events()
-        reason = "error"
-        try:
-            reason = self.send_events(request)
-        except RequestError as e:
-            self.send_event(json.dumps(e.to_json()))
-        except (ConnectionError, TimeoutError):
-            raise
-        except BaseException:
-            logger.exception("A stream failed")
-            self.send_event(json.dumps(internal_error().to_json()))
-        self.end_events()
-        return reason
-
-    def send_events(self, request: Request) -> str:
-        """Send the events of a whole answer; gives the finish reason."""
         is_first = True
         for delta in self.receive(request):
             if delta is None:
@@ -251,6 +254,7 @@ class BatchAPIHandler(HTTPHandler):
             usage["object"] = self.object_type
             self.send_event(json.dumps(usage))
         self.send_event("[DONE]")
+        self.end_events()
         return delta.finish_reason
 
     def make_response(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 LINGER = 3.0
 
 # A client that closes its sending side within HALF_CLOSE seconds of its request may wait for
-# the answer. If the request is not submitted within PATIENCE seconds, it has left after all.
+# the answer. If preparing the request takes more than PATIENCE seconds, it has left after all.
 HALF_CLOSE, PATIENCE = 0.25, 5.0
 # Seconds in which a client without a User-Agent, which is a script, may do so first.
 SCRIPT_WAIT = 0.02
@@ -83,8 +83,12 @@ class HTTPHandler(APIHandler):
     # When the request had arrived, and whether it has been submitted to the engine.
     arrived = 0.0
     is_submitted = False
+    # Since when it has been prepared, without the time in which the model was loaded.
+    prepared_since = 0.0
     # Whether the client has closed its sending side in time.
     is_half_closed = False
+    # Whether the response is a stream of events that has begun.
+    in_events = False
 
     @property
     def max_body(self) -> int:
@@ -100,6 +104,7 @@ class HTTPHandler(APIHandler):
     def handle_one_request(self):
         self.incoming.begin()
         self.expects_continue = self.is_half_closed = self.is_submitted = False
+        self.in_events = False
         super().handle_one_request()
 
     def finish(self):
@@ -200,13 +205,12 @@ class HTTPHandler(APIHandler):
             try:
                 method()
             except RequestError as e:
-                self.send_json(e.status, e.to_json(), e.headers)
+                self.send_failure(e)
             except (ConnectionError, TimeoutError):
                 raise
             except BaseException:
                 logger.exception("A request failed")
-                error = internal_error()
-                self.send_json(error.status, error.to_json())
+                self.send_failure(internal_error())
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
@@ -246,7 +250,7 @@ class HTTPHandler(APIHandler):
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time")
         self.close_connection, self.is_unread = close, False
-        self.arrived = time.monotonic()
+        self.arrived = self.prepared_since = time.monotonic()
         if "User-Agent" not in self.headers:
             self.poll(POLLRDHUP, SCRIPT_WAIT)
         return raw
@@ -275,11 +279,13 @@ class HTTPHandler(APIHandler):
                     return False
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
-        age = time.monotonic() - self.arrived
+        now = time.monotonic()
+        is_new = now - self.arrived < HALF_CLOSE
         # A client that wants no other request may close its side at any time.
-        if age < HALF_CLOSE and (self.close_connection or not self.is_submitted):
+        if is_new and (self.close_connection or not self.is_submitted):
             self.is_half_closed = True
-        return not (self.is_half_closed and (self.is_submitted or age < PATIENCE))
+        waits = self.is_submitted or now - self.prepared_since < PATIENCE
+        return not (self.is_half_closed and waits)
 
     def poll(self, events: int, timeout: float = 0.0) -> int:
         """Wait for events of the connection, and give those that there are."""
@@ -326,8 +332,19 @@ class HTTPHandler(APIHandler):
         if self.command != "HEAD":
             self.wfile.write(raw)
 
+    def send_failure(self, error: RequestError) -> None:
+        """Send an error: as the last event of a stream, or as the whole response."""
+        if self.in_events:
+            self.send_event(json.dumps(error.to_json()))
+            self.end_events()
+        else:
+            self.send_json(error.status, error.to_json(), error.headers)
+
     def start_events(self) -> None:
-        """Send the headers of a stream of server-sent events."""
+        """Send the headers of a stream of server-sent events, unless it has begun."""
+        if self.in_events:
+            return
+        self.in_events = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
