@@ -4,7 +4,7 @@ Rules:
 1. A wrong argument ends the start with exit code 2, anything else that keeps the
    server from starting with exit code 1. Both print one line that says why.
 2. MLX is imported after the arguments are parsed, so that wrong ones are reported at
-   once, and after a fast BLAS is loaded.
+   once, and after a fast BLAS is loaded and the settings for CUDA are made.
 3. After a signal the process ends within seconds, whatever its threads are doing.
 """
 
@@ -15,20 +15,26 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from threading import Thread
 from typing import Any, List, Optional
 
-from . import blas, demo_model, descriptors
+from . import blas, cuda, demo_model, descriptors
 from .arguments import parse_arguments
 from .folders import cache_directory
-from .log import LogWriter
+from .log import LogWriter, stage
 from .policies.loading import PluginError, Plugins
 
 logger = logging.getLogger(__name__)
 
+STARTED = time.perf_counter()
+# The body of a request to try the server with.
+EXAMPLE = (
+    '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+)
 # Seconds for the generation thread to end: it may be loading a model, or in a long step.
 # With ``CLOSE_TIMEOUT`` and the rest of the end it must be less than 10, after which
 # container engines kill.
@@ -39,12 +45,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Serve until SIGINT or SIGTERM, then exit with 0."""
     descriptors.open_standard()
     # Before the plugins, because they may import MLX and mlx-lm.
-    blas_line = blas.load()
+    lines = [blas.load(), *cuda.prepare()]
     with descriptors.limit_kept():
         args, plugins = parse_arguments(argv)
     log = LogWriter(args.log_level)
-    if blas_line:
-        logger.info(blas_line)
+    for line in filter(None, lines):
+        logger.info(line)
     server = BatchServer(args, plugins, log)
     code = 0
     error: Optional[Exception] = None
@@ -118,12 +124,12 @@ class BatchServer:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         descriptors.raise_limit()
         check_mlx_lm()
-        with descriptors.limit_kept():
+        with stage("Importing mlx-lm"), descriptors.limit_kept():
+            import mlx.core as mx
             import mlx_lm.utils  # noqa: F401
-        import mlx.core as mx
 
-        from .device import check_compiler, share_arenas
-        from .policies.guard import Policies
+            from .device import check_compiler, share_arenas
+            from .policies.guard import Policies
 
         share_arenas()
         check_compiler()
@@ -141,9 +147,21 @@ class BatchServer:
         self.engine.loaded.wait()
         if self.engine.load_error is not None:
             raise RuntimeError(self.engine.load_error)
+        self.tell_address()
+
+    def tell_address(self) -> None:
+        """Log where the server is, and a command to try it with."""
         host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
         port = self.httpd.server_address[1]
         logger.info(f"Serving {self.args.model_id} at http://{host}:{port}/v1")
+        if self.args.host in ("", "0.0.0.0", "::"):
+            host = "localhost"
+        seconds = time.perf_counter() - STARTED
+        logger.info(
+            f"Ready after {seconds:.1f} s. Try it: curl "
+            f"http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"-d '{EXAMPLE}'"
+        )
 
     def find_model(self) -> None:
         """Set ``args.model``, and ``args.model_id``, the name that clients see.

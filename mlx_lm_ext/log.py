@@ -11,8 +11,13 @@ Rules:
 import logging
 import time
 import warnings
+from contextlib import contextmanager
 from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
+from threading import Event, Thread
+from typing import Iterator
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)s - %(levelname)s - %(message)s"
 # Lines that may wait to be written.
@@ -20,6 +25,8 @@ MAX_LINES = 10_000
 # Seconds for which lines are collected before they are written. If each line woke the
 # writing thread, it would often take the interpreter lock from threads that serve.
 INTERVAL = 0.05
+# Seconds between two lines about something that takes long.
+PROGRESS_INTERVAL = 2.5
 
 
 class BoundedQueueHandler(QueueHandler):
@@ -96,3 +103,26 @@ class LogWriter(QueueListener):
             return self.lines.all_tasks_done.wait_for(
                 lambda: not self.lines.unfinished_tasks, timeout
             )
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Log how long something takes that the user waits for, and every few seconds that it
+    still goes on.
+
+    Args:
+        name (str): What it does: "Loading ...".
+    """
+    start = time.perf_counter()
+    is_over = Event()
+
+    def report() -> None:
+        while not is_over.wait(PROGRESS_INTERVAL):
+            logger.info(f"{name}: {time.perf_counter() - start:.0f} s so far")
+
+    Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+    logger.info(f"{name}: {time.perf_counter() - start:.1f} s")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import pytest
 from helpers import call, complete
 
+from mlx_lm_ext import log
 from mlx_lm_ext.log import LogWriter
 
 
@@ -75,7 +77,7 @@ def test_tracebacks_warnings_and_the_lines_of_libraries_are_written(root, capsys
 def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
     read, write = os.pipe()
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
-    command += ["--no-warmup", "--model", str(model_folder())]
+    command += ["--warmup", "off", "--model", str(model_folder())]
     with subprocess.Popen(command, stderr=write) as process:
         os.close(write)
         text = b""
@@ -89,3 +91,24 @@ def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     os.close(read)
+
+
+def test_what_takes_long_is_told_with_its_time(caplog, monkeypatch):
+    monkeypatch.setattr(log, "PROGRESS_INTERVAL", 0.01)
+    caplog.set_level("INFO")
+    told = threading.Event()
+    monkeypatch.setattr(
+        log.logger, "info", lambda text: (lines.append(text), told.set())
+    )
+    lines = []
+    with log.stage("Loading"):
+        assert told.wait(60)
+    assert lines[0] == "Loading: 0 s so far"
+    assert re.fullmatch(r"Loading: \d+\.\d s", lines[-1])
+
+
+def test_what_fails_is_not_told_to_have_ended(caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(OSError), log.stage("Loading"):
+        raise OSError
+    assert not caplog.records
