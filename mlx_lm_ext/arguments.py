@@ -128,6 +128,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "configuration says",
     )
     add(
+        "--dequantize",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="turn weights into a type with which steps are faster, if they fit: auto "
+        "turns quantized ones into bfloat16 with CUDA, and quantized and 16-bit ones "
+        "into float32 on a Linux CPU; on does so on a Mac too, bfloat16 with Metal, and "
+        "ends the start if they do not fit; off leaves all as they are",
+    )
+    add(
         "--draft-model",
         help="model for speculative decoding; requests are then served one at a time",
     )
@@ -264,10 +273,19 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--warmup",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run batches of all sizes that fit before the first request, which then need "
-        "not wait until kernels are compiled",
+        choices=["background", "full", "off"],
+        default="background",
+        help="run batches of all kinds and sizes that fit, so that no request has to wait "
+        "until kernels are compiled: in the background while nothing else is to be done, "
+        "or in full before the first request",
+    )
+    add(
+        "--no-warmup",
+        action="store_const",
+        const="off",
+        dest="warmup",
+        default=argparse.SUPPRESS,
+        help="the same as --warmup off",
     )
 
 

@@ -72,7 +72,7 @@ def start_engine(request, model_folder, caplog):
         clock=time.monotonic,
     ):
         args = make_parser().parse_args(
-            ["--no-warmup", "--model", str(model_folder(architecture)), *argv]
+            ["--warmup", "off", "--model", str(model_folder(architecture)), *argv]
         )
         args.model_id = args.model
         plugins = Plugins()

@@ -85,6 +85,21 @@ def test_sizes_may_have_units(text, n_bytes):
     assert args.radix_cache_size == n_bytes
 
 
+@pytest.mark.parametrize(
+    "argv, mode",
+    [
+        ([], "background"),
+        (["--warmup", "full"], "full"),
+        (["--no-warmup"], "off"),
+        (["--warmup", "full", "--no-warmup"], "off"),
+    ],
+)
+def test_warm_up_is_in_the_background_unless_the_command_line_says_otherwise(
+    argv, mode
+):
+    assert make_parser().parse_args(argv).warmup == mode
+
+
 def test_chat_template_may_be_a_file(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages }}")

@@ -155,7 +155,7 @@ def mlx_lm_make_logits_processors(request):
 
     Engine.report = report
 """)
-    argv = ["--model", str(model_folder()), "--no-warmup", "-p", "killing"]
+    argv = ["--model", str(model_folder()), "--warmup", "off", "-p", "killing"]
     with server_process(*argv, cwd=tmp_path) as (port, lines, process):
         body = {"prompt": "x", "max_tokens": 4000}
         assert call(port, "POST", "/v1/completions", body)[0] == 503
@@ -212,7 +212,7 @@ def test_signal_ends_a_server_that_is_loading_or_downloading(
     (tmp_path / "blocking.py").write_text(source)
     shutil.copytree(model_folder(), tmp_path / "other")
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
-    command += ["--model", str(model_folder()), "--no-warmup", "-p", "blocking"]
+    command += ["--model", str(model_folder()), "--warmup", "off", "-p", "blocking"]
     command += ["--allow-models", "any"]
     with ExitStack() as opened:
         process = subprocess.Popen(

@@ -38,6 +38,7 @@ ROOMS = [
         "errors",
         "device",
         "blas",
+        "cuda",
         "demo_model",
         "descriptors",
         "folders",

@@ -120,7 +120,7 @@ descriptors.raise_limit()
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has it")
 def test_plugin_that_imports_mlx_lm_does_not_lower_the_limit(tmp_path, model_folder):
     (tmp_path / "importing.py").write_text("import mlx_lm")
-    argv = ["--model", str(model_folder()), "--no-warmup", "-p", "importing"]
+    argv = ["--model", str(model_folder()), "--warmup", "off", "-p", "importing"]
     with server_process(*argv, cwd=tmp_path) as (_, _, process):
         limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     assert limits[1] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -142,7 +142,7 @@ def test_most_connections_leave_open_files_for_the_rest(monkeypatch):
 def test_more_connections_than_open_files_leave_a_server_that_answers(
     tmp_path, model_folder
 ):
-    argv = ["--model", str(model_folder()), "--no-warmup"]
+    argv = ["--model", str(model_folder()), "--warmup", "off"]
     # What MLX compiles has to be compiled anew.
     env = os.environ | {"TMPDIR": str(tmp_path)}
     shell = 'ulimit -n 150; exec "$@"'
@@ -214,7 +214,7 @@ FULL = ["/dev/full"] if os.path.exists("/dev/full") else []
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&-", *(f">{f}" for f in FULL)])
 def test_server_needs_no_standard_output(redirection, model_folder):
-    argv = ["--model", str(model_folder()), "--no-warmup"]
+    argv = ["--model", str(model_folder()), "--warmup", "off"]
     shell = f'exec "$@" {redirection}'
     with server_process(*argv, shell=shell) as (port, lines, process):
         assert complete(port, "hello", max_tokens=2)
@@ -267,7 +267,7 @@ def test_folder_for_temporary_files_that_cannot_be_used_is_one_line(
 
 @pytest.mark.slow
 def test_home_and_caches_that_cannot_be_written_are_not_needed(model_folder):
-    argv = ["--model", str(model_folder()), "--no-warmup"]
+    argv = ["--model", str(model_folder()), "--warmup", "off"]
     nowhere = dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME"), "/dev/null/nothing")
     with server_process(*argv, env=os.environ | nowhere) as (port, _, _):
         assert complete(port, "hello", max_tokens=2)

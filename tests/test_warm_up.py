@@ -1,5 +1,6 @@
-"""What runs before the first request."""
+"""What runs before requests need it."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +9,18 @@ from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import batch as batching
 from mlx_lm_ext.batch import generator as _upstream
+from mlx_lm_ext.batch import prefill
 from mlx_lm_ext.batch.batch import Batch
-from mlx_lm_ext.engine import warm_up
-from mlx_lm_ext.engine.client import EngineClient
-from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.engine import loop, warm_up
+from mlx_lm_ext.engine.warm_up import GREEDY, Piece, WarmUp
 from mlx_lm_ext.interfaces import SchedulerPolicy
 from mlx_lm_ext.policies import loading as plugins
 from mlx_lm_ext.sampling import default as sampling
 from mlx_lm_ext.sampling import gpu as gpu_sampling
 from mlx_lm_ext.sampling.penalties import Penalties
+
+FULL = "--warmup", "full"
+BACKGROUND = "--warmup", "background"
 
 
 @pytest.fixture
@@ -34,26 +38,49 @@ def sizes(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """The warm-up runs what it runs on a GPU."""
+    for module in (warm_up, sampling, _upstream):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """An event that says that no piece of the warm-up is left."""
+    event = threading.Event()
+    original = WarmUp.run_next
+
+    def run_next(self, must_end):
+        original(self, must_end)
+        if not self.pieces:
+            event.set()
+
+    monkeypatch.setattr(WarmUp, "run_next", run_next)
+    return event
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_batches_of_all_sizes_run_before_the_first_request(
+def test_one_and_several_rows_run_before_the_first_request(
     architecture, sizes, start_engine, caplog
 ):
     caplog.set_level("INFO")
-    engine = start_engine(architecture, "--warmup", "--batch-size", "12")
-    assert list(dict.fromkeys(sizes)) == [1, 2, 4, 8, 12, 6]
+    engine = start_engine(architecture, *FULL)
+    assert set(sizes) == {1, 2}
     assert "Warmed up in" in caplog.text
     # Nothing is left of it.
     assert engine.batch is None and engine.n_generated == 0
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
-def test_on_a_gpu_rows_leave_one_by_one(sizes, start_engine, monkeypatch):
-    monkeypatch.setattr(warm_up, "on_cpu", lambda: False)
-    start_engine("llama", "--warmup", "--batch-size", "6")
-    assert sizes[-5:] == [5, 4, 3, 2, 1]
+def test_on_a_gpu_batches_of_all_sizes_run(sizes, start_engine, as_on_gpu):
+    start_engine("llama", *FULL, "--batch-size", "11")
+    assert set(sizes) == {*range(1, 12)}
+    # The likely ones come before the rare.
+    assert [n for n in dict.fromkeys(sizes) if n in (4, 8, 10)] == [4, 8, 10]
 
 
-def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
+def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch, as_on_gpu):
     ran = set()
 
     def watch(module, name):
@@ -65,8 +92,6 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
 
         monkeypatch.setattr(module, name, watched)
 
-    for module in (warm_up, sampling, _upstream):
-        monkeypatch.setattr(module, "on_cpu", lambda: False)
     names = ["keep_top_p", "keep_min_p", "keep_top_k", "apply_xtc", "draw"]
     for name in names:
         watch(gpu_sampling, name)
@@ -78,36 +103,33 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch):
             return super().__call__(*args)
 
     monkeypatch.setattr(_upstream, "Penalties", WatchedPenalties)
-    start_engine("llama", "--warmup", "--batch-size", "1")
+    start_engine("llama", *FULL, "--batch-size", "2")
     assert ran == {*names, "make_logits_processors", "bias", "penalty"}
 
 
 @pytest.mark.parametrize(
-    "n_bytes, expected",
-    [
-        # Of the tiny llama, a row of 512 tokens takes 256 KiB. A quarter may be spare.
-        ("4MB", [1, 2, 4, 8, 12, 6]),
-        ("262144", [1, 0]),
-    ],
+    "n_bytes, largest",
+    # Of the tiny llama, a row of 256 tokens takes 128 KiB. A quarter may be spare.
+    [("4MB", 24), ("131072", 1)],
 )
 def test_batches_are_as_large_as_the_memory_for_kv(
-    n_bytes, expected, sizes, start_engine, caplog
+    n_bytes, largest, sizes, start_engine, caplog, as_on_gpu
 ):
-    argv = ["--warmup", "--batch-size", "64", "--max-kv-bytes", n_bytes]
+    argv = [*FULL, "--batch-size", "64", "--max-kv-bytes", n_bytes]
     engine = start_engine("llama", *argv)
-    assert list(dict.fromkeys(sizes)) == expected
+    assert max(sizes) == largest
     assert not caplog.records
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
 def test_server_without_memory_for_a_request_says_so(start_engine, caplog):
-    start_engine("llama", "--warmup", "--max-kv-bytes", "1KB")
+    start_engine("llama", *FULL, "--max-kv-bytes", "1KB")
     (record,) = caplog.records
     assert record.message.startswith("There is no warm-up: the KV of 8 tokens")
     assert record.exc_info is None
 
 
-def test_long_prompt_is_run_if_it_fits(sizes, start_engine, monkeypatch):
+def test_on_a_gpu_a_long_prompt_is_run(start_engine, monkeypatch, as_on_gpu):
     lengths = []
 
     def add(self, request):
@@ -116,9 +138,132 @@ def test_long_prompt_is_run_if_it_fits(sizes, start_engine, monkeypatch):
 
     original = Batch.add
     monkeypatch.setattr(Batch, "add", add)
-    start_engine("llama", "--warmup", "--batch-size", "1")
-    assert len(lengths) == 2 and max(lengths) > 256
-    assert set(sizes) == {0, 1}
+    start_engine("llama", *FULL, "--batch-size", "2")
+    assert sorted(set(lengths)) == [8, 9, 256]
+
+
+def test_with_cuda_prompts_of_all_lengths_are_run(monkeypatch, as_on_gpu):
+    assert len(warm_up.size_pieces(4)) == 3
+    for module in (warm_up, prefill):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    lengths = {(len(p.bodies), p.n_prompt) for p in warm_up.size_pieces(4)}
+    assert {(1, 64), (1, 96), (1, 128), (1, 160), (3, 60), (4, 60)} <= lengths
+
+
+def test_server_serves_before_it_is_warm(start_engine, ended, monkeypatch):
+    ran = []
+
+    def run(self, piece, must_end):
+        ran.append(piece)
+        # As if it took for ever.
+        while not must_end():
+            pass
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WarmUp, "run", run)
+        engine = start_engine("llama", *BACKGROUND)
+        assert engine.client.is_healthy
+        for _ in range(2):
+            assert len(read(submit(engine, "hello", max_tokens=3))) == 3
+    # What was interrupted runs again.
+    assert len({*map(id, ran)}) == 1
+    submit(engine, "hello", max_tokens=1)
+    assert ended.wait(60)
+
+
+def test_warm_up_goes_on_while_nothing_else_is_to_be_done(start_engine, ended, sizes):
+    engine = start_engine("llama", *BACKGROUND)
+    assert ended.wait(60)
+    assert set(sizes) == {1, 2}
+    assert len(read(submit(engine, "hello", max_tokens=3))) == 3
+
+
+def test_interrupted_piece_leaves_nothing(start_engine, sizes):
+    engine = start_engine("llama")
+    warming = WarmUp(engine.model_provider, [Piece([GREEDY] * 4)])
+    asked = []
+
+    def must_end():
+        asked.append(True)
+        return len(asked) == 3
+
+    warming.run_next(must_end)
+    assert len(warming.pieces) == 1
+    warming.run_next(lambda: False)
+    assert not warming.pieces
+    assert max(sizes) == 4
+
+
+class Compiler:
+    """Compiles until it has been asked three times whether it still does."""
+
+    def __init__(self, sizes):
+        self.sizes, self.seen = sizes, []
+
+    def start(self, dtype):
+        self.dtype = dtype
+
+    def stop(self):
+        pass
+
+    @property
+    def is_running(self):
+        self.seen.append(len(self.sizes))
+        return len(self.seen) <= 3
+
+
+@pytest.mark.parametrize("warmup", [FULL, BACKGROUND])
+def test_warm_up_waits_until_kernels_are_compiled(
+    warmup, start_engine, ended, sizes, monkeypatch
+):
+    compiler = Compiler(sizes)
+    monkeypatch.setattr(loop, "KernelBuild", lambda: compiler)
+    start_engine("llama", *warmup)
+    assert ended.wait(60)
+    assert compiler.dtype == "float32"
+    assert compiler.seen[:4] == [0, 0, 0, 0]
+    assert sizes
+
+
+def test_no_kernels_are_compiled_without_a_warm_up(start_engine, monkeypatch):
+    compiler = Compiler([])
+    monkeypatch.setattr(loop, "KernelBuild", lambda: compiler)
+    start_engine("llama")
+    assert not hasattr(compiler, "dtype")
+
+
+def test_stop_does_not_wait_for_the_warm_up(start_engine, monkeypatch):
+    running = threading.Event()
+
+    def run(self, piece, must_end):
+        running.set()
+        while not must_end():
+            pass
+        return False
+
+    monkeypatch.setattr(WarmUp, "run", run)
+    engine = start_engine("llama", *BACKGROUND)
+    assert running.wait(60)
+    assert engine.stop_and_join(timeout=60)
+
+
+def test_no_warm_up_begins_when_a_server_stops_that_compiles_kernels(
+    start_engine, sizes, monkeypatch
+):
+    engines = []
+
+    class Build(Compiler):
+        is_running = True
+
+        def stop(self):
+            self.is_running = False
+            engines[0].ended.wait(60)
+
+    monkeypatch.setattr(loop, "KernelBuild", lambda: Build(sizes))
+    engines.append(start_engine("llama", *BACKGROUND))
+    assert engines[0].stop_and_join(timeout=60)
+    assert not sizes
 
 
 def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
@@ -133,7 +278,7 @@ def test_policies_of_plugins_do_not_hear_of_the_warm_up(start_engine):
         mlx_lm_register_scheduler_policies=lambda: [Nosy],
         mlx_lm_make_logits_processors=lambda request: Nosy.heard.append(request),
     )
-    argv = ["--warmup", "--scheduler", "nosy"]
+    argv = [*FULL, "--scheduler", "nosy"]
     engine = start_engine("llama", *argv, plugin=hooks)
     assert not Nosy.heard
     read(submit(engine, "hello", max_tokens=3))
@@ -150,34 +295,27 @@ def test_installed_plugins_are_not_loaded_again_for_the_warm_up(
         dist=SimpleNamespace(name="a-dist", version="1"),
     )
     monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
-    start_engine("llama", "--warmup", "--batch-size", "1")
+    start_engine("llama", *FULL, "--batch-size", "1")
     assert loads == ["loaded"]
 
 
-def test_server_serves_although_the_warm_up_fails(start_engine, monkeypatch, caplog):
+@pytest.mark.parametrize("warmup", [FULL, BACKGROUND])
+def test_server_serves_although_the_warm_up_fails(
+    warmup, start_engine, ended, monkeypatch, caplog
+):
     def fail(self, request):
         raise MemoryError("too large")
 
     with monkeypatch.context() as patch:
         patch.setattr(Batch, "add", fail)
-        engine = start_engine("llama", "--warmup")
+        engine = start_engine("llama", *warmup)
+        assert ended.wait(60)
     assert "The warm-up failed" in caplog.text
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
-def test_server_is_not_healthy_until_it_is_warm(start_engine, monkeypatch):
-    engines, healthy = [], []
-
-    class WatchedEngine(Engine):
-        def __init__(self, *args):
-            engines.append(self)
-            super().__init__(*args)
-
-    def warm_up(provider, is_stopping):
-        (engine,) = engines
-        client = EngineClient(engine.model_provider, engine.policies, engine.inbox)
-        healthy.append(client.is_healthy)
-
-    monkeypatch.setattr("mlx_lm_ext.engine.loop.warm_up", warm_up)
-    engine = start_engine("llama", "--warmup", make_engine=WatchedEngine)
-    assert healthy == [False] and engine.client.is_healthy
+def test_full_warm_up_tells_how_far_it_is(start_engine, monkeypatch, caplog):
+    monkeypatch.setattr(warm_up, "PROGRESS_INTERVAL", 0)
+    caplog.set_level("INFO")
+    start_engine("llama", *FULL)
+    assert "Warming up: 1 of 3 batches" in caplog.text

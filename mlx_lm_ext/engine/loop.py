@@ -11,6 +11,7 @@ Rules:
 
 import gc
 import logging
+import time
 import traceback
 from collections import deque
 from math import inf
@@ -25,14 +26,18 @@ from ..policies.guard import Policies
 from ..request.request import Request
 from ..request.served_model import ModelKey
 from .alone import Alone
+from .dequantize import logits_type, type_name
 from .inbox import Inbox
+from .kernels import KernelBuild
 from .models import BatchModelProvider
-from .warm_up import warm_up
+from .warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two lines of statistics, and between two looks for expired KV.
 STATISTICS_INTERVAL = 10.0
+# Seconds between two looks whether all kernels are compiled.
+COMPILING_INTERVAL = 0.2
 
 
 class Engine:
@@ -72,6 +77,10 @@ class Engine:
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
         self.load_error: Optional[Exception] = None
+        # What is left of the warm-up of the model that was loaded first, and the kernels for
+        # which it waits.
+        self.warm_up: Optional[WarmUp] = None
+        self.kernels = KernelBuild()
         self.ended = Event()
         self.n_generated = self.n_reported = 0
         self.last_report = policies.clock()
@@ -87,7 +96,7 @@ class Engine:
         self.thread.start()
 
     def stop_and_join(self, timeout: Optional[float] = None) -> bool:
-        """End all requests that are unfinished, and the generation thread.
+        """End all requests that are unfinished, the generation thread, and its processes.
 
         Args:
             timeout (Optional[float]): Seconds to wait for the end of the thread, which
@@ -96,7 +105,9 @@ class Engine:
         Returns:
             bool: Whether the thread has ended.
         """
+        # First, because the warm-up begins when no kernels are compiled any more.
         self.inbox.close("the server is stopping")
+        self.kernels.stop()
         self.thread.join(timeout)
         return not self.thread.is_alive()
 
@@ -118,26 +129,34 @@ class Engine:
         self.ended.set()
 
     def load(self) -> None:
-        """Load the model and warm it up."""
+        """Load the model. With ``--warmup full``, warm it up too."""
         try:
             self.model_provider.switch_to(self.model_provider.default_key)
+            if self.cli_args.warmup != "off" and self.has_batches:
+                self.warm_up = WarmUp.of_server(self.model_provider)
+                dtype = logits_type(self.model_provider.model)
+                self.kernels.start(type_name(dtype))
         except Exception as e:
             self.load_error = e
             self.inbox.close("the model cannot be loaded")
-        if self.cli_args.warmup and not self.inbox.is_closed and self.has_batches:
-            try:
-                warm_up(self.model_provider, lambda: self.inbox.is_closed)
-            except RequestError as e:
-                logger.warning(f"There is no warm-up: {e}")
-            except Exception:
-                logger.warning("The warm-up failed", exc_info=True)
+        if self.warm_up and self.cli_args.warmup == "full":
+            while self.kernels.is_running and not self.inbox.is_closed:
+                time.sleep(COMPILING_INTERVAL)
+            self.warm_up.run_all(lambda: self.inbox.is_closed)
         self.loaded.set()
+
+    def warm_up_while_idle(self) -> None:
+        """Run pieces of the warm-up until something is in the inbox."""
+        while self.warm_up and not (self.inbox.has_new or self.kernels.is_running):
+            self.warm_up.run_next(lambda: self.inbox.has_new)
 
     def serve(self) -> None:
         """Serve requests until the inbox is closed."""
         while not self.inbox.is_closed:
             is_idle = not (self.waiting or self.n_running)
             self.report(is_idle)
+            if is_idle:
+                self.warm_up_while_idle()
             self.take_new(block=is_idle)
             if is_idle:
                 self.last_report = self.policies.clock()
@@ -212,6 +231,8 @@ class Engine:
         if is_caching and self.policies.eviction.overrides("expired"):
             # Expired KV leaves while the engine is idle, too.
             timeout = STATISTICS_INTERVAL
+        if self.warm_up:
+            timeout = COMPILING_INTERVAL
         for request in self.inbox.take(block, timeout):
             self.waiting.append(request)
             self.changed = True
@@ -352,6 +373,7 @@ class Engine:
     def switch_model(self, key: ModelKey) -> None:
         """Load another model, when the batch is empty."""
         self.close_batch()
+        self.warm_up = None
         self.model_provider.switch_to(key)
 
     def close_batch(self) -> None:

@@ -6,6 +6,7 @@ Rules:
 """
 
 import logging
+import traceback
 from collections import OrderedDict
 from math import inf
 from pathlib import Path
@@ -19,8 +20,10 @@ from mlx_lm.utils import load_config, load_tokenizer
 
 from ..device import on_cpu, process_limit
 from ..errors import RequestError, one_line
+from ..log import stage
 from ..request.served_model import ModelKey, ServedModel
 from ..request.tokenizing import bound_chat_templates, most_characters
+from . import dequantize
 from .context_length import (
     TABLE_MODELS,
     find_context_length,
@@ -250,14 +253,22 @@ class BatchModelProvider(ModelProviderBase):
         if key == self.model_key:
             return
         path = self._locate(key)
-        logger.info(f"Loading {key[0]}")
         try:
-            check_room(path)
-            _, tokenizer = self.load(*key)
+            with stage(f"Loading {key[0]}"):
+                check_room(path)
+                self.load(*key)
+            dequantize.convert(
+                [m for m in (self.model, self.draft_model) if m is not None],
+                self.cli_args,
+            )
         except Exception as e:
+            # The frames hold arrays, and the error goes to another thread.
+            traceback.clear_frames(e.__traceback__)
+            if self.model_key == key:
+                self.reset()  # it is loaded, but not as it has to be
             raise self.unusable("model", key[0], e)
         # What is known of a model that a request has named already is kept.
-        served = self._served.get(key) or self._describe(key, path, tokenizer)
+        served = self._served.get(key) or self._describe(key, path, self.tokenizer)
         self.tokenizer = served.tokenizer
         if self.cli_args.generation_config == "model":
             logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")

@@ -1,20 +1,32 @@
-"""Runs what the first requests will run, before they come.
+"""Runs what requests will run, before they come.
 
-MLX compiles kernels and allocates memory when they are first needed, some of them for each
-size of the batch. Without a warm-up, the first requests would wait seconds for that.
+MLX compiles kernels when they are first needed, and on a GPU chooses some of them for each
+size of the batch. Without a warm-up, the first requests would wait for that.
+
+Rules:
+1. The warm-up consists of pieces. What every request needs comes first, what few need last.
+2. A piece ends at its next step when it is asked to, and runs again later. So a request
+   waits for one step of it at most.
+3. Nothing is left of a piece but what MLX keeps. Plugins do not hear of it.
 """
 
 import argparse
 import logging
+import sys
 import time
+from collections import deque
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Sequence
 
 from mlx_lm.generate import StopSequences
 from mlx_lm.server import CompletionRequest
+from tqdm import tqdm
 
 from ..batch.batch import Batch
-from ..device import on_cpu
+from ..batch.prefill import padded_end
+from ..device import device_kind, on_cpu
+from ..errors import RequestError
+from ..log import PROGRESS_INTERVAL
 from ..policies.guard import Policies
 from ..policies.loading import Plugins
 from ..policies.scheduling import default_prefill_budget
@@ -22,44 +34,78 @@ from ..request.fields import make_generation_arguments
 from ..request.mailbox import Turnstile
 from ..request.request import Request
 from ..sampling.penalties import MAX_CONTEXT
-from .models import BatchModelProvider
 
 logger = logging.getLogger(__name__)
 
-# A greedy row, a sampled one, and one with log probabilities.
-BODIES: List[Dict[str, Any]] = [
-    {},
-    {"temperature": 0.7, "top_p": 0.95},
-    {"logprobs": 1},
-]
-PENALTIES: Dict[str, Any] = dict(
+Body = Dict[str, Any]
+GREEDY: Body = {}
+SAMPLED: Body = {"temperature": 0.7, "top_p": 0.95}
+LOGPROBS: Body = {"logprobs": 2}
+PENALTIES: Body = dict(
     repetition_penalty=1.1,
     presence_penalty=0.1,
     frequency_penalty=0.1,
     logit_bias={"0": 1},
 )
-# With CUDA, each of these needs kernels of its own, which take seconds to compile.
-GPU_BODIES: List[Dict[str, Any]] = [
-    dict(
-        temperature=0.7,
-        top_p=0.95,
-        min_p=0.01,
-        top_k=40,
-        xtc_probability=0.5,
-        xtc_threshold=0.1,
-    ),
+# What a row may ask for, the likely before the rare. With CUDA, each needs kernels of its
+# own, which take seconds to compile.
+GPU_BODIES: List[Body] = [
+    {"temperature": 0.7},
+    {"temperature": 0.7, "min_p": 0.01},
+    {"temperature": 0.7, "top_k": 40},
+    LOGPROBS,
     PENALTIES,
+    {"temperature": 0.7, "xtc_probability": 0.5, "xtc_threshold": 0.1},
     PENALTIES | dict(repetition_context_size=MAX_CONTEXT + 1),
 ]
+# Tokens of a short message in the usual chat templates.
+MESSAGE = 60
 # The policies of plugins take no part in it.
 BUILT_IN = dict(eviction_policy="lru", scheduler="fcfs", sampler="default")
 
 
+class Piece(NamedTuple):
+    """A batch to run.
+
+    Args:
+        bodies (Sequence[Body]): The fields of the request of each row.
+        n_prompt (int): Tokens of each prompt.
+    """
+
+    bodies: Sequence[Body]
+    n_prompt: int = 8
+
+
+def kernel_pieces() -> List[Piece]:
+    """The pieces that together need each kernel, the likely before the rare."""
+    pieces = [Piece([GREEDY]), Piece([SAMPLED]), Piece([GREEDY, SAMPLED])]
+    if on_cpu():
+        return pieces
+    # To pick some rows of a batch needs kernels, too.
+    return pieces + [Piece([GREEDY, body]) for body in GPU_BODIES]
+
+
+def size_pieces(batch_size: int) -> List[Piece]:
+    """Long prompts, and batches of all sizes with a row of each kind in turn. On a CPU,
+    where a size needs nothing of its own, there are none."""
+    if on_cpu():
+        return []
+    kinds = [GREEDY, SAMPLED, LOGPROBS]
+    powers = [2**i for i in range(2, batch_size.bit_length())]
+    sizes = dict.fromkeys([*powers, *range(batch_size, 2, -1)])
+    batches = [[kinds[i % len(kinds)] for i in range(n)] for n in sizes]
+    longest = default_prefill_budget()
+    pieces = [Piece([GREEDY], longest), *(Piece(bodies) for bodies in batches)]
+    if device_kind() == "cuda":
+        # Each place where a chunk of prompts may end needs a plan of its own.
+        ends = dict.fromkeys(padded_end(n) for n in range(MESSAGE, longest))
+        pieces += [Piece([GREEDY], end) for end in ends]
+        pieces += [Piece(bodies, MESSAGE) for bodies in batches]
+    return pieces
+
+
 def make_request(
-    provider: BatchModelProvider,
-    args: argparse.Namespace,
-    prompt: List[int],
-    **body: Any,
+    provider: Any, args: argparse.Namespace, prompt: List[int], **body: Any
 ) -> Request:
     """A request that no client has sent, and that only ``max_tokens`` ends."""
     generation_args = make_generation_arguments(body, args)
@@ -76,55 +122,118 @@ def make_request(
     )
 
 
-def warm_up(provider: BatchModelProvider, is_stopping: Callable[[], bool]) -> None:
-    """Let rows join a batch, run some steps at each size, and let the rows leave.
+class WarmUp:
+    """The warm-up of the model that a provider has loaded.
 
-    Raises:
-        RequestError: If not even a short request fits into the memory for KV.
+    Args:
+        provider (Any): Has ``model``, ``tokenizer``, ``cli_args`` and ``describe``, as
+          ``BatchModelProvider`` has.
+        pieces (List[Piece]): What to run, in this order.
     """
-    logger.info("Warming up")
-    start = time.perf_counter()
-    args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
-    policies = Policies(Plugins(autoload=False), args)
-    model, tokenizer = provider.model, provider.tokenizer
-    batch = Batch(model, tokenizer, args, policies, None, Turnstile())
 
-    def add(n_prompt: int, **body: Any) -> bool:
-        i = len(batch)
-        body = BODIES[i % len(BODIES)] | body
-        # Prompts of two lengths, because padding needs kernels of its own.
-        request = make_request(provider, args, [i % 64] * (n_prompt + i % 2), **body)
-        fits = batch.fits(request)
-        if fits:
-            batch.add(request)
-        return fits
+    def __init__(self, provider: Any, pieces: List[Piece]):
+        self.provider = provider
+        self.args = argparse.Namespace(**vars(provider.cli_args) | BUILT_IN)
+        self.policies = Policies(Plugins(autoload=False), self.args)
+        self.pieces: Deque[Piece] = deque(pieces)
+        self.n_pieces = len(pieces)
+        self.seconds = 0.0
 
-    def run() -> None:
-        while batch.prefilling:
-            batch.step()
-        for _ in range(2):
-            batch.step()
+    def __len__(self) -> int:
+        return len(self.pieces)
 
-    extras: List[Tuple[int, Dict[str, Any]]] = [(default_prefill_budget(), {})]
-    if not on_cpu():
-        extras += [(8, body) for body in GPU_BODIES]
-    size, n_tokens = 1, 64 + 2 * args.batch_size
-    while not is_stopping():
-        # A batch of more rows may not fit into the memory for KV.
-        fits = all(add(8, max_tokens=n_tokens) for _ in range(len(batch), size))
-        run()
-        if size == 1:
-            for n_prompt, body in extras:
-                if not is_stopping() and add(n_prompt, max_tokens=1, **body):
-                    run()
-        if size == args.batch_size or not fits:
-            break
-        size = min(2 * size, args.batch_size)
-    # On a GPU, kernels are chosen for each size when it first runs.
-    n = len(batch)
-    for n_left in [n // 2] if on_cpu() else range(n - 1, 0, -1):
-        if not is_stopping():
-            batch.remove(batch.requests[n_left:])
+    @classmethod
+    def of_server(cls, provider: Any) -> "WarmUp":
+        """All that the requests to a server may need."""
+        sizes = size_pieces(provider.cli_args.batch_size)
+        return cls(provider, kernel_pieces() + sizes)
+
+    def run_all(self, must_end: Callable[[], bool]) -> None:
+        """Run all pieces, and show how far it is.
+
+        Args:
+            must_end (Callable[[], bool]): Whether to stop at the next step.
+        """
+        last = time.perf_counter()
+        hidden = not sys.stderr.isatty()
+        with tqdm(
+            total=self.n_pieces, desc="Warming up", unit="batch", disable=hidden
+        ) as bar:
+            while self.pieces and not must_end():
+                self.run_next(must_end)
+                n_done = self.n_pieces - len(self.pieces)
+                bar.update(n_done - bar.n)
+                if hidden and time.perf_counter() - last > PROGRESS_INTERVAL:
+                    last = time.perf_counter()
+                    logger.info(f"Warming up: {n_done} of {self.n_pieces} batches")
+
+    def run_next(self, must_end: Callable[[], bool]) -> None:
+        """Run the next piece. If it has to end before, it stays the next one.
+
+        Args:
+            must_end (Callable[[], bool]): Whether to stop at the next step.
+        """
+        start = time.perf_counter()
+        try:
+            is_over = self.run(self.pieces[0], must_end)
+        except RequestError as e:
+            if len(self.pieces) == self.n_pieces:
+                self.pieces.clear()
+                logger.warning(f"There is no warm-up: {e}")
+                return
+            is_over = True  # a longer prompt than the others does not fit
+        except Exception:
+            self.pieces.clear()
+            logger.warning("The warm-up failed", exc_info=True)
+            return
+        self.seconds += time.perf_counter() - start
+        if is_over:
+            self.pieces.popleft()
+            if not self.pieces:
+                logger.info(f"Warmed up in {self.seconds:.1f} seconds")
+
+    def run(self, piece: Piece, must_end: Callable[[], bool]) -> bool:
+        """Let the rows of a piece join a batch one after the other, run some steps, and let
+        half of them leave. Rows that do not fit into the memory for KV are left out.
+
+        Returns:
+            bool: Whether it was run to its end.
+
+        Raises:
+            RequestError: If not even one row fits.
+        """
+        provider = self.provider
+        batch = Batch(
+            provider.model,
+            provider.tokenizer,
+            self.args,
+            self.policies,
+            None,
+            Turnstile(),
+        )
+
+        def step() -> bool:
+            if must_end():
+                return False
             batch.step()
-    batch.close()
-    logger.info(f"Warmed up in {time.perf_counter() - start:.1f} seconds")
+            return True
+
+        try:
+            for i, body in enumerate(piece.bodies):
+                # Prompts of two lengths, because padding needs kernels of its own.
+                prompt = [i % 64] * (piece.n_prompt + i % 2)
+                request = make_request(
+                    provider, self.args, prompt, max_tokens=64, **body
+                )
+                if not batch.fits(request):
+                    break
+                batch.add(request)
+            while batch.prefilling:
+                if not step():
+                    return False
+            if not (step() and step()):
+                return False
+            batch.remove(batch.requests[(len(batch) + 1) // 2 :])
+            return step()
+        finally:
+            batch.close()

@@ -82,7 +82,9 @@ def apply_xtc(
     p = mx.softmax(logits, axis=-1)
     least = mx.where(p > threshold, p, mx.inf).min(axis=-1, keepdims=True)
     drop = (p > least) & (uniform < probability)
-    drop[:, mx.array(exempt)] = False
+    # Compared, because to write to these places would need two more kernels.
+    tokens = mx.arange(logits.shape[-1])[:, None]
+    drop = drop & ~(tokens == mx.array(exempt)).any(axis=-1)
     return mx.where(drop, -mx.inf, logits)
 
 

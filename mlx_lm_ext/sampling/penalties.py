@@ -8,11 +8,14 @@ Rules:
 """
 
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.server import LogitsProcessorArguments
+
+if TYPE_CHECKING:
+    # The processes that compile kernels need not wait for this import.
+    from mlx_lm.server import LogitsProcessorArguments
 
 # Each token of a context is compared with each other one.
 MAX_CONTEXT = 64
@@ -33,7 +36,7 @@ class PenaltyParameters:
     penalties: List[Tuple[float, int]]
 
     @classmethod
-    def from_arguments(cls, args: LogitsProcessorArguments) -> "PenaltyParameters":
+    def from_arguments(cls, args: "LogitsProcessorArguments") -> "PenaltyParameters":
         """The parameters of a request."""
         bias = args.logit_bias or {}
         return cls(
