@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import itertools
 import json
 import queue
 import socket
@@ -11,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import conftest
 import mlx.core as mx
@@ -273,8 +275,14 @@ def test_images_are_served_by_upstream(start_server):
     assert (status, answer["error"]["param"]) == (400, "messages")
 
 
-def test_model_names_of_the_command_line_mean_the_served_model(start_server):
+def test_model_names_of_the_command_line_mean_the_served_model(
+    start_server, monkeypatch
+):
     engine, port = start_server()
+    # Each request comes a second after the last.
+    seconds = itertools.count(2_000_000_000)
+    clock = SimpleNamespace(time=lambda: next(seconds), monotonic=time.monotonic)
+    monkeypatch.setattr(connections, "time", clock)
     answers = {
         complete(port, "hello", max_tokens=5, model=m)
         for m in ("default_model", engine.cli_args.model_id, "")

@@ -313,9 +313,11 @@ class BatchAPIHandler(HTTPHandler):
         """List the served model first, then those of the Hugging Face cache that requests
         may name."""
         lists = self.response_generator.model_provider.allowed.lists
+        # Not the time of this request: a model is the same in each list.
+        created = self.server.started
         ids = [self.model_id, *sorted(filter(lists, cached_models()))]
         models = [
-            {"id": i, "object": "model", "created": self.created, "owned_by": "mlx_lm"}
+            {"id": i, "object": "model", "created": created, "owned_by": "mlx_lm"}
             for i in dict.fromkeys(ids)
         ]
         wanted = self.endpoint.removeprefix(MODELS)

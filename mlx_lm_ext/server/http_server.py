@@ -79,6 +79,8 @@ class BatchHTTPServer(ThreadingHTTPServer):
         # Guards the two above, and tells ``server_close`` when a connection ends.
         self.changed = threading.Condition()
         self.preparations = Preparations()
+        # In seconds since 1970.
+        self.started = int(time.time())
         super().__init__(found, handler)
         self.guard = BrowserGuard(
             allowed_origins, allowed_hosts, str(self.server_address[0]), name
