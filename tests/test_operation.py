@@ -171,7 +171,8 @@ def test_server_waits_when_no_connection_can_be_accepted(monkeypatch, caplog):
         return accept(self)
 
     monkeypatch.setattr(socket.socket, "accept", refuse)
-    monkeypatch.setattr(http_server, "time", SimpleNamespace(sleep=pauses.append))
+    clock = SimpleNamespace(sleep=pauses.append, time=time.time)
+    monkeypatch.setattr(http_server, "time", clock)
     httpd = BatchHTTPServer(("127.0.0.1", 0), lambda *args: None)
     thread = threading.Thread(target=httpd.serve_forever)
     thread.start()
