@@ -83,7 +83,7 @@ def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
         text = b""
         while b"/v1\n" not in text:
             text += os.read(read, 1000)
-        port = int(text.rpartition(b":")[2].partition(b"/")[0])
+        port = int(re.search(rb":(\d+)/v1\n", text)[1])
         # More than a pipe holds.
         for _ in range(1200):
             assert call(port, "GET", "/health")[0] == 200
