@@ -118,7 +118,7 @@ def stage(name: str) -> Iterator[None]:
 
     def report() -> None:
         while not is_over.wait(PROGRESS_INTERVAL):
-            logger.info(f"{name}: {time.perf_counter() - start:.0f} s so far")
+            logger.info(f"{name}: {int(time.perf_counter() - start)} s so far")
 
     Thread(target=report, daemon=True).start()
     try:
