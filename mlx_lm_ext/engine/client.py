@@ -1,7 +1,9 @@
 """The engine as handlers see it: they tokenize a request, submit it, and cancel it."""
 
 import argparse
-from typing import Any, Dict, Optional
+from copy import copy
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence
 
 from jinja2 import TemplateSyntaxError
 from mlx_lm.server import CompletionRequest, GenerationArguments
@@ -13,7 +15,7 @@ from ..request.fields import check_choice, use_model_sampling
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
-from ..request.request import Request
+from ..request.request import Answers, Request
 from ..request.served_model import ServedModel
 from ..request.tokenizing import explain
 from .inbox import Inbox
@@ -94,10 +96,28 @@ class EngineClient:
         id: str = "",
         preparation: Optional[Preparation] = None,
     ) -> Request:
-        """Tokenize a request on the caller's thread, and submit it.
+        """Tokenize a request with one answer on the caller's thread, and submit it. See
+        ``generate_all``."""
+        (request,) = self.generate_all(
+            [completion], args, body, model, arrival, id, preparation
+        )
+        return request
+
+    def generate_all(
+        self,
+        completions: Sequence[CompletionRequest],
+        args: GenerationArguments,
+        body: Dict[str, Any],
+        model: ServedModel,
+        arrival: Optional[float] = None,
+        id: str = "",
+        preparation: Optional[Preparation] = None,
+    ) -> List[Request]:
+        """Tokenize the prompts of a request on the caller's thread, and submit ``n`` requests
+        for each.
 
         Args:
-            completion (CompletionRequest): The prompt or the messages.
+            completions (Sequence[CompletionRequest]): The prompts, or the messages.
             args (GenerationArguments): Sampling parameters and limits.
             body (Dict[str, Any]): What the client sent.
             model (ServedModel): What ``describe`` gave.
@@ -113,17 +133,17 @@ class EngineClient:
         self.check_available()
         if model.sampling:
             use_model_sampling(args, body, self.cli_args, model.sampling)
-        request = Request(
+        template = Request(
             id=id,
             args=args,
             body=body,
             arrival=self.policies.clock() if arrival is None else arrival,
             model=model,
-            completion=completion,
+            completion=completions[0],
             sampler=body.get("sampler", self.cli_args.sampler),
             clock=self.policies.clock,
             timeout=self.cli_args.request_timeout,
-            mailbox=Mailbox(self.inbox.turnstile),
+            answers=Answers(Mailbox(self.inbox.turnstile)),
             # What may end an answer at any token, and streams, want each token at once.
             reads_each=bool(
                 body.get("stream")
@@ -131,15 +151,22 @@ class EngineClient:
                 or body.get("parallel_tool_calls") is False
             ),
         )
-        check_choice("sampler", request.sampler, self.policies.samplers)
-        # Prompts with images are tokenized on the generation thread.
-        if not image_parts(completion.messages):
-            self.tokenize(request, preparation or Preparations().begin())
-        request.check_tokens()
-        if request.segments:
-            request.fit_to_context()
-        self.inbox.put(request)
-        return request
+        check_choice("sampler", template.sampler, self.policies.samplers)
+        requests: List[Request] = []
+        for completion in completions:
+            # The limit of its tokens depends on the prompt.
+            first = replace(template, completion=completion, args=copy(args))
+            # Prompts with images are tokenized on the generation thread.
+            if not image_parts(completion.messages):
+                self.tokenize(first, preparation or Preparations().begin())
+            first.check_tokens()
+            if first.segments:
+                first.fit_to_context()
+            for i in range(body.get("n", 1)):
+                requests.append(first.sibling(i, len(requests)))
+        for request in requests:
+            self.inbox.put(request)
+        return requests
 
     def tokenize(self, request: Request, preparation: Preparation) -> None:
         """Make the prompt of a request.

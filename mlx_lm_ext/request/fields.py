@@ -45,6 +45,9 @@ class Field:
     maximum: float = 1e9
 
 
+# Answers to one request.
+MAX_ANSWERS = 128
+
 # A name, with as many characters as a path may have.
 NAME = Field(str, 0, 4096)
 
@@ -73,7 +76,7 @@ FIELDS = {
     "logit_bias": Field(dict),
     "top_logprobs": Field(int, 0, 20),
     "seed": Field(int, -(2**63), 2**64 - 1),
-    "n": Field(int, 1),
+    "n": Field(int, 1, MAX_ANSWERS),
     "best_of": Field(int, 1),
     "response_format": Field(dict),
     "tools": Field(list),
@@ -252,8 +255,10 @@ def check_supported(body: Dict[str, Any]) -> None:
     """Refuse features of OpenAI's API that this server does not have."""
     form = body.get("response_format", {}).get("type", "text")
     supported = {
-        "n": (body.get("n", 1) == 1, "must be 1"),
-        "best_of": (body.get("best_of", 1) == 1, "must be 1"),
+        "best_of": (
+            body.get("best_of", body.get("n", 1)) == body.get("n", 1),
+            "must be equal to n",
+        ),
         "echo": (not body.get("echo"), "must be false"),
         "suffix": (not body.get("suffix"), "must be empty"),
         "response_format": (form == "text", "must be of the type text"),
@@ -314,22 +319,30 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
     return tools or None
 
 
-def parse_prompt(body: Dict[str, Any]) -> Any:
-    """Check the prompt of a text completion, and return it: a text or token ids."""
+def parse_prompts(body: Dict[str, Any]) -> List[Any]:
+    """Check the prompts of a text completion, and return them: texts or token ids."""
     check_required(body, "prompt")
-    prompt = body["prompt"]
-    if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) in (str, list):
-        prompt = prompt[0]
-    if isinstance(prompt, list):
-        if not all(type(token) is int for token in prompt):
-            raise RequestError(
-                400, "prompt must be one string or one array of token ids", "prompt"
-            )
-    else:
-        check_type("prompt", prompt, str)
-    if not prompt:
+    prompts: Any = body["prompt"]
+    if is_prompt(prompts):
+        prompts = [prompts]
+    if not isinstance(prompts, list) or not all(map(is_prompt, prompts)):
+        message = (
+            "prompt must be a string, an array of token ids, or an array of either"
+        )
+        raise RequestError(400, message, "prompt")
+    if not all(prompts):
         raise RequestError(400, "prompt must not be empty", "prompt")
-    return prompt
+    if len(prompts) * body.get("n", 1) > MAX_ANSWERS:
+        message = f"prompt and n may ask for {MAX_ANSWERS} answers at most"
+        raise RequestError(400, message, "prompt")
+    return list(prompts)
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether it is a text or an array of integers."""
+    if isinstance(value, list):
+        return all(type(token) is int for token in value)
+    return isinstance(value, str)
 
 
 def parse_stop(body: Dict[str, Any]) -> List[str]:

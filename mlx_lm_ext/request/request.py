@@ -8,9 +8,10 @@ Rules:
 """
 
 import time
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from mlx_lm.server import CompletionRequest
 
@@ -40,6 +41,42 @@ class Token(NamedTuple):
     finish_reason: Optional[str] = None
 
 
+class Answers:
+    """The answers to one HTTP request: one for each of its prompts and of ``n``. Brings their
+    tokens to the handler, which waits for them at one place.
+
+    Args:
+        mailbox (Mailbox): Takes the events of all of them, each as ``(request, event)``.
+    """
+
+    def __init__(self, mailbox: Mailbox):
+        self.mailbox = mailbox
+        # What has ended one of them, once the handler has taken it from the mailbox.
+        self.error: Optional[RequestError] = None
+
+    def receive(self, timeout: float) -> Dict["Request", List[Token]]:
+        """Take all tokens that wait for the handler. Blocks until there is one, or until the
+        timeout, after which it gives none.
+
+        Args:
+            timeout (float): Seconds.
+
+        Raises:
+            RequestError: What ended one of the requests on the generation thread, once all
+              tokens that came before it were taken.
+        """
+        tokens: Dict["Request", List[Token]] = {}
+        if self.error is None:
+            for request, event in self.mailbox.take(timeout):
+                if isinstance(event, RequestError):
+                    self.error = event
+                    break
+                tokens.setdefault(request, []).append(event)
+        if self.error is not None and not tokens:
+            raise self.error
+        return tokens
+
+
 @dataclass(eq=False, kw_only=True)
 class Request(RequestInfo):
     """A request on its way through the engine.
@@ -62,10 +99,9 @@ class Request(RequestInfo):
         cancelled (bool): Whether nobody waits for its answer any more.
         finished (bool): Whether its last event was made.
         forgotten (bool): Whether the scheduler policy was told that it has ended.
-        mailbox (Mailbox): Takes its events to the handler.
+        index (int): Its place among the answers to one HTTP request.
+        answers (Answers): Takes its events to the handler.
         reads_each (bool): Whether the handler wants each token as soon as it is made.
-        error (Optional[RequestError]): What has ended it, once the handler has taken it
-          from the mailbox.
     """
 
     model: ServedModel
@@ -84,9 +120,9 @@ class Request(RequestInfo):
     cancelled: bool = False
     finished: bool = False
     forgotten: bool = False
-    mailbox: Mailbox = field(default_factory=lambda: Mailbox(Turnstile()))
+    index: int = 0
+    answers: Answers = field(default_factory=lambda: Answers(Mailbox(Turnstile())))
     reads_each: bool = True
-    error: Optional[RequestError] = None
 
     @property
     def cache_key(self) -> Tuple[Any, ...]:
@@ -184,7 +220,7 @@ class Request(RequestInfo):
         """Give an event to the handler. An error is the last event, and nothing follows the
         last one."""
         if not self.finished:
-            self.mailbox.turnstile.put([self.note(event)])
+            self.answers.mailbox.turnstile.put([self.note(event)])
 
     def note(self, event: Union[Token, RequestError]) -> Tuple[Mailbox, Any, bool]:
         """Take an event into account.
@@ -203,24 +239,21 @@ class Request(RequestInfo):
             wakes = wakes or self.n_generated % TOKENS_PER_WAKE == 0
         else:
             self.finished = True
-        return self.mailbox, event, wakes or self.finished
+        return self.answers.mailbox, (self, event), wakes or self.finished
 
     def receive(self, timeout: float) -> List[Token]:
-        """Take all tokens that wait for the handler. Blocks until there is one, or until the
-        timeout, after which it gives none.
+        """Take all tokens that wait for the handler, if it is the only answer; see
+        ``Answers.receive``."""
+        return self.answers.receive(timeout).get(self, [])
+
+    def sibling(self, i: int, index: int) -> "Request":
+        """The ``i``-th answer to the same prompt. None of them has started.
 
         Args:
-            timeout (float): Seconds.
-
-        Raises:
-            RequestError: What ended the request on the generation thread, once all tokens
-              that came before it were taken.
+            i (int): Added to its seed, if it has one.
+            index (int): Its place among the answers to one HTTP request.
         """
-        if self.error is None:
-            events = self.mailbox.take(timeout)
-            if not events or not isinstance(events[-1], Exception):
-                return events
-            *events, self.error = events
-            if events:
-                return events
-        raise self.error
+        args = copy(self.args)
+        if args.seed is not None:
+            args.seed = (args.seed + i) % 2**64
+        return replace(self, args=args, index=index, generated=[])

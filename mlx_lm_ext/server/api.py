@@ -8,8 +8,9 @@ Rules:
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ..errors import RequestError
 from ..request.fields import (
@@ -18,7 +19,7 @@ from ..request.fields import (
     check_size,
     make_generation_arguments,
     parse_body,
-    parse_prompt,
+    parse_prompts,
     parse_tools,
 )
 from ..request.history import (
@@ -47,8 +48,10 @@ METHODS = {CHATS: "POST", TEXTS: "POST", MODELS: "GET, HEAD", HEALTH: "GET, HEAD
 class BatchAPIHandler(HTTPHandler):
     """Upstream's handler on the batch engine, with checked bodies."""
 
-    # Tokens of the answer that have been handed out: when it has ended, those of ``usage``.
-    n_tokens = 0
+    # Tokens of each answer that have been handed out: when it has ended, those of ``usage``.
+    n_tokens: List[int] = []
+    # How each answer has ended.
+    reasons: List[str] = []
 
     # Requests
 
@@ -87,11 +90,13 @@ class BatchAPIHandler(HTTPHandler):
                 self.check_images(model, images, preparation)
         if self.is_chat:
             completion = self.handle_chat_completions()
+            completions = [completion]
         else:
             completion = self.handle_text_completions()
+            completions = [replace(completion, prompt=p) for p in self.body["prompt"]]
         with preparation.turn():
-            request = engine.generate(
-                completion,
+            requests = engine.generate_all(
+                completions,
                 self.args,
                 self.body,
                 model,
@@ -100,17 +105,21 @@ class BatchAPIHandler(HTTPHandler):
                 preparation,
             )
         self.is_submitted = True
-        self.n_tokens, reason = 0, "error"
+        self.n_tokens = [0] * len(requests)
+        self.reasons = ["error"] * len(requests)
         try:
-            reason = (
-                self.send_stream(request) if self.stream else self.send_answer(request)
-            )
+            if self.stream:
+                self.send_stream(requests)
+            else:
+                self.send_answers(requests)
         except (ConnectionError, TimeoutError):
-            reason = "cancelled"
+            self.reasons = ["cancelled"] * len(requests)
             raise
         finally:
-            engine.cancel(request)
-            engine.request_finished(request, request.stats(reason, self.n_tokens))
+            for request in requests:
+                engine.cancel(request)
+            for request, reason, n in zip(requests, self.reasons, self.n_tokens):
+                engine.request_finished(request, request.stats(reason, n))
 
     def await_model(self, arrival: float) -> None:
         """Wait until the served model is loaded. A stream begins meanwhile, because some
@@ -148,7 +157,7 @@ class BatchAPIHandler(HTTPHandler):
             self.body["messages"] = parse_messages(self.body)
             self.body["tools"] = parse_tools(self.body)
         else:
-            self.body["prompt"] = parse_prompt(self.body)
+            self.body["prompt"] = parse_prompts(self.body)
 
     def set_cache_salt(self) -> None:
         """Take the cache salt from the header, which a proxy may set, instead of the body.
@@ -197,91 +206,105 @@ class BatchAPIHandler(HTTPHandler):
 
     # Answers
 
-    def receive(self, request: Request) -> Iterator[Optional[Delta]]:
-        """The deltas of an answer as they come, and None for each HEARTBEAT without one.
+    def receive(
+        self, requests: List[Request]
+    ) -> Iterator[Optional[Tuple[Request, Delta]]]:
+        """The deltas of all answers as they come, and None for each HEARTBEAT without one.
 
         Raises:
             ConnectionError: If the client is gone.
-            RequestError: What ended the request on the generation thread.
+            RequestError: What ended one of the requests on the generation thread.
         """
-        parser = None
-        while True:
-            tokens = request.receive(timeout=HEARTBEAT)
+        parsers: Dict[Request, AnswerParser] = {}
+        left = set(requests)
+        while left:
+            received = requests[0].answers.receive(timeout=HEARTBEAT)
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
-            if not tokens:
+            if not received:
                 self.response_generator.check_available()
                 yield None
-                continue
-            # Its first state is known only when the prompt has been tokenized.
-            parser = parser or AnswerParser(request, self.stream)
-            delta = parser.feed(tokens)
-            yield delta
-            self.n_tokens += len(delta.tokens)
-            if delta.finish_reason is not None:
-                return
+            for request, tokens in received.items():
+                if request not in left:
+                    continue  # it goes on after a stop word, until it is cancelled
+                # Its first state is known only when the prompt has been tokenized.
+                if request not in parsers:
+                    parsers[request] = AnswerParser(request, self.stream)
+                delta = parsers[request].feed(tokens)
+                yield request, delta
+                self.n_tokens[request.index] += len(delta.tokens)
+                if delta.finish_reason is not None:
+                    self.reasons[request.index] = delta.finish_reason
+                    left.remove(request)
+                    self.response_generator.cancel(request)
 
-    def send_answer(self, request: Request) -> str:
-        """Answer in one piece; gives the finish reason."""
-        answer = Delta()
-        for delta in self.receive(request):
-            if delta is not None:
+    def send_answers(self, requests: List[Request]) -> None:
+        """Send all answers in one piece."""
+        answers = [Delta() for _ in requests]
+        for received in self.receive(requests):
+            if received is not None:
+                request, delta = received
+                answer = answers[request.index]
                 answer.text += delta.text
                 answer.reasoning += delta.reasoning
                 answer.tool_calls += delta.tool_calls
                 answer.logprobs += delta.logprobs
                 answer.finish_reason = delta.finish_reason
-        self.send_json(200, self.make_response(request, answer, self.n_tokens))
-        return answer.finish_reason
+        response, *others = map(self.make_response, requests, answers)
+        for other in others:
+            response["choices"] += other["choices"]
+        response["usage"] = self.make_usage(requests)["usage"]
+        self.send_json(200, response)
 
-    def send_stream(self, request: Request) -> str:
-        """Answer in server-sent events; gives the finish reason."""
+    def send_stream(self, requests: List[Request]) -> None:
+        """Send all answers in server-sent events."""
         # Before the first token: some clients give up on a server that sends nothing.
         self.start_events()
-        is_first = True
-        for delta in self.receive(request):
-            if delta is None:
+        begun = set()
+        for received in self.receive(requests):
+            if received is None:
                 self.send_keepalive()
                 continue
+            request, delta = received
             for part in delta.chunks():
-                chunk = self.make_response(request, part, is_first=is_first)
+                chunk = self.make_response(request, part, request.index not in begun)
                 self.send_event(json.dumps(chunk))
-                is_first = False
+                begun.add(request.index)
         if self.body.get("stream_options", {}).get("include_usage"):
-            usage = self.completion_usage_response(
-                len(request.prompt), self.n_tokens, request.n_matched
-            )
+            usage = self.make_usage(requests)
             usage["object"] = self.object_type
             self.send_event(json.dumps(usage))
         self.send_event("[DONE]")
         self.end_events()
-        return delta.finish_reason
+
+    def make_usage(self, requests: List[Request]) -> Dict[str, Any]:
+        """The JSON of the last chunk of a stream, which has the usage. Each prompt is counted
+        once."""
+        n = self.body.get("n", 1)
+        n_prompt = sum(len(request.prompt) for request in requests[::n])
+        n_cached = sum(request.n_matched for request in requests[::n])
+        return self.completion_usage_response(n_prompt, sum(self.n_tokens), n_cached)
 
     def make_response(
-        self,
-        request: Request,
-        delta: Delta,
-        n_tokens: Optional[int] = None,
-        is_first: bool = True,
+        self, request: Request, delta: Delta, is_first: bool = True
     ) -> Dict[str, Any]:
-        """The JSON of a whole answer, or of a chunk of a stream.
+        """The JSON of a whole answer, or of a chunk of a stream, with one choice.
 
         Args:
             request (Request): The request.
             delta (Delta): What the response carries.
-            n_tokens (Optional[int]): Tokens of the answer, for ``usage``; not for chunks.
             is_first (bool): Whether it is the first chunk, which has the role.
         """
         response = self.generate_response(
             delta.text,
             delta.finish_reason,
-            len(request.prompt),
-            n_tokens,
-            request.n_matched,
+            0,
+            0,
             tool_calls=delta.tool_calls,
             reasoning_text=delta.reasoning,
         )
         (choice,) = response["choices"]
+        choice["index"] = request.index
         message = choice.get("message") or choice.get("delta")
         if message and not is_first:
             # Clients concatenate the fields of the chunks.
