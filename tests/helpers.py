@@ -149,7 +149,9 @@ def submit(engine, prompt="", messages=(), stream=True, **body):
     args = make_generation_arguments(body, engine.cli_args)
     kind = "chat" if messages else "text"
     request = CompletionRequest(kind, prompt, list(messages), None, None)
-    return engine.client.generate(request, args, body, engine.client.describe(args))
+    model = engine.client.describe(args)
+    (job,) = engine.client.generate([request], args, body, model)
+    return job
 
 
 def read(job):

@@ -1196,21 +1196,20 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
     events = []
 
     class RecordingEngine(WatchedEngine):
-        def generate(self, *args):
-            job = super().generate(*args)
-            cancel = job.cancel
+        def __init__(self, *args):
+            super().__init__(*args)
+            cancel = self.inbox.cancel
 
-            def recorded_cancel():
-                events.append(self.batch.n_steps)
-                cancel()
+            def recorded_cancel(request):
+                events.append(("cancelled", self.batch.n_steps))
+                cancel(request)
 
-            job.cancel = recorded_cancel
-            return job
+            self.inbox.cancel = recorded_cancel
 
         def drop_unwanted(self):
             super().drop_unwanted()
             if self.left.is_set():
-                events.append(self.batch.n_steps)
+                events.append(("left", self.batch.n_steps))
 
     engine, port = start_server(make_engine=RecordingEngine)
     body = chat(max_tokens=4000, stream=True)
@@ -1219,7 +1218,8 @@ def test_row_is_free_one_step_after_its_client_was_seen_to_be_gone(start_server)
         s.recv(1000)
     assert engine.left.wait(60)
     complete(port, "after", max_tokens=1)
-    cancelled, left, *_ = events
+    (first, cancelled), (second, left), *_ = events
+    assert (first, second) == ("cancelled", "left")
     assert left - cancelled <= 1
 
 

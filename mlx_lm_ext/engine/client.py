@@ -88,23 +88,6 @@ class EngineClient:
 
     def generate(
         self,
-        completion: CompletionRequest,
-        args: GenerationArguments,
-        body: Dict[str, Any],
-        model: ServedModel,
-        arrival: Optional[float] = None,
-        id: str = "",
-        preparation: Optional[Preparation] = None,
-    ) -> Request:
-        """Tokenize a request with one answer on the caller's thread, and submit it. See
-        ``generate_all``."""
-        (request,) = self.generate_all(
-            [completion], args, body, model, arrival, id, preparation
-        )
-        return request
-
-    def generate_all(
-        self,
         completions: Sequence[CompletionRequest],
         args: GenerationArguments,
         body: Dict[str, Any],

@@ -45,7 +45,7 @@ class Field:
     maximum: float = 1e9
 
 
-# Answers to one request.
+# Answers that one request may ask for.
 MAX_ANSWERS = 128
 
 # A name, with as many characters as a path may have.

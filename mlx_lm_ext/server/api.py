@@ -89,13 +89,12 @@ class BatchAPIHandler(HTTPHandler):
             with preparation.turn(self.server.preparations.fetches):
                 self.check_images(model, images, preparation)
         if self.is_chat:
-            completion = self.handle_chat_completions()
-            completions = [completion]
+            completions = [self.handle_chat_completions()]
         else:
             completion = self.handle_text_completions()
             completions = [replace(completion, prompt=p) for p in self.body["prompt"]]
         with preparation.turn():
-            requests = engine.generate_all(
+            requests = engine.generate(
                 completions,
                 self.args,
                 self.body,
@@ -298,6 +297,7 @@ class BatchAPIHandler(HTTPHandler):
         response = self.generate_response(
             delta.text,
             delta.finish_reason,
+            # The usage is that of all answers together: see ``make_usage``.
             0,
             0,
             tool_calls=delta.tool_calls,
