@@ -26,6 +26,7 @@ from pluggy import HookspecMarker
 
 from .interfaces import (
     BatchSampler,
+    Constraint,
     EvictionPolicy,
     RequestInfo,
     RequestStats,
@@ -151,6 +152,36 @@ def mlx_lm_make_logits_processors(
                 spellings = [tokenizer.encode(t, add_special_tokens=False) for t in (word, " " + word)]
                 tokens = mx.array([ids[0] for ids in spellings if len(ids) == 1])
                 return [lambda _, logits: logits.at[:, tokens].add(-mx.inf)]
+    """
+
+
+@hookspec
+def mlx_lm_make_constraint(
+    request: RequestInfo, tokenizer: Any, args: argparse.Namespace
+) -> Optional[Constraint]:
+    """Gives what restricts the tokens of one answer.
+
+    Called once for each request, when its prompt has been tokenized, on the thread of its
+    connection: several at a time. It may take a while, such as to compile a grammar, and only
+    its request waits. Requests with images are tokenized later.
+
+    It returns an object of a class that derives from ``interfaces.Constraint``, or None for a
+    request that it leaves alone. The object is not used itself: each answer (``n``) gets a
+    copy. If two plugins give one, or the hook raises, the request fails. A hook may raise
+    ``mlx_lm_ext.errors.RequestError`` to refuse a request, with what the client is told::
+
+        class Only(Constraint):
+            def __init__(self, tokens): self.tokens = tokens
+            def advance(self, token): pass
+            def fill(self, mask):
+                mask[:] = 0
+                for token in self.tokens: mask[token // 32] |= 1 << token % 32
+
+        @hookimpl
+        def mlx_lm_make_constraint(request, tokenizer):
+            if "only" in request.body:
+                tokens = tokenizer.encode(request.body["only"], add_special_tokens=False)
+                return Only({*tokens, *tokenizer.eos_token_ids})
     """
 
 

@@ -6,14 +6,16 @@ when the server calls it, and what it may return.
 Rules:
 1. A policy proposes and the server decides: a method returns an order, a number or
    tokens. It changes nothing that it is given, but for ``Entry.data``.
-2. All methods run on the generation thread, where every request waits for them: they must
-   return in microseconds.
+2. Methods of policies and samplers run on the generation thread, where every request waits
+   for them: they must return in microseconds.
 3. A policy that raises, or returns what it may not, is named in the log once. The built-in
-   one replaces it until the server ends, and the requests go on.
+   one replaces it until the server ends, and the requests go on. Nothing can replace a
+   constraint: its request fails.
 """
 
 import argparse
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -29,6 +31,7 @@ from typing import (
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy as np
     from mlx_lm.server import GenerationArguments
 
 # Gives seconds that never go back.
@@ -175,6 +178,17 @@ class RequestInfo:
     n_known: int = 0
     n_matched: int = 0
     n_generated: int = 0
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many token ids the model has: the width of its logits."""
+        raise NotImplementedError
+
+    @property
+    def begins_in_reasoning(self) -> bool:
+        """Whether the prompt ends within the model's reasoning, so that the answer begins
+        with more of it. Not known before the prompt is tokenized."""
+        return False
 
     @property
     def max_tokens(self) -> int:
@@ -351,3 +365,49 @@ class BatchSampler(ABC):
             Token ids of shape (rows,). Do not evaluate them: the server does, once for the
             whole step.
         """
+
+
+class Constraint(ABC):
+    """Says which tokens one answer may have next: those of a grammar, for instance.
+
+    The server calls its methods on a thread of their own while the model runs, one
+    constraint after the other. A step of the batch waits until all masks are filled.
+
+    What a row is not allowed gets a log probability of minus infinity, after the penalties
+    and the logits processors, and before its token is chosen.
+    """
+
+    @abstractmethod
+    def advance(self, token: int) -> None:
+        """The answer has got this token. Its last one may be a token that ends it.
+
+        A request that goes on after a failed step, or after a wait for memory, gets a new
+        copy of its constraint, and all its tokens again.
+        """
+
+    @abstractmethod
+    def fill(self, mask: "np.ndarray") -> None:
+        """Say which tokens are allowed next.
+
+        Args:
+            mask (np.ndarray): Of type uint32 and shape (ceil(vocabulary / 32),). Bit ``i % 32`` of
+              word ``i // 32`` stands for token ``i``, and all are set. Clear those that are
+              not allowed, in place. An answer that may end here may have the tokens that
+              end it, ``tokenizer.eos_token_ids``. At least one must be left.
+        """
+
+    def copy(self) -> "Constraint":
+        """One in the same state, which goes on by itself."""
+        return deepcopy(self)
+
+    @classmethod
+    def fill_all(cls, constraints: Sequence["Constraint"], masks: "np.ndarray") -> None:
+        """Fill the masks of several rows. A class that can do it faster at once than one by
+        one has this method of its own.
+
+        Args:
+            constraints (Sequence[Constraint]): Of this class, one for each row.
+            masks (np.ndarray): Of shape (rows, ceil(vocabulary / 32)).
+        """
+        for constraint, mask in zip(constraints, masks):
+            constraint.fill(mask)

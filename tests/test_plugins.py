@@ -20,6 +20,7 @@ from mlx_lm_ext.arguments import make_parser, parse_arguments
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import (
     BatchSampler,
+    Constraint,
     Entry,
     EvictionPolicy,
     RequestInfo,
@@ -81,7 +82,7 @@ def test_table_of_hooks_in_the_readme_is_made_from_the_specifications():
 
 
 def test_every_method_and_field_of_the_interfaces_is_described():
-    for interface in (EvictionPolicy, SchedulerPolicy, BatchSampler):
+    for interface in (EvictionPolicy, SchedulerPolicy, BatchSampler, Constraint):
         for name, member in vars(interface).items():
             if inspect.isfunction(member) and name != "__init__":
                 assert member.__doc__, f"{interface.__name__}.{name}"
@@ -372,6 +373,33 @@ def test_hook_make_logits_processors(start_engine):
     jobs = [submit(engine, "hello", max_tokens=5, only=n) for n in (70, 80)]
     assert [read(job) for job in jobs] == [[70] * 5, [80] * 5]
     assert set(read(plain)) - {70, 80}
+
+
+class Only(Constraint):
+    """Allows one token, as often as it is told, and then the end."""
+
+    def __init__(self, token, n):
+        self.token, self.n_left = token, n
+
+    def advance(self, token):
+        assert token == self.token
+        self.n_left -= 1
+
+    def fill(self, mask):
+        mask[:] = 0
+        mask[self.token // 32] |= 1 << self.token % 32
+
+
+def test_hook_make_constraint(start_engine):
+    def make(request, tokenizer):
+        if "only" in request.body:
+            return Only(request.body["only"], 5)
+
+    engine = start_engine(plugin=plugin(mlx_lm_make_constraint=make))
+    plain = submit(engine, "hello", max_tokens=5)
+    jobs = [submit(engine, "hello", max_tokens=5, only=n) for n in (70, 95)]
+    assert [read(job) for job in jobs] == [[70] * 5, [95] * 5]
+    assert set(read(plain)) - {70, 95}
 
 
 def test_hook_request_finished(start_server):

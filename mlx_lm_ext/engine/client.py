@@ -145,6 +145,7 @@ class EngineClient:
             first.check_tokens()
             if first.segments:
                 first.fit_to_context()
+            first.constraint = self.policies.make_constraint(first, model.tokenizer)
             for i in range(body.get("n", 1)):
                 requests.append(first.sibling(i, len(requests)))
         for request in requests:

@@ -26,6 +26,7 @@ from typing import (
 from ..errors import RequestError
 from ..interfaces import (
     Clock,
+    Constraint,
     Entry,
     EvictionPolicy,
     RequestInfo,
@@ -33,6 +34,7 @@ from ..interfaces import (
     SchedulerPolicy,
     SchedulerView,
 )
+from .guarded_constraint import GuardedConstraint
 from .guarded_sampler import GuardedSampler
 from .loading import (
     EVICTION,
@@ -307,6 +309,37 @@ class Policies:
             except BaseException as e:
                 raise RuntimeError(f"{label}: {hook} failed") from e
         return processors
+
+    def make_constraint(
+        self, request: RequestInfo, tokenizer: Any
+    ) -> Optional[GuardedConstraint]:
+        """The constraint of a request, guarded. None if no plugin gives one.
+
+        Raises:
+            RequestError: If a plugin refuses the request.
+            RuntimeError: If a plugin fails, or two give a constraint.
+        """
+        found: Optional[GuardedConstraint] = None
+        hook = "mlx_lm_make_constraint"
+        for label, call in self.plugins.each(
+            hook, request=request, tokenizer=tokenizer, args=self.args
+        ):
+            try:
+                constraint = call()
+                if constraint is None:
+                    continue
+                if not isinstance(constraint, Constraint):
+                    raise TypeError(f"{constraint!r} is not an interfaces.Constraint")
+            except RequestError:
+                raise
+            except BaseException as e:
+                raise RuntimeError(f"{label}: {hook} failed") from e
+            if found is not None:
+                raise RuntimeError(
+                    f"{found.label} and {label} both give a constraint for a request"
+                )
+            found = GuardedConstraint(label, constraint, request.vocabulary_size)
+        return found
 
     def request_finished(self, request: RequestInfo, stats: RequestStats) -> None:
         """Tell all plugins that observe requests."""

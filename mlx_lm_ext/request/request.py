@@ -90,6 +90,8 @@ class Request(RequestInfo):
         segment_types (List[str]): The cache type of each segment.
         initial_state (str): The state in which upstream's text state machine starts.
         sampler (str): The name of its sampler.
+        constraint (Any): What restricts its tokens, if anything does: a
+          ``batch.constraints.RowConstraint`` in its first state.
         clock (Clock): The clock of ``arrival``, ``started`` and ``first_token``.
         timeout (Optional[float]): Seconds after its arrival at which it is ended.
         started (Optional[float]): When it first started to run.
@@ -111,6 +113,7 @@ class Request(RequestInfo):
     segment_types: List[str] = field(default_factory=list)
     initial_state: str = "normal"
     sampler: str = "default"
+    constraint: Any = None
     clock: Clock = time.monotonic
     timeout: Optional[float] = None
     started: Optional[float] = None
@@ -123,6 +126,14 @@ class Request(RequestInfo):
     index: int = 0
     answers: Answers = field(default_factory=lambda: Answers(Mailbox(Turnstile())))
     reads_each: bool = True
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.model.vocabulary_size
+
+    @property
+    def begins_in_reasoning(self) -> bool:
+        return self.initial_state == "reasoning"
 
     @property
     def cache_key(self) -> Tuple[Any, ...]:
