@@ -8,8 +8,7 @@ from helpers import plugin, read, submit
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import batch as batching
-from mlx_lm_ext.batch import generator as _upstream
-from mlx_lm_ext.batch import prefill
+from mlx_lm_ext.batch import batch_sampling, generator, prefill
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.engine import loop, warm_up
 from mlx_lm_ext.engine.warm_up import GREEDY, Piece, WarmUp
@@ -41,7 +40,7 @@ def sizes(monkeypatch):
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """The warm-up runs what it runs on a GPU."""
-    for module in (warm_up, sampling, _upstream):
+    for module in (warm_up, sampling, generator):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
 
 
@@ -102,7 +101,7 @@ def test_on_a_gpu_each_filter_and_penalty_runs(start_engine, monkeypatch, as_on_
             ran.update(["bias"] * bool(self.bias), ["penalty"] * bool(self.penalized))
             return super().__call__(*args)
 
-    monkeypatch.setattr(_upstream, "Penalties", WatchedPenalties)
+    monkeypatch.setattr(batch_sampling, "Penalties", WatchedPenalties)
     start_engine("llama", *FULL, "--batch-size", "2")
     assert ran == {*names, "make_logits_processors", "bias", "penalty"}
 

@@ -24,7 +24,8 @@ from ..request.mailbox import Turnstile
 from ..request.request import Request, Token
 from ..sampling.groups import RowSampler
 from ..sampling.penalties import PenaltyParameters
-from .generator import LeanBatchGenerator, RowSampling, make_logits_processors
+from .batch_sampling import RowSampling
+from .generator import LeanBatchGenerator, make_logits_processors
 from .kv_memory import KVMemory
 from .prefill import chunk_width, max_prefill_tokens
 from .resumed import ResumedStopSequences
@@ -99,6 +100,8 @@ class Batch:
         # Since ``take_ended``.
         self.ended: List[Request] = []
         self.n_tokens = 0
+        # Since ``take_failed``.
+        self.failed: List[Tuple[Request, BaseException]] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,6 +173,7 @@ class Batch:
         if not penalties.is_short:
             penalties, processors = None, make_logits_processors(request.args)
         processors += self.policies.make_logits_processors(request, self.tokenizer)
+        constraint = request.constraint and request.constraint.copy()
         if self.is_caching:
             self.store_running(request)
         row, segments, caches = self.storage.fetch(request)
@@ -178,7 +182,9 @@ class Batch:
             max_tokens=[request.args.max_tokens - len(request.generated)],
             caches=[caches],
             all_tokens=[request.tokens[: row.n_run]],
-            samplers=[RowSampling(sampler, penalties, n_top)],
+            samplers=[
+                RowSampling(sampler, penalties, n_top, constraint, request.generated[:])
+            ],
             logits_processors=[processors],
             stop_sequences=[
                 ResumedStopSequences(request.model.end_of_text, request.generated)
@@ -304,13 +310,29 @@ class Batch:
         self.ended, self.n_tokens = [], 0
         return ended, n_tokens
 
+    def take_failed(self) -> List[Tuple[Request, BaseException]]:
+        """The requests that were taken out because their constraints have failed, and why,
+        since this was last called."""
+        failed, self.failed = self.failed, []
+        return failed
+
     def decode(self) -> None:
         """Run one token of each row whose prompt is run."""
         joined, responses = self.generator.decode()
         for r in joined:
             self.rows[r.uid].is_prefilling = False
         self.reserve()
-        self.deliver(responses)
+        failed = self.generator.generation_batch.take_failed()
+        self.deliver([r for r in responses if r.uid not in failed])
+        self.drop(failed)
+
+    def drop(self, failed: Dict[int, BaseException]) -> None:
+        """Take out the rows whose constraints have failed."""
+        for uid, error in failed.items():
+            self.failed.append((self.rows.pop(uid).request, error))
+        # Some may have ended in this step.
+        running = self.generator.generation_batch.uids
+        self.generator.remove([uid for uid in failed if uid in running])
 
     def deliver(self, responses: List[GenerationBatch.Response]) -> None:
         """Hand out tokens, and store what the rows that have ended have run."""

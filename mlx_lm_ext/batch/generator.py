@@ -11,9 +11,8 @@ Rules:
 """
 
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.generate import (
@@ -27,30 +26,10 @@ from mlx_lm.server import _make_logits_processors
 from ..cache.kinds import flatten, prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed, on_cpu
-from ..sampling.groups import RowSampler, SamplerGroups
-from ..sampling.penalties import Penalties, PenaltyParameters
-from .logprobs import Logprobs
+from .batch_sampling import BatchSampling, RowSampling
 from .prefill import padded_end
 
 make_logits_processors = _make_logits_processors
-
-
-@dataclass
-class RowSampling:
-    """How the tokens of one row are chosen. ``BatchGenerator`` carries it as the row's
-    sampler, and does not call it.
-
-    Args:
-        sampler (RowSampler): Chooses the tokens.
-        penalties (Optional[PenaltyParameters]): Bias and penalties. None if the row has
-          none, or has logits processors for them.
-        n_top (Optional[int]): How many of the most likely tokens are given with each
-          token and its log probability. None if no log probabilities are wanted.
-    """
-
-    sampler: RowSampler
-    penalties: Optional[PenaltyParameters] = None
-    n_top: Optional[int] = None
 
 
 class UnprocessedPrompt(NamedTuple):
@@ -212,8 +191,10 @@ class LeanGenerationBatch(GenerationBatch):
     - ``logprobs`` of its responses is a function that gives what ``Logprobs.row`` does, or
       None for a row that did not ask.
     - New rows have no step of their own: their first step is one of the whole batch.
-    - A GPU gets the next step before the tokens of this one are read, so that it never
-      waits. On a CPU that would only delay the tokens: each step gives those that it makes.
+    - On a CPU, a step runs the model and then samples the tokens that it gives. A GPU must
+      not wait for the tokens to be read: its step samples from the logits of the step before
+      and runs the model on these tokens. It is handed over as a whole. The tokens are read
+      when they are sampled, and masks for the next ones are filled while the model runs.
 
     Args:
         samplers (List[RowSampling]): How the tokens of each row are chosen.
@@ -233,10 +214,16 @@ class LeanGenerationBatch(GenerationBatch):
         *args: Any,
         **kwargs: Any,
     ):
-        self.sampler_groups = SamplerGroups([row.sampler for row in samplers])
-        self.penalties = Penalties([row.penalties for row in samplers])
-        self.n_top = [row.n_top for row in samplers]
+        # Of the rows that have taken part in a step, and of the others, which follow them.
+        self.sampling = BatchSampling([])
+        self.joining = BatchSampling(samplers)
         self.is_eager = on_cpu()
+        # What the next tokens are sampled from, if the step of a GPU has left it, and these
+        # tokens with their log probabilities, if they were needed before the next step.
+        self.logits: Optional[mx.array] = None
+        self.sampled: Optional[Tuple[mx.array, List[Optional[Callable]]]] = None
+        # Rows whose constraint has failed, and why.
+        self.failed: Dict[int, BaseException] = {}
         # Upstream's constructor runs a step, which is skipped.
         self.is_new = True
         # Upstream wants one for each row, and calls none of them.
@@ -251,50 +238,129 @@ class LeanGenerationBatch(GenerationBatch):
             self._num_tokens = [-1] * len(uids)
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
-        self.sampler_groups.extend(batch.sampler_groups)
-        self.penalties.extend(batch.penalties)
-        self.n_top += batch.n_top
+        self.joining.extend(batch.joining)
         super().extend(batch)
         mx.async_eval([c.state for c in self.prompt_cache])
 
     def filter(self, keep: List[int]) -> None:
-        # The last rows take the places of those that leave, so that few rows move.
-        stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
-        keep = [i if i in stay else next(movers) for i in range(len(keep))]
+        n = len(self.sampling)
+        if not self.joining:
+            # The last rows take the places of those that leave, so that few rows move.
+            stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
+            keep = [i if i in stay else next(movers) for i in range(len(keep))]
         evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
-        self.sampler_groups.filter(keep)
-        self.penalties.filter(keep)
-        self.n_top = [self.n_top[i] for i in keep]
+        old = [i for i in keep if i < n]
+        self.sampling.filter(old)
+        self.joining.filter([i - n for i in keep if i >= n])
+        if not old:
+            self.logits = self.sampled = None
+        elif self.logits is not None and len(old) < n:
+            self.logits = self.logits[mx.array(old)]
+            if self.sampled is not None:
+                tokens, logprobs = self.sampled
+                self.sampled = tokens[mx.array(old)], [logprobs[i] for i in old]
 
     def _step(self) -> Tuple[List[Optional[int]], List[Optional[Callable]]]:
         if self.is_new:
             return [], []
-        inputs, logprobs = self._next_tokens, self._next_logprobs
-        self._current_tokens, self._current_logprobs = inputs, logprobs
-        prepare_step(self.prompt_cache)
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        logits = self.penalties(self.tokens, inputs, logits)
-        logits, to_evaluate = self.apply_logits_processors(inputs, logits)
-        tokens = self._next_tokens = self.sampler_groups(logits)
-        self._next_logprobs = [None] * len(self.uids)
-        rows = [i for i, n in enumerate(self.n_top) if n is not None]
-        if rows:
-            n_top = [self.n_top[i] for i in rows]
-            asked = mx.array(rows)
-            found = Logprobs(logits[asked], tokens[asked], max(n_top))
-            for i, row in enumerate(rows):
-                self._next_logprobs[row] = partial(found.row, i, n_top[i])
-            to_evaluate += found.arrays
-        mx.async_eval(tokens, to_evaluate)
-        input_ids = inputs.tolist()
-        for row, token in zip(self.tokens, input_ids):
-            row.append(token)
         if self.is_eager:
-            return tokens.tolist(), self._next_logprobs
-        # In the first step of a row, the input is the last token of its prompt.
-        given = [None if n < 0 else t for t, n in zip(input_ids, self._num_tokens)]
+            return self.run_and_sample()
+        return self.sample_and_run()
+
+    def run_and_sample(self) -> Tuple[List[int], List[Optional[Callable]]]:
+        """Run the model on the last tokens, and sample the next ones."""
+        inputs = self._next_tokens
+        self.join()
+        for row, token in zip(self.tokens, inputs.tolist()):
+            row.append(token)
+        tokens, logprobs, to_evaluate = self.sample(self.run(inputs))
+        mx.async_eval(tokens, to_evaluate)
+        self._next_tokens = tokens
+        given = tokens.tolist()
+        self.sampling.constraints.advance([[t] for t in given])
         return given, logprobs
+
+    def sample_and_run(self) -> Tuple[List[Optional[int]], List[Optional[Callable]]]:
+        """Sample the next tokens of the rows that have logits, and run the model on them and
+        on the last tokens of the prompts of the new rows."""
+        n, inputs = len(self.sampling), self._next_tokens
+        logprobs: List[Optional[Callable]] = [None] * len(self.uids)
+        if n:
+            tokens, logprobs[:n] = self.sampled or self.sample_ahead()
+            inputs = mx.concatenate([tokens, inputs[n:]]) if self.joining else tokens
+        self.sampled = None
+        self.join()
+        self._next_tokens = inputs
+        self.logits = self.run(inputs)
+        mx.async_eval(inputs, self.logits)
+        given: List[Optional[int]] = inputs.tolist()
+        for row, token in zip(self.tokens, given):
+            row.append(token)
+        # The last token of a prompt is none of the answer.
+        news = [[t] if i < n else [] for i, t in enumerate(given)]
+        self.sampling.constraints.advance(news)
+        return [*given[:n], *[None] * (len(given) - n)], logprobs
+
+    def sample_ahead(self) -> Tuple[mx.array, List[Optional[Callable]]]:
+        """Sample the next tokens of the rows that have logits, without running the model."""
+        tokens, logprobs, to_evaluate = self.sample(self.logits)
+        mx.async_eval(tokens, to_evaluate)
+        return tokens, logprobs
+
+    def pending(self, uid: int) -> Optional[GenerationBatch.Response]:
+        """The response that a row would have to the next step, if its logits are there
+        already. For a row that leaves before that step; else None.
+        """
+        i = self.uids.index(uid)
+        if self.is_eager or i >= len(self.sampling):
+            return None
+        if self.sampled is None:
+            self.sampled = self.sample_ahead()
+        tokens, logprobs = self.sampled
+        token = tokens[i].item()
+        reason = None
+        if self._num_tokens[i] + 1 >= self.max_tokens[i]:
+            reason = "length"
+        if self._matchers[i].advance(token):
+            reason = "stop"
+        return self.Response(
+            uid=uid,
+            token=token,
+            logprobs=logprobs[i],
+            finish_reason=reason,
+            prompt_cache=self.extract_cache(i) if reason else None,
+            all_tokens=self.tokens[i] if reason else None,
+        )
+
+    def join(self) -> None:
+        """Let the new rows take part in the sampling."""
+        if self.joining:
+            self.sampling.extend(self.joining)
+            self.joining = BatchSampling([])
+
+    def run(self, inputs: mx.array) -> mx.array:
+        """The logits of shape (rows, vocabulary) that the model gives for one token of each
+        row."""
+        prepare_step(self.prompt_cache)
+        return self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+
+    def sample(
+        self, logits: mx.array
+    ) -> Tuple[mx.array, List[Optional[Callable]], List[mx.array]]:
+        """Choose the next tokens of the rows of ``sampling``, see ``BatchSampling``."""
+        process = partial(self.apply_logits_processors, self._next_tokens)
+        sampled = self.sampling(logits, self.tokens, process)
+        for uid, error in zip(self.uids, self.sampling.constraints.errors):
+            if error is not None:
+                self.failed[uid] = error
+        return sampled
+
+    def take_failed(self) -> Dict[int, BaseException]:
+        """The rows whose constraints have failed since this was last called, and why. They
+        have got tokens that they may not have."""
+        failed, self.failed = self.failed, {}
+        return failed
 
     def next(self) -> List[GenerationBatch.Response]:
         responses = super().next()
@@ -305,28 +371,6 @@ class LeanGenerationBatch(GenerationBatch):
             self._matchers = [s.matcher() if n == 0 else m for n, m, s in rows]
         return given
 
-    def pending(self, uid: int) -> Optional[GenerationBatch.Response]:
-        """The response that a row would have to the next step: its token is known already if
-        the device is a step ahead. For a row that leaves before that step; else None.
-        """
-        i = self.uids.index(uid)
-        if self.is_eager or self._num_tokens[i] < 0:
-            return None
-        token = self._next_tokens[i].item()
-        reason = None
-        if self._num_tokens[i] + 1 >= self.max_tokens[i]:
-            reason = "length"
-        if self._matchers[i].advance(token):
-            reason = "stop"
-        return self.Response(
-            uid=uid,
-            token=token,
-            logprobs=self._next_logprobs[i],
-            finish_reason=reason,
-            prompt_cache=self.extract_cache(i) if reason else None,
-            all_tokens=self.tokens[i] if reason else None,
-        )
-
     def apply_logits_processors(
         self, inputs: mx.array, logits: mx.array
     ) -> Tuple[mx.array, List[mx.array]]:
@@ -336,13 +380,14 @@ class LeanGenerationBatch(GenerationBatch):
             Tuple[mx.array, List[mx.array]]: The logits, and arrays that are to be evaluated
             in this step.
         """
-        rows = [i for i, p in enumerate(self.logits_processors) if p]
+        processors = self.logits_processors[: len(logits)]
+        rows = [i for i, p in enumerate(processors) if p]
         processed, contexts = [], []
         for i in rows:
             context = self._token_context[i].update_and_fetch(inputs[i : i + 1])
             contexts.append(context)
             row_logits = logits[i : i + 1]
-            for processor in self.logits_processors[i]:
+            for processor in processors[i]:
                 row_logits = processor(context, row_logits)
             processed.append(row_logits)
         if rows:

@@ -170,7 +170,7 @@ def calls(dtype: str, n: int) -> List[Callable[[], Any]]:
     def penalize(*penalties: Tuple[float, int]) -> mx.array:
         bias = np.array([0], np.int32), np.ones(1, np.float32)
         row = PenaltyParameters(bias, [*penalties])
-        return Penalties([row] * n)([[0, 1, 2] for _ in range(n)], tokens, logits)
+        return Penalties([row] * n)([[0, 1, 2] for _ in range(n)], logits)
 
     def process() -> List[mx.array]:
         from mlx_lm.sample_utils import make_logits_processors

@@ -425,6 +425,8 @@ class Engine:
             self.n_generated += n_tokens
             for request in ended:
                 self.forget(request)
+            for request, error in self.batch.take_failed():
+                self.fail(request, error)
         self.max_rows = min(self.max_rows + len(ended), self.cli_args.batch_size)
 
     def recover(self, error: BaseException) -> None:

@@ -7,6 +7,7 @@ from typing import Dict, List, Optional, Sequence, Type
 
 import numpy as np
 
+from ..errors import RequestError
 from ..interfaces import Constraint
 
 ALL = 0xFFFFFFFF
@@ -27,13 +28,16 @@ class GuardedConstraint:
         self.vocabulary_size = vocabulary_size
         # Why its request has to end.
         self.error: Optional[BaseException] = None
-        # Which tokens are allowed next, of shape (ceil(vocabulary / 32),).
-        self.mask = np.full(-(-vocabulary_size // 32), ALL, np.uint32)
+        # All tokens, and those that are allowed next, of shape (ceil(vocabulary / 32),).
+        self.all = np.full(-(-vocabulary_size // 32), ALL, np.uint32)
+        self.all[-1] >>= -vocabulary_size % 32
+        self.mask = self.all
 
     def copy(self) -> "GuardedConstraint":
         """One in the same state, for a row.
 
         Raises:
+            RequestError: If the plugin refuses the request.
             RuntimeError: If the plugin fails.
         """
         try:
@@ -50,8 +54,10 @@ class GuardedConstraint:
             except BaseException as e:
                 self.error = self.blame(e)
 
-    def blame(self, error: BaseException) -> RuntimeError:
-        """What is raised because the plugin has raised ``error``."""
+    def blame(self, error: BaseException) -> BaseException:
+        """What the request ends with because the plugin has raised ``error``."""
+        if isinstance(error, RequestError):
+            return error
         blamed = RuntimeError(f"{self.label}: a constraint failed")
         blamed.__cause__ = error
         return blamed
@@ -81,10 +87,9 @@ def fill(group: Type[Constraint], constraints: Sequence[GuardedConstraint]) -> N
     Raises:
         Exception: What a constraint raises, or that one allows nothing.
     """
-    shape = len(constraints), len(constraints[0].mask)
-    masks = np.full(shape, ALL, np.uint32)
+    masks = np.stack([c.all for c in constraints])
     group.fill_all([c.constraint for c in constraints], masks)
-    if not masks.any(axis=1).all():
+    if not (masks & constraints[0].all).any(axis=1).all():
         raise ValueError("it allows no token")
     for c, mask in zip(constraints, masks):
         c.mask = mask

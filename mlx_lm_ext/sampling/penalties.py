@@ -85,13 +85,11 @@ class Penalties:
         self.penalized = [i for i, row in rows if row.contexts]
         if self.penalized:
             chosen = [self.rows[i] for i in self.penalized]
-            # The input token is the last one of each context.
-            self.n_before = max(max(row.contexts) for row in chosen) - 1
+            self.n_last = max(max(row.contexts) for row in chosen)
             table = np.array([row.penalties for row in chosen], np.float32)
             # Of shape (penalties, rows, 1).
-            self.strengths, self.contexts = (
-                mx.array(table[:, :, i].T[:, :, None]) for i in (0, 1)
-            )
+            strengths, self.contexts = (table[:, :, i].T[:, :, None] for i in (0, 1))
+            self.strengths = mx.array(strengths)
 
     def extend(self, other: "Penalties") -> None:
         """Add the rows of another batch after these."""
@@ -103,14 +101,11 @@ class Penalties:
         self.rows = [self.rows[i] for i in keep]
         self.make_arrays()
 
-    def __call__(
-        self, tokens: List[List[int]], inputs: mx.array, logits: mx.array
-    ) -> mx.array:
+    def __call__(self, tokens: List[List[int]], logits: mx.array) -> mx.array:
         """Apply bias and penalties.
 
         Args:
-            tokens (List[List[int]]): The tokens of each row before its input.
-            inputs (mx.array): The tokens that gave the logits, of shape (rows,).
+            tokens (List[List[int]]): The tokens of each row that gave its logits.
             logits (mx.array): Of shape (rows, vocabulary). They may be changed in place.
 
         Returns:
@@ -121,25 +116,21 @@ class Penalties:
             logits = logits.at[rows, ids].add(values.astype(logits.dtype))
         if not self.penalized:
             return logits
-        before = np.full((len(self.penalized), self.n_before), -1, np.int32)
+        table = np.full((len(self.penalized), self.n_last), -1, np.int32)
         for i, row in enumerate(self.penalized):
-            last = tokens[row][-self.n_before :] if self.n_before else []
-            before[i, self.n_before - len(last) :] = last
-        rows = mx.array(self.penalized)
-        latest = inputs[rows][:, None].astype(mx.int32)
-        ids = mx.concatenate([mx.array(before), latest], axis=1)
-        # Shorter rows are filled up with their input, which is not counted again.
-        is_there = ids >= 0
-        ids = mx.where(is_there, ids, latest)
-        age = mx.arange(self.n_before, -1, -1)
+            last = tokens[row][-self.n_last :]
+            table[i, self.n_last - len(last) :] = last
+        # Shorter rows are filled up with their last token, which is not counted again.
+        ids, is_there = mx.array(np.where(table < 0, table[:, -1:], table)), table >= 0
+        age = np.arange(self.n_last - 1, -1, -1)
         equal = ids[:, :, None] == ids[:, None, :]
         repetitions, presences, counts = (
-            (equal & (is_there & (age < context))[:, None, :]).sum(axis=-1)
+            (equal & mx.array(is_there & (age < context))[:, None, :]).sum(axis=-1)
             for context in self.contexts
         )
         repetition, presence, frequency = self.strengths
         # A token that occurs twice is written twice, with the same value.
-        places = rows[:, None], ids
+        places = mx.array(self.penalized)[:, None], ids
         seen = logits[places].astype(mx.float32)
         weaker = mx.where(seen < 0, seen * repetition, seen / repetition)
         seen = mx.where(repetitions > 0, weaker, seen)
