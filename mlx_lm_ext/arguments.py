@@ -362,8 +362,10 @@ def add_request_defaults(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-tokens",
         type=number(int, 1),
+        action=Given,
         default=512,
-        help="tokens to generate",
+        help="tokens to generate; if this is not given, answers with a response_format may "
+        "have 32768",
     )
     add(
         "--temp",

@@ -517,7 +517,7 @@ BAD_BODIES = [
     (chat(functions=[{"name": "f"}]), "functions"),
     (chat(modalities=["audio"]), "modalities"),
     (chat(n=0), "n"),
-    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(response_format={"type": "xml"}), "response_format.type"),
     (chat(chat_template_kwargs=[]), "chat_template_kwargs"),
     *(
         (chat(chat_template_kwargs={name: value}), f"chat_template_kwargs.{name}")

@@ -11,7 +11,7 @@ from mlx_lm.server import CompletionRequest, GenerationArguments
 from ..errors import RequestError, too_late
 from ..interfaces import RequestStats
 from ..policies.guard import Policies
-from ..request.fields import check_choice, use_model_sampling
+from ..request.fields import check_choice, parse_answer_format, use_model_sampling
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
@@ -146,6 +146,10 @@ class EngineClient:
             if first.segments:
                 first.fit_to_context()
             first.constraint = self.policies.make_constraint(first, model.tokenizer)
+            form = parse_answer_format(body)
+            if form is not None and first.constraint is None:
+                message = f"{form.field} needs the plugin structured, which is blocked"
+                raise RequestError(400, message, form.field, "unsupported_value")
             for i in range(body.get("n", 1)):
                 requests.append(first.sibling(i, len(requests)))
         for request in requests:

@@ -3,7 +3,7 @@
 Rules:
 1. Whatever is wrong with a plugin ends the start, with one line that names the plugin
    and the distribution that it came from.
-2. The built-in policies are a plugin too, which is imported by name like any other.
+2. What is built in are plugins too, which are imported by name like any other.
 """
 
 import importlib
@@ -30,8 +30,12 @@ from .. import __version__, hookspecs
 from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
 
 GROUP = "mlx_lm_ext"
-# The plugin of what is built in: its name, its module and its distribution.
-BUILTIN, MODULE, DIST = "builtin", "mlx_lm_ext.plugins.builtin", "mlx-lm-ext"
+# The plugins that are built in: their modules by their names, and their distribution.
+BUILTIN = {
+    "builtin": "mlx_lm_ext.plugins.builtin",
+    "structured": "mlx_lm_ext.plugins.structured",
+}
+DIST = "mlx-lm-ext"
 
 
 class PluginError(Exception):
@@ -118,11 +122,13 @@ class Plugins:
         blocked = [o.removeprefix("no:") for o in options if o.startswith("no:")]
         wanted = dict.fromkeys(o for o in options if not o.startswith("no:"))
         for name in blocked:
-            if name not in {BUILTIN, *named, *wanted}:
-                known = ", ".join([BUILTIN, *named])
+            if name not in {*BUILTIN, *named, *wanted}:
+                known = ", ".join([*BUILTIN, *named])
                 raise PluginError(f"-p no:{name}: there is no such plugin, but {known}")
             self.manager.set_blocked(name)
-        self.add(BUILTIN, partial(importlib.import_module, MODULE), DIST, __version__)
+        for name, module in BUILTIN.items():
+            load = partial(importlib.import_module, module)
+            self.add(name, load, DIST, __version__)
         disabled = os.environ.get("MLX_LM_EXT_DISABLE_AUTOLOAD", "0")
         if autoload and disabled in ("", "0"):
             # All of them: ``named`` lacks one if two distributions use the same name.

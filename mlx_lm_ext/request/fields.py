@@ -12,7 +12,16 @@ import argparse
 import re
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Collection, Dict, List, Optional, Tuple
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 from mlx_lm.server import (
     GenerationArguments,
@@ -79,6 +88,7 @@ FIELDS = {
     "n": Field(int, 1, MAX_ANSWERS),
     "best_of": Field(int, 1),
     "response_format": Field(dict),
+    "structured_outputs": Field(dict),
     "tools": Field(list),
     "parallel_tool_calls": Field(bool),
     "chat_template_kwargs": Field(dict),
@@ -123,6 +133,10 @@ MAX_TOOLS = 1024
 MAX_BIASES = 10_000
 # Characters of each text of a role mapping, which is repeated for every message.
 MAX_ROLE_TEXT = 1000
+MAX_CHOICES = 10_000
+# Most tokens of an answer with a format if neither the request nor the operator says: one
+# that is cut off is of no use.
+MAX_FORMATTED = 32_768
 # Objects and arrays of a body: no other thread runs while they are made.
 MAX_NESTED = 500_000
 
@@ -141,6 +155,29 @@ TOKENIZER_ARGUMENTS -= {"add_generation_prompt", "continue_final_message"}
 TOKENIZER_ARGUMENTS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
 
 TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
+
+# The kinds of vLLM's ``structured_outputs``, and the fields in which its older versions have
+# them.
+KINDS = ("json", "regex", "choice", "grammar")
+GUIDED = {f"guided_{kind}": kind for kind in KINDS}
+# The fields that can say what an answer must be like.
+FORMAT_FIELDS = {"response_format", "structured_outputs", *GUIDED}
+ANY_OBJECT = {"type": "object"}
+
+
+class AnswerFormat(NamedTuple):
+    """What an answer must be like.
+
+    Args:
+        field (str): The field that says so.
+        kind (str): One of ``KINDS``.
+        value (Any): The JSON schema, the regular expression, the texts to choose from, or the
+          grammar.
+    """
+
+    field: str
+    kind: str
+    value: Any
 
 
 def check_size(raw: bytes, limit: int) -> None:
@@ -253,7 +290,7 @@ def check_field(name: str, value: Any, field: Field) -> None:
 
 def check_supported(body: Dict[str, Any]) -> None:
     """Refuse features of OpenAI's API that this server does not have."""
-    form = body.get("response_format", {}).get("type", "text")
+    parse_answer_format(body)
     supported = {
         "best_of": (
             body.get("best_of", body.get("n", 1)) == body.get("n", 1),
@@ -261,7 +298,10 @@ def check_supported(body: Dict[str, Any]) -> None:
         ),
         "echo": (not body.get("echo"), "must be false"),
         "suffix": (not body.get("suffix"), "must be empty"),
-        "response_format": (form == "text", "must be of the type text"),
+        "guided_whitespace_pattern": (
+            "guided_whitespace_pattern" not in body,
+            "must be null",
+        ),
         "tool_choice": (
             body.get("tool_choice", "auto") in ("auto", "none"),
             "must be auto or none",
@@ -359,6 +399,84 @@ def parse_stop(body: Dict[str, Any]) -> List[str]:
     return words
 
 
+def parse_answer_format(body: Dict[str, Any]) -> Optional[AnswerFormat]:
+    """Check the fields that say what an answer must be like, and return what they say."""
+    if body.keys().isdisjoint(FORMAT_FIELDS):
+        return None
+    found = [
+        *response_format(body.get("response_format", {})),
+        *structured_outputs(body.get("structured_outputs", {})),
+        *(
+            guided_format(name, kind, body[name])
+            for name, kind in GUIDED.items()
+            if name in body
+        ),
+    ]
+    if len(found) > 1:
+        both = f"{found[0].field} and {found[1].field}"
+        message = f"{both} exclude each other: an answer has one format"
+        raise RequestError(400, message, found[1].field)
+    return found[0] if found else None
+
+
+def response_format(form: Dict[str, Any]) -> Iterator[AnswerFormat]:
+    """What OpenAI's field says. Other servers take the schema of either type right in it."""
+    name, kind = "response_format", form.get("type", "text")
+    check_choice(f"{name}.type", kind, ("text", "json_object", "json_schema"))
+    if kind == "text":
+        return
+    if kind == "json_schema" and form.get("schema") is None:
+        name, form = f"{name}.json_schema", form.get("json_schema", {})
+        check_type(name, form, dict)
+        for key, of in (("name", str), ("description", str), ("strict", bool)):
+            if form.get(key) is not None:
+                check_type(f"{name}.{key}", form[key], of)
+    if form.get("schema") is None:
+        yield AnswerFormat(name, "json", ANY_OBJECT)
+    else:
+        check_type(f"{name}.schema", form["schema"], dict)
+        yield AnswerFormat(f"{name}.schema", "json", form["schema"])
+
+
+def structured_outputs(options: Dict[str, Any]) -> Iterator[AnswerFormat]:
+    """What vLLM's field says."""
+    for key, value in options.items():
+        name = f"structured_outputs.{key[:100]}"
+        if value is None:
+            continue
+        if key in KINDS:
+            yield guided_format(name, key, value)
+        elif key == "json_object":
+            check_type(name, value, bool)
+            if value:
+                yield AnswerFormat(name, "json", ANY_OBJECT)
+        elif value is not False:
+            message = f"{name} is not supported: use one of {', '.join(KINDS)}"
+            raise RequestError(400, message, name, "unsupported_value")
+
+
+def guided_format(name: str, kind: str, value: Any) -> AnswerFormat:
+    """Check the value of a kind."""
+    if kind == "json":
+        if isinstance(value, str):
+            try:
+                value = load_json(value)
+            except (ValueError, RecursionError) as e:
+                raise RequestError(400, f"{name} is not JSON: {e}", name)
+        if not isinstance(value, dict):
+            message = f"{name} must be a JSON schema: an object, or the JSON of one"
+            raise RequestError(400, message, name)
+    else:
+        check_type(name, value, list if kind == "choice" else str)
+        if not value:
+            raise RequestError(400, f"{name} must not be empty", name)
+    if kind == "choice":
+        check_count(name, len(value), MAX_CHOICES)
+        for i, text in enumerate(value):
+            check_type(f"{name}[{i}]", text, str)
+    return AnswerFormat(name, kind, value)
+
+
 def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
     """Whether log probabilities are wanted, and for how many of the likeliest tokens.
 
@@ -436,7 +554,11 @@ def make_generation_arguments(
         RequestError: If a field is wrong.
     """
     logprobs, top_logprobs = parse_logprobs(body)
-    max_tokens = body.get("max_tokens", defaults.max_tokens)
+    max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
+    if max_tokens is None:
+        max_tokens = defaults.max_tokens
+        if parse_answer_format(body) and "max_tokens" not in defaults.given:
+            max_tokens = MAX_FORMATTED
     seed = body.get("seed")
     return GenerationArguments(
         model=ModelDescription(
@@ -455,7 +577,7 @@ def make_generation_arguments(
             frequency_context_size=body.get("frequency_context_size", 20),
         ),
         stop_words=parse_stop(body),
-        max_tokens=body.get("max_completion_tokens", max_tokens),
+        max_tokens=max_tokens,
         num_draft_tokens=body.get("num_draft_tokens", defaults.num_draft_tokens),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
