@@ -547,6 +547,7 @@ BAD_BODIES = [
     ),
     (chat(tools=[{"type": "function", "function": {}}] * 1025), "tools"),
     (chat(stop=["x"] * 129), "stop"),
+    (chat(echo=True), "echo"),
     (chat(user="x" * 4097), "user"),
     (chat(cache_salt="x" * 4097), "cache_salt"),
     (chat(model="x" * 4097), "model"),
@@ -576,9 +577,8 @@ BAD_PROMPTS = [
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [10**400]}, "prompt"),
     ({"prompt": "x" * 5000}, "prompt"),
-    ({"prompt": "x", "echo": True}, "echo"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
-    ({"prompt": "x", "best_of": 2}, "best_of"),
+    ({"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
 ]
 
 

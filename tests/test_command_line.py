@@ -18,11 +18,9 @@ from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.random_model import SPECIAL
-from mlx_lm_ext.request.fields import FIELDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-API = (ROOT / "mlx_lm_ext" / "server" / "README.md").read_text()
 
 DEFAULTS = {
     "model": None,
@@ -263,12 +261,6 @@ def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):
     )
     tokens = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     assert model.tokenizer.decode(tokens) == "hi!"
-
-
-def test_readme_lists_every_field_of_a_request():
-    section = API.partition("## Fields of a request")[2].partition("\n## ")[0]
-    for field in FIELDS:
-        assert f"`{field}`" in section, field
 
 
 def test_readme_lists_every_argument():

@@ -294,7 +294,8 @@ def test_whole_surrogate_pair_is_the_character_that_it_means():
 
 
 def test_body_with_half_a_surrogate_pair_anywhere_is_answered(start_server):
-    _, port = start_server()
+    template = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    _, port = start_server("llama", "--chat-template", template)
     half = "x\ud800"
     tool = {"type": "function", "function": {"name": half, "description": half}}
     for fields in (

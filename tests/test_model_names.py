@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import pytest
 from helpers import call, complete, read, submit
@@ -125,6 +126,38 @@ def test_link_that_a_pattern_allows_is_followed(folders, start_engine):
     engine = start_engine("llama", MODELS, f"{folders}/models/*")
     job = submit(engine, "x", max_tokens=1, model=f"{folders}/models/link")
     assert job.model.key[0] == os.path.realpath(folders / "secret" / "c")
+
+
+def test_model_that_may_be_named_is_known_by_its_id(
+    folders, model_folder, start_server, monkeypatch
+):
+    monkeypatch.chdir(folders)
+    cache = folders / "cache"
+    shutil.copytree(model_folder(), cache / "models--some--model" / "snapshots" / "1")
+    patterns = [f"{folders}/models/*", "some/*"]
+    (folders / "link").symlink_to(model_folder())
+    _, port = start_server("llama", "--model", "link", MODELS, *patterns)
+    monkeypatch.setattr(
+        model_provider,
+        "cached_snapshot",
+        {"some/model": str(cache / "models--some--model" / "snapshots" / "1")}.get,
+    )
+    served = os.path.realpath(model_folder())
+    known = [str(folders / "models/a"), "models/b", "some/model", "link", served]
+    for name in known:
+        for path in (name, quote(name, safe="")):
+            status, model = call(port, "GET", f"/v1/models/{path}")
+            assert (status, model.get("id")) == (200, name)
+    for name in (
+        "models/empty",
+        "models/none",
+        "secret/c",
+        "some/none",
+        "%00",
+        "a/../",
+    ):
+        assert call(port, "GET", f"/v1/models/{name}")[0] == 404
+        assert call(port, "GET", f"/v1/models/{folders}/{name}")[0] == 404
 
 
 def test_none_may_be_named_if_the_list_is_empty(start_engine, monkeypatch):

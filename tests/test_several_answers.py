@@ -3,9 +3,10 @@
 import http.client
 import json
 import queue
+from statistics import mean
 
 import pytest
-from helpers import JSON, Reference, call, plugin, submit, texts, wait_until_idle
+from helpers import ALONE, JSON, Reference, call, plugin, submit, texts, wait_until_idle
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -154,6 +155,31 @@ def test_plugins_hear_of_the_end_of_each_answer(start_server, observed):
     assert n_tokens == answer["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("argv", [[], ALONE], ids=["batch", "alone"])
+def test_best_answers_are_those_with_the_likeliest_tokens(argv, start_server):
+    _, port = start_server("llama", *argv)
+    body = dict(prompt=["Hello", "you"], max_tokens=6, temperature=1.5, seed=1)
+    all_of_them = ask(port, n=5, logprobs=1, **body)
+    best = []
+    for i in (0, 5):
+        group = all_of_them["choices"][i : i + 5]
+        # The token that ends an answer counts, and is not shown.
+        means = [mean(c["logprobs"]["token_logprobs"]) for c in group]
+        assert {c["finish_reason"] for c in group} == {"length"}
+        order = sorted(range(5), key=means.__getitem__, reverse=True)
+        best += [group[j] for j in order[:2]]
+    for logprobs in (None, 1):
+        answer = ask(port, n=2, best_of=5, logprobs=logprobs, **body)
+        assert texts_of(answer) == [c["text"] for c in best]
+        assert answer["usage"] == all_of_them["usage"]
+        for choice, wanted in zip(answer["choices"], best):
+            shown = wanted["logprobs"] if logprobs else None
+            assert choice.get("logprobs") == shown
+    echoed = ask(port, n=2, best_of=5, echo=True, **body)
+    said = ["Hello"] * 2 + ["you"] * 2
+    assert texts_of(echoed) == [s + c["text"] for s, c in zip(said, best)]
+
+
 def test_error_of_one_prompt_is_that_of_the_request(start_server):
     _, port = start_server()
     status, answer = call(port, "POST", TEXT, {"prompt": ["a", "x" * 5000]})
@@ -166,7 +192,10 @@ def test_error_of_one_prompt_is_that_of_the_request(start_server):
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": 1.5}, "n"),
-        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"n": 2, "best_of": 3, "stream": True}, "stream"),
+        ({"prompt": ["a"] * 65, "best_of": 2}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", ""]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),

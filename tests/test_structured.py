@@ -235,7 +235,7 @@ WRONG = [
     (
         {"guided_whitespace_pattern": " *"},
         "guided_whitespace_pattern",
-        "must be null",
+        "is not supported",
     ),
     (
         {"response_format": {"type": "json_object"}, "guided_regex": "a"},

@@ -25,6 +25,7 @@ from ..request.request import Request, Token
 from ..sampling.groups import RowSampler
 from ..sampling.penalties import PenaltyParameters
 from .batch_sampling import RowSampling
+from .end_ban import EndBan
 from .generator import LeanBatchGenerator, make_logits_processors
 from .kv_memory import KVMemory
 from .prefill import chunk_width, max_prefill_tokens
@@ -173,6 +174,8 @@ class Batch:
         if not penalties.is_short:
             penalties, processors = None, make_logits_processors(request.args)
         processors += self.policies.make_logits_processors(request, self.tokenizer)
+        if request.min_tokens and request.end_tokens:
+            processors.append(EndBan(request))
         constraint = request.constraint and request.constraint.copy()
         if self.is_caching:
             self.store_running(request)
@@ -187,7 +190,7 @@ class Batch:
             ],
             logits_processors=[processors],
             stop_sequences=[
-                ResumedStopSequences(request.model.end_of_text, request.generated)
+                ResumedStopSequences(request.stop_sequences, request.generated)
             ],
         )
         self.rows[row.uid] = row

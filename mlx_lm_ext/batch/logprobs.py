@@ -1,7 +1,6 @@
 """Log probabilities of the rows of a step that asked for them, in one call."""
 
 from functools import cached_property
-from math import inf
 from typing import List, Tuple
 
 import mlx.core as mx
@@ -33,7 +32,6 @@ class Logprobs:
 
     def row(self, i: int, n_top: int) -> Tuple[float, Tuple[Tuple[int, float], ...]]:
         """The log probability of the token of row ``i``, and ``(id, logprob)`` of the
-        row's ``n_top`` most likely tokens. Those that it may not have are left out."""
+        row's ``n_top`` most likely tokens."""
         chosen, *tops = self.lists
-        pairs = zip(*(top[i][:n_top] for top in tops))
-        return chosen[i][0], tuple(pair for pair in pairs if pair[1] > -inf)
+        return chosen[i][0], tuple(zip(*(top[i][:n_top] for top in tops)))

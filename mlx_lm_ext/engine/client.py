@@ -11,7 +11,13 @@ from mlx_lm.server import CompletionRequest, GenerationArguments
 from ..errors import RequestError, too_late
 from ..interfaces import RequestStats
 from ..policies.guard import Policies
-from ..request.fields import check_choice, parse_answer_format, use_model_sampling
+from ..request.fields import (
+    check_choice,
+    n_candidates,
+    parse_answer_format,
+    use_model_sampling,
+)
+from ..request.fill_in import fill_in
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
@@ -97,7 +103,7 @@ class EngineClient:
         preparation: Optional[Preparation] = None,
     ) -> List[Request]:
         """Tokenize the prompts of a request on the caller's thread, and submit ``n`` requests
-        for each.
+        for each, or with ``best_of`` so many.
 
         Args:
             completions (Sequence[CompletionRequest]): The prompts, or the messages.
@@ -150,7 +156,12 @@ class EngineClient:
             if form is not None and first.constraint is None:
                 message = f"{form.field} needs the plugin structured, which is blocked"
                 raise RequestError(400, message, form.field, "unsupported_value")
-            for i in range(body.get("n", 1)):
+            check_constraint(first)
+            if body.get("echo") and args.logprobs:
+                first.prompt_logprobs = []
+            # The best are found by their log probabilities.
+            first.args.logprobs |= n_candidates(body) > body.get("n", 1)
+            for i in range(n_candidates(body)):
                 requests.append(first.sibling(i, len(requests)))
         for request in requests:
             self.inbox.put(request)
@@ -165,7 +176,12 @@ class EngineClient:
         """
         name = request.prompt_field
         tokenizer = request.model.bounded_tokenizer(name, preparation)
+        suffix = request.body.get("suffix")
         try:
+            if suffix:
+                form, prompt = request.model.fill_in_form, request.completion.prompt
+                prompt = fill_in(prompt, suffix, form, tokenizer)
+                request.completion = replace(request.completion, prompt=prompt)
             (
                 request.prompt,
                 request.segments,
@@ -188,3 +204,16 @@ class EngineClient:
     def request_finished(self, request: Request, stats: RequestStats) -> None:
         """Tell the plugins that observe requests that an answer has ended."""
         self.policies.request_finished(request, stats)
+
+
+def check_constraint(request: Request) -> None:
+    """Refuse what would let an answer go on after its constraint has ended it.
+
+    Raises:
+        RequestError: A 400 that names the field.
+    """
+    if request.constraint is not None:
+        for name in ("ignore_eos", "min_tokens"):
+            if request.body.get(name):
+                message = f"{name} cannot be used with what restricts the answer"
+                raise RequestError(400, message, name)

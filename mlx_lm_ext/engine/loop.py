@@ -19,17 +19,19 @@ from threading import Event, Thread
 from typing import Deque, List, Optional, Sequence, cast
 
 from ..batch.batch import Batch
+from ..batch.prefill import max_prefill_tokens
 from ..cache.prompt_cache import RadixPromptCache
 from ..errors import RequestError, internal_error
 from ..interfaces import SchedulerView
 from ..policies.guard import Policies
-from ..request.request import Request
+from ..request.request import NO_TOKEN, Request
 from ..request.served_model import ModelKey
 from .alone import Alone
 from .dequantize import logits_type, type_name
 from .inbox import Inbox
 from .kernels import KernelBuild
 from .models import BatchModelProvider
+from .prompt_scores import PromptScores
 from .warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class Engine:
         self.max_rows = self.cli_args.batch_size
         # The batch of the loaded model, made for its first request.
         self.batch: Optional[Batch] = None
+        # The prompt whose log probabilities are computed between the steps of the batch.
+        self.scores: Optional[PromptScores] = None
         self.alone = Alone(
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
@@ -173,13 +177,15 @@ class Engine:
                 self.step()
             except BaseException as e:
                 self.recover(e)
+            self.score()
 
     def end(self) -> None:
         """End all requests, and free all arrays on the thread that has made them."""
         self.take_new(block=False)
-        for request in [*self.waiting, *self.running]:
+        for request in self.unfinished:
             request.put(RequestError(503, str(self.inbox.reason)))
             self.forget(request)
+        self.scores = None
         self.close_batch()
         self.model_provider.reset()
         del self.alone, self.prompt_cache
@@ -191,7 +197,14 @@ class Engine:
 
     @property
     def n_running(self) -> int:
-        return len(self.batch) if self.batch else 0
+        n_rows = len(self.batch) if self.batch else 0
+        return n_rows + (self.scores is not None)
+
+    @property
+    def unfinished(self) -> List[Request]:
+        """All requests that are here."""
+        scored = [self.scores.request] if self.scores else []
+        return [*self.waiting, *scored, *self.running]
 
     def report(self, is_idle: bool) -> None:
         """Log what was done: every few seconds, and when nothing is left to do."""
@@ -250,12 +263,14 @@ class Engine:
         # First, because the batch may fail in ``remove``.
         for request in gone:
             self.forget(request)
+        if self.scores is not None and self.scores.request in gone:
+            self.scores = None
         if self.batch is not None:
             self.batch.remove(gone)
 
     def end_late(self) -> None:
         """End the requests that have taken longer than ``--request-timeout``."""
-        requests = [*self.waiting, *self.running]
+        requests = self.unfinished
         for request in requests:
             try:
                 request.check_time()
@@ -304,10 +319,16 @@ class Engine:
             try:
                 if not self.is_turn(request):
                     return
-                if self.batch and self.batch.must_wait(request):
-                    continue
-                if self.batch and not self.batch.can_start(request):
-                    return
+                if request.awaits_logprobs:
+                    if self.scores is not None:
+                        continue  # one prompt at a time
+                    if self.batch and not self.batch.fits(request):
+                        return
+                elif self.batch and request.max_tokens:
+                    if self.batch.must_wait(request):
+                        continue
+                    if not self.batch.can_start(request):
+                        return
                 self.waiting.remove(request)
                 self.begin(request)
             except BaseException as e:
@@ -328,9 +349,36 @@ class Engine:
         """
         if request.model.key != self.model_provider.model_key:
             self.switch_model(request.model.key)
+        if request.awaits_logprobs:
+            if self.is_batchable(request):
+                self.make_batch()
+                self.batch.kv_memory.fit(request)
+            self.note_start(request)
+            size = max_prefill_tokens(self.cli_args.prefill_step_size)
+            self.scores = PromptScores(self.model_provider.model, request, size)
+            return
+        if not request.max_tokens:
+            self.note_start(request)
+            request.put(NO_TOKEN)
+            self.forget(request)
+            return
         if not self.is_batchable(request):
             self.serve_alone(request)
             return
+        self.make_batch()
+        self.batch.add(request)
+        if request.prompt_logprobs:
+            # What it has taken from the prompt cache was run for it.
+            request.n_matched = 0
+
+    def note_start(self, request: Request) -> None:
+        """A request runs, which it may do after its prompt did."""
+        if request.started is None:
+            request.start()
+            self.policies.scheduler.on_start(request)
+
+    def make_batch(self) -> None:
+        """Make the batch of the loaded model, if there is none."""
         if self.batch is None:
             self.batch = self.batch_class(
                 self.model_provider.model,
@@ -340,7 +388,6 @@ class Engine:
                 self.prompt_cache,
                 self.inbox.turnstile,
             )
-        self.batch.add(request)
 
     def order_waiting(self) -> None:
         """Put the waiting requests in the order of the scheduler policy."""
@@ -382,7 +429,11 @@ class Engine:
             batch.close()
 
     def serve_alone(self, request: Request) -> None:
-        """Serve a request to its end, as upstream does."""
+        """Serve a request to its end, as upstream does.
+
+        Raises:
+            RequestError: If it asks for what upstream does not have.
+        """
         tokenizer = self.model_provider.tokenizer
         sampler = self.policies.samplers[request.sampler]
         if sampler.cls is not sampler.default or self.policies.make_logits_processors(
@@ -393,8 +444,14 @@ class Engine:
                 "a request with images, or to a model that cannot be batched, cannot use "
                 "the samplers and logits processors of plugins",
             )
-        request.start()
-        self.policies.scheduler.on_start(request)
+        if request.min_tokens:
+            raise RequestError(
+                400,
+                "a request with images, or to a model that cannot be batched, cannot use "
+                "min_tokens",
+                "min_tokens",
+            )
+        self.note_start(request)
         self.alone.serve(request)
         self.n_generated += request.n_generated
         self.forget(request)
@@ -428,6 +485,31 @@ class Engine:
             for request, error in self.batch.take_failed():
                 self.fail(request, error)
         self.max_rows = min(self.max_rows + len(ended), self.cli_args.batch_size)
+
+    def score(self) -> None:
+        """Run a part of the prompt whose log probabilities are computed. Its request then
+        waits for its turn in the batch, where it starts with the KV of the prompt."""
+        scores = self.scores
+        if scores is None:
+            return
+        request, n = scores.request, None
+        try:
+            if self.batch:
+                n = self.policies.scheduler.prefill_tokens(self.batch.view)
+            if not scores.step(scores.step_size if n is None else n):
+                return
+            if request.max_tokens and self.is_batchable(request):
+                self.make_batch()
+                self.batch.prompt_cache.insert_cache(
+                    request.cache_key, request.prompt[:-1], scores.caches
+                )
+            self.waiting.appendleft(request)
+            self.changed = True
+        except BaseException as e:
+            # The frames hold the arrays of the chunk.
+            traceback.clear_frames(e.__traceback__)
+            self.fail(request, e)
+        self.scores = None
 
     def recover(self, error: BaseException) -> None:
         """After a failed step: fail the requests that make it fail, and let the others start

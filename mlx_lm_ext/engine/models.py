@@ -32,7 +32,7 @@ from .context_length import (
 )
 from .generation_config import FILE, read_sampling
 from .json_files import read_object
-from .model_names import AllowedModels, is_path, normalize
+from .model_names import AllowedModels, cached_snapshot, is_path, normalize
 from .upstream import ModelProviderBase, download
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,15 @@ class BatchModelProvider(ModelProviderBase):
             message = f"{param} {name!r} is not there, or not one of --allow-models"
             raise self.not_found(param, message)
         return found
+
+    def has(self, name: str) -> bool:
+        """Whether a request may name a model that is on this machine (any thread)."""
+        if normalize(name) == self.default_key[0]:
+            return True
+        found = self.allowed.find(name)
+        if found is not None and not is_path(found):
+            found = cached_snapshot(found) or found
+        return found is not None and (Path(found) / "config.json").is_file()
 
     def describe(self, model: ModelDescription) -> ServedModel:
         """What a request's model is, found without loading its weights (any thread).

@@ -5,7 +5,7 @@ What upstream makes public (see ``patches/``) is deleted here.
 
 from copy import copy
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mlx.core as mx
 from mlx_lm.server import (
@@ -70,10 +70,12 @@ class WithoutText(TokenizerWrapper):
 
     Args:
         tokenizer (TokenizerWrapper): The tokenizer.
+        end_tokens (Set[int]): The tokens that end the answer.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper):
+    def __init__(self, tokenizer: TokenizerWrapper, end_tokens: Set[int]):
         self.__dict__.update(tokenizer.__dict__)
+        self.eos_token_ids = end_tokens
 
     @property
     def detokenizer(self) -> NoText:
@@ -132,6 +134,8 @@ class SingleGenerator(ResponseGenerator):
             return request.prompt, [request.prompt], ["assistant"], "normal", None
         if not request.messages:
             return super()._tokenize(tokenizer, request, args)
+        if request.tools:
+            tokenizer.check_tools()
         kwargs = dict(args.chat_template_kwargs or {})
         if not tokenizer.has_chat_template:
             if kwargs.get("continue_final_message"):
@@ -165,7 +169,9 @@ class SingleGenerator(ResponseGenerator):
         """Serve a request on the calling thread. ``queue.put`` gets what upstream puts
         into the queue of the response, without its text."""
         self.model_provider = copy(self.model_provider)
-        self.model_provider.tokenizer = WithoutText(self.model_provider.tokenizer)
+        self.model_provider.tokenizer = WithoutText(
+            self.model_provider.tokenizer, self.request.end_tokens
+        )
         self._serve_single((queue, request, args), stream)
 
 

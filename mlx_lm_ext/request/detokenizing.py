@@ -116,6 +116,11 @@ class Detokenizer:
                 self.n_bytes = 0
         return text if self.n_bytes else text + self.settle()
 
+    def skip(self, ids: Sequence[int]) -> None:
+        """Take ids whose text is known, and is not given out."""
+        self.ids = list(ids[-MAX_CONTEXT:])
+        self.n_given = len(self.decoder.decode(self.ids))
+
     def settle(self) -> str:
         """Give out the text that is settled, and drop ids that are not needed for more."""
         text = self.decoder.decode(self.ids)

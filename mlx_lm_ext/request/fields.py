@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import RequestError
 from .images import MAX_IMAGES
 from .json_text import load_json
+from .other_fields import check_other_fields
 
 TYPE_NAMES = {
     bool: "a boolean",
@@ -68,7 +69,7 @@ FIELDS = {
     "stream": Field(bool),
     "stream_options": Field(dict),
     # Clients send the largest integer of some type for "no limit".
-    "max_tokens": Field(int, 1, 2**64 - 1),
+    "max_tokens": Field(int, 0, 2**64 - 1),
     "max_completion_tokens": Field(int, 1, 2**64 - 1),
     "temperature": Field(float, 0),
     "top_p": Field(float, 0, 1),
@@ -86,7 +87,7 @@ FIELDS = {
     "top_logprobs": Field(int, 0, 20),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "n": Field(int, 1, MAX_ANSWERS),
-    "best_of": Field(int, 1),
+    "best_of": Field(int, 1, MAX_ANSWERS),
     "response_format": Field(dict),
     "structured_outputs": Field(dict),
     "tools": Field(list),
@@ -103,6 +104,13 @@ FIELDS = {
     "priority": Field(int, -(2**31), 2**31 - 1),
     "sampler": NAME,
     "cache_salt": NAME,
+    # As in vLLM.
+    "min_tokens": Field(int, 0, 2**63 - 1),
+    "ignore_eos": Field(bool),
+    "stop_token_ids": Field(list),
+    "include_stop_str_in_output": Field(bool),
+    "skip_special_tokens": Field(bool),
+    "add_special_tokens": Field(bool),
 }
 
 # The values that mean none in vLLM, SGLang, llama.cpp, Ollama and LM Studio, or that
@@ -226,6 +234,7 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         if body.get(name) == "":
             del body[name]
     check_fields(body)
+    check_other_fields(body)
     check_supported(body)
     return body
 
@@ -293,14 +302,16 @@ def check_supported(body: Dict[str, Any]) -> None:
     parse_answer_format(body)
     supported = {
         "best_of": (
-            body.get("best_of", body.get("n", 1)) == body.get("n", 1),
-            "must be equal to n",
+            n_candidates(body) >= body.get("n", 1),
+            "must be at least n",
         ),
-        "echo": (not body.get("echo"), "must be false"),
-        "suffix": (not body.get("suffix"), "must be empty"),
-        "guided_whitespace_pattern": (
-            "guided_whitespace_pattern" not in body,
-            "must be null",
+        "stream": (
+            not (body.get("stream") and n_candidates(body) > body.get("n", 1)),
+            "must be false if best_of is more than n",
+        ),
+        "suffix": (
+            not (body.get("suffix") and body.get("echo")),
+            "must be empty with echo",
         ),
         "tool_choice": (
             body.get("tool_choice", "auto") in ("auto", "none"),
@@ -317,6 +328,9 @@ def check_supported(body: Dict[str, Any]) -> None:
         if not is_supported:
             message = f"{name} {right}: no other value is supported"
             raise RequestError(400, message, name, "unsupported_value")
+    if body.get("max_tokens") == 0 and not body.get("echo"):
+        message = "max_tokens must be at least 1, or 0 with echo"
+        raise RequestError(400, message, "max_tokens")
     usage = body.get("stream_options", {}).get("include_usage")
     if usage is not None:
         check_type("stream_options.include_usage", usage, bool)
@@ -327,6 +341,12 @@ def check_supported(body: Dict[str, Any]) -> None:
             raise RequestError(400, message, name, "unsupported_value")
     for role, text in body.get("role_mapping", {}).items():
         check_field(f"role_mapping.{role[:100]}", text, Field(str, 0, MAX_ROLE_TEXT))
+
+
+def n_candidates(body: Dict[str, Any]) -> int:
+    """How many answers are made to each prompt, of which the best ``n`` are given."""
+    n: int = body.get("best_of", body.get("n", 1))
+    return n
 
 
 def check_required(body: Dict[str, Any], name: str) -> None:
@@ -372,8 +392,8 @@ def parse_prompts(body: Dict[str, Any]) -> List[Any]:
         raise RequestError(400, message, "prompt")
     if not all(prompts):
         raise RequestError(400, "prompt must not be empty", "prompt")
-    if len(prompts) * body.get("n", 1) > MAX_ANSWERS:
-        message = f"prompt and n may ask for {MAX_ANSWERS} answers at most"
+    if len(prompts) * n_candidates(body) > MAX_ANSWERS:
+        message = f"prompt and n or best_of may ask for {MAX_ANSWERS} answers at most"
         raise RequestError(400, message, "prompt")
     return list(prompts)
 
@@ -477,6 +497,23 @@ def guided_format(name: str, kind: str, value: Any) -> AnswerFormat:
     return AnswerFormat(name, kind, value)
 
 
+def check_ends(body: Dict[str, Any], max_tokens: int) -> None:
+    """Check what else says where an answer may end.
+
+    Args:
+        body (Dict[str, Any]): The body.
+        max_tokens (int): The most tokens that an answer may have.
+    """
+    if body.get("min_tokens", 0) > max_tokens:
+        message = f"min_tokens must be at most max_tokens, which is {max_tokens}"
+        raise RequestError(400, message, "min_tokens")
+    ids = body.get("stop_token_ids", [])
+    check_count("stop_token_ids", len(ids), MAX_STOP_WORDS)
+    ids[:] = map(as_integer, ids)
+    for i, token in enumerate(ids):
+        check_type(f"stop_token_ids[{i}]", token, int)
+
+
 def parse_logprobs(body: Dict[str, Any]) -> Tuple[bool, int]:
     """Whether log probabilities are wanted, and for how many of the likeliest tokens.
 
@@ -559,6 +596,7 @@ def make_generation_arguments(
         max_tokens = defaults.max_tokens
         if parse_answer_format(body) and "max_tokens" not in defaults.given:
             max_tokens = MAX_FORMATTED
+    check_ends(body, max_tokens)
     seed = body.get("seed")
     return GenerationArguments(
         model=ModelDescription(

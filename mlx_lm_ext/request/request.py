@@ -10,9 +10,11 @@ Rules:
 import time
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
+from mlx_lm.generate import StopSequences
 from mlx_lm.server import CompletionRequest
 
 from ..errors import RequestError, too_late, too_long
@@ -29,7 +31,7 @@ class Token(NamedTuple):
     """One generated token.
 
     Args:
-        id (int): Its id.
+        id (int): Its id; negative if it is none, and only ends the answer.
         logprob (Optional[float]): Its log probability, if the request asked for it.
         top (Tuple): ``(id, logprob)`` of the most likely tokens, if the request asked.
         finish_reason (Optional[str]): "stop" or "length" if it is the last token.
@@ -39,6 +41,10 @@ class Token(NamedTuple):
     logprob: Optional[float] = None
     top: Tuple[Tuple[int, float], ...] = ()
     finish_reason: Optional[str] = None
+
+
+# Ends an answer that is to have no tokens.
+NO_TOKEN = Token(-1, finish_reason="length")
 
 
 class Answers:
@@ -92,6 +98,9 @@ class Request(RequestInfo):
         sampler (str): The name of its sampler.
         constraint (Any): What restricts its tokens, if anything does: a
           ``batch.constraints.RowConstraint`` in its first state.
+        prompt_logprobs (Optional[List[Token]]): The tokens of its prompt with their log
+          probabilities, if it asks for them. One list for all answers to a prompt, which is
+          empty until they are computed.
         clock (Clock): The clock of ``arrival``, ``started`` and ``first_token``.
         timeout (Optional[float]): Seconds after its arrival at which it is ended.
         started (Optional[float]): When it first started to run.
@@ -114,6 +123,7 @@ class Request(RequestInfo):
     initial_state: str = "normal"
     sampler: str = "default"
     constraint: Any = None
+    prompt_logprobs: Optional[List[Token]] = None
     clock: Clock = time.monotonic
     timeout: Optional[float] = None
     started: Optional[float] = None
@@ -148,9 +158,34 @@ class Request(RequestInfo):
         return self.prompt + self.generated
 
     @property
+    def awaits_logprobs(self) -> bool:
+        """Whether the log probabilities of its prompt have to be computed first."""
+        return self.prompt_logprobs == []
+
+    @property
     def prompt_field(self) -> str:
         """The field of the body that the prompt is made of."""
         return "messages" if self.completion.messages else "prompt"
+
+    @cached_property
+    def end_tokens(self) -> Set[int]:
+        """The tokens that end its answer, and have no place in its text."""
+        ids = set(self.body.get("stop_token_ids", ()))
+        if not self.body.get("ignore_eos"):
+            ids |= self.model.tokenizer.eos_token_ids
+        return ids
+
+    @property
+    def stop_sequences(self) -> StopSequences:
+        """Its end tokens, as upstream looks for them."""
+        if self.end_tokens == self.model.tokenizer.eos_token_ids:
+            return self.model.end_of_text
+        return StopSequences([(token,) for token in self.end_tokens])
+
+    @property
+    def min_tokens(self) -> int:
+        """Before its answer has so many tokens, no end token and no stop word ends it."""
+        return int(self.body.get("min_tokens", 0))
 
     def check_tokens(self) -> None:
         """Refuse token ids that the model does not have: MLX would read or write beyond its
@@ -164,6 +199,7 @@ class Request(RequestInfo):
         fields = {
             "prompt": prompt if isinstance(prompt, list) else (),
             "logit_bias": self.args.logits.logit_bias or (),
+            "stop_token_ids": self.body.get("stop_token_ids", ()),
         }
         for name, ids in fields.items():
             if any(not 0 <= i < n for i in ids):
@@ -187,7 +223,7 @@ class Request(RequestInfo):
             raise RequestError(400, f"{prompt_field} gives no tokens", prompt_field)
         if limit is None:
             return
-        if n_prompt >= limit:
+        if n_prompt + min(1, self.args.max_tokens) > limit:
             raise too_long(limit, f"the prompt has {n_prompt}", prompt_field)
         self.args.max_tokens = min(self.args.max_tokens, limit - n_prompt)
 
@@ -242,10 +278,11 @@ class Request(RequestInfo):
         """
         wakes = self.reads_each
         if isinstance(event, Token):
-            if self.first_token is None:
-                self.first_token = self.clock()
-            self.generated.append(event.id)
-            self.n_generated += 1
+            if event.id >= 0:
+                if self.first_token is None:
+                    self.first_token = self.clock()
+                self.generated.append(event.id)
+                self.n_generated += 1
             self.finished = event.finish_reason is not None
             wakes = wakes or self.n_generated % TOKENS_PER_WAKE == 0
         else:

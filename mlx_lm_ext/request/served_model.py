@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional, Tuple
 from mlx_lm.generate import StopSequences
 
 from .detokenizing import Decoder
+from .fill_in import find_form
 from .preparation import Preparation
 from .token_bytes import TokenBytes
 from .tokenizing import BoundedTokenizer
@@ -52,6 +53,17 @@ class ServedModel:
     def token_bytes(self) -> TokenBytes:
         """The bytes of each token."""
         return TokenBytes(self.decoder)
+
+    @cached_property
+    def special_tokens(self) -> Dict[int, str]:
+        """The texts of the special tokens."""
+        ids = self.tokenizer.all_special_ids
+        return {token: self.decoder.decode([token]) for token in ids}
+
+    @cached_property
+    def fill_in_form(self) -> Optional[Tuple[Optional[str], ...]]:
+        """How it writes a prompt with a suffix, if it can."""
+        return find_form(self.tokenizer.get_vocab())
 
     def bounded_tokenizer(
         self, field: str, preparation: Preparation

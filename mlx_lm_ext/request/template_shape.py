@@ -58,7 +58,7 @@ NULL = np.datetime64("NaT")
 
 # An argument of the probes, and their tool.
 KEY, VALUE = "probekey", "probevalue"
-TOOLS = [
+TOOLS: List[Dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -216,6 +216,18 @@ class TemplateShape:
     def is_known(self) -> bool:
         """Whether it can be found out what the template does."""
         return self.writes("user")
+
+    @property
+    @fact
+    def offers_tools(self) -> bool:
+        """Whether it writes the tools that it is given, as it is in the probes."""
+        description = TOOLS[0]["function"]["description"]
+        for kinds in (["user"], ["system", "user"]):
+            chat = [make_message(kind, "probeword") for kind in kinds]
+            text = self.render(self.typed(chat)) or ""
+            if KEY in text or description in text:
+                return True
+        return False
 
     @fact
     def writes(self, *kinds: str) -> bool:

@@ -228,6 +228,26 @@ class BoundedTokenizer:
             pass  # templates are code, and can raise anything
         return None
 
+    def check_tools(self) -> None:
+        """Refuse tools of which the model would not hear: it would answer as without them. One
+        that writes calls in a format that mlx-lm knows may hear of them from the system.
+
+        Raises:
+            RequestError: If that is so.
+        """
+        if self.tokenizer.has_tool_calling:
+            return
+        if self.tokenizer.has_chat_template:
+            shape = self.shape(True)
+            if shape.offers_tools or not shape.is_known:
+                return
+        raise RequestError(
+            400,
+            "tools cannot be used: the model's chat template does not offer them to it; "
+            'send none, or a tool_choice of "none" (--chat-template gives another one)',
+            "tools",
+        )
+
     def shape(self, has_tools: bool) -> TemplateShape:
         """What the template can take if there are tools, or none."""
 

@@ -9,7 +9,7 @@ Rules:
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
@@ -79,6 +79,14 @@ class OpenCalls(Presented):
     tool_call_end = ""
 
 
+def marks_of(tokenizer: Any) -> List[str]:
+    """The texts that tell reasoning and answer apart."""
+    marks = [tokenizer.think_start, tokenizer.think_end]
+    for edges in tokenizer.response_transitions.values():
+        marks += [text for text, _ in edges]
+    return [mark for mark in marks if mark]
+
+
 class AnswerParser:
     """Makes text, reasoning and tool calls from the tokens of one answer as they arrive.
 
@@ -109,7 +117,19 @@ class AnswerParser:
             make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
         )
         self.state = self.machine.make_state(request.initial_state)
-        self.stop_words = StopWords(request.args.stop_words)
+        includes = bool(request.body.get("include_stop_str_in_output"))
+        self.stop_words = StopWords(request.args.stop_words, includes)
+        # Tokens so far, and after how many of them a stop word counts.
+        self.n_tokens, self.min_tokens = 0, request.body.get("min_tokens", 0)
+        self.skipped: Set[int] = set()
+        # The text of a tool call is made of special tokens, too.
+        if request.body.get("skip_special_tokens") and not has_tools:
+            marks = marks_of(tokenizer) if is_chat else []
+            self.skipped = {
+                token
+                for token, text in request.model.special_tokens.items()
+                if not any(text in mark for mark in marks)
+            }
         # The text of a tool call, how much of it was searched for the mark of the end, where
         # this mark turned out to be part of a value, and the state around the call.
         self.tool_text, self.n_searched = "", 0
@@ -119,6 +139,26 @@ class AnswerParser:
         self.n_rest = 0
         self.made_tool_call = False
         self.takes_one_call = request.body.get("parallel_tool_calls") is False
+
+    def echo(self, request: Request) -> Delta:
+        """The prompt of a text completion, as the first part of the answer."""
+        prompt, ids = request.completion.prompt, request.prompt
+        is_text = isinstance(prompt, str)
+        if is_text:
+            text = prompt
+            self.detokenizer.skip(ids)
+        else:
+            # One after the other, because many at once are given out as they are.
+            text = "".join(self.detokenizer.add([i]) for i in ids)
+        self.n_characters = len(text)
+        delta = Delta(text=text)
+        if request.prompt_logprobs:
+            bos = self.tokenizer.bos_token or ""
+            self.chosen.add_prompt(
+                request.prompt_logprobs, text if is_text else None, bos
+            )
+            delta.logprobs = self.chosen.take(self.n_characters)
+        return delta
 
     def feed(self, tokens: List[Token]) -> Delta:
         """Parse the next tokens.
@@ -137,10 +177,13 @@ class AnswerParser:
         may_end = self.stop_words.words or self.takes_one_call
         groups = [[t] for t in tokens] if may_end else [tokens]
         for group in groups:
-            delta.tokens += group
             delta.finish_reason = group[-1].finish_reason
+            group = [t for t in group if t.id >= 0]
+            delta.tokens += group
+            self.n_tokens += len(group)
             # An end-of-text token has no text.
             said = [t for t in group if t.finish_reason != "stop"]
+            said = [t for t in said if t.id not in self.skipped]
             text = self.detokenizer.add([t.id for t in said])
             if delta.finish_reason is not None:
                 text += self.detokenizer.end()
@@ -195,7 +238,8 @@ class AnswerParser:
         """Add text to the answer, up to the first stop word."""
         if not self.stop_words.found:
             n = len(self.stop_words.held) + len(text)
-            settled = self.stop_words.split(text)
+            counts = self.n_tokens > self.min_tokens
+            settled = self.stop_words.split(text, counts)
             delta.text += settled
             if self.stop_words.found:
                 delta.finish_reason = "stop"

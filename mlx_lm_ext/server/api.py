@@ -18,6 +18,7 @@ from ..request.fields import (
     check_field,
     check_size,
     make_generation_arguments,
+    n_candidates,
     parse_body,
     parse_prompts,
     parse_tools,
@@ -28,12 +29,13 @@ from ..request.history import (
     parse_messages,
 )
 from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
+from ..request.other_fields import check_endpoint
 from ..request.preparation import Preparation
 from ..request.request import Request
 from ..request.served_model import ServedModel
 from .answer import AnswerParser, Delta
 from .connection import HTTPHandler, clean
-from .logprobs import chat_logprobs, text_logprobs
+from .logprobs import chat_logprobs, in_json, text_logprobs
 from .model_list import cached_models
 
 # Seconds without a new token after which a stream gets a keep-alive comment, and after
@@ -43,6 +45,12 @@ HEARTBEAT = 1.0
 # Each of them is also there with /v1 in front.
 CHATS, TEXTS, MODELS, HEALTH = "/chat/completions", "/completions", "/models", "/health"
 METHODS = {CHATS: "POST", TEXTS: "POST", MODELS: "GET, HEAD", HEALTH: "GET, HEAD"}
+
+
+def mean_logprob(answer: Delta) -> float:
+    """The mean log probability of the tokens of a whole answer."""
+    logprobs = [in_json(token.logprob) for token in answer.tokens]
+    return sum(logprobs) / max(1, len(logprobs))
 
 
 class BatchAPIHandler(HTTPHandler):
@@ -152,6 +160,7 @@ class BatchAPIHandler(HTTPHandler):
             self.body, self.response_generator.cli_args
         )
         self.is_chat = self.endpoint == CHATS
+        check_endpoint(self.body, self.is_chat)
         if self.is_chat:
             self.body["messages"] = parse_messages(self.body)
             self.body["tools"] = parse_tools(self.body)
@@ -229,6 +238,8 @@ class BatchAPIHandler(HTTPHandler):
                 # Its first state is known only when the prompt has been tokenized.
                 if request not in parsers:
                     parsers[request] = AnswerParser(request, self.stream)
+                    if self.body.get("echo"):
+                        yield request, parsers[request].echo(request)
                 delta = parsers[request].feed(tokens)
                 yield request, delta
                 self.n_tokens[request.index] += len(delta.tokens)
@@ -247,13 +258,32 @@ class BatchAPIHandler(HTTPHandler):
                 answer.text += delta.text
                 answer.reasoning += delta.reasoning
                 answer.tool_calls += delta.tool_calls
+                answer.tokens += delta.tokens
                 answer.logprobs += delta.logprobs
                 answer.finish_reason = delta.finish_reason
-        response, *others = map(self.make_response, requests, answers)
+        response, *others = map(
+            self.make_response, *zip(*self.choose(requests, answers))
+        )
         for other in others:
             response["choices"] += other["choices"]
+        for i, choice in enumerate(response["choices"]):
+            choice["index"] = i
         response["usage"] = self.make_usage(requests)["usage"]
         self.send_json(200, response)
+
+    def choose(
+        self, requests: List[Request], answers: List[Delta]
+    ) -> Iterator[Tuple[Request, Delta]]:
+        """The best ``n`` answers to each prompt, if ``best_of`` asks for more, and otherwise
+        all: those with the highest mean log probability, in the order of their quality.
+        """
+        n, n_made = self.body.get("n", 1), n_candidates(self.body)
+        made = list(zip(requests, answers))
+        for i in range(0, len(made), n_made):
+            group = made[i : i + n_made]
+            if n_made > n:
+                group.sort(key=lambda pair: -mean_logprob(pair[1]))
+            yield from group[:n]
 
     def send_stream(self, requests: List[Request]) -> None:
         """Send all answers in server-sent events."""
@@ -279,7 +309,7 @@ class BatchAPIHandler(HTTPHandler):
     def make_usage(self, requests: List[Request]) -> Dict[str, Any]:
         """The JSON of the last chunk of a stream, which has the usage. Each prompt is counted
         once."""
-        n = self.body.get("n", 1)
+        n = n_candidates(self.body)
         n_prompt = sum(len(request.prompt) for request in requests[::n])
         n_cached = sum(request.n_matched for request in requests[::n])
         return self.completion_usage_response(n_prompt, sum(self.n_tokens), n_cached)
@@ -312,7 +342,7 @@ class BatchAPIHandler(HTTPHandler):
         elif message and not delta.tool_calls:
             # Upstream omits an empty text, or makes it null. Clients expect a string.
             message["content"] = delta.text
-        if request.args.logprobs:
+        if self.args.logprobs:
             is_chat = self.object_type.startswith("chat.")
             make = chat_logprobs if is_chat else text_logprobs
             choice["logprobs"] = make(delta.logprobs, request.model.token_bytes)
@@ -332,27 +362,29 @@ class BatchAPIHandler(HTTPHandler):
     def model_id(self) -> str:
         return self.response_generator.cli_args.model_id
 
+    def model_entry(self, id: str) -> Dict[str, Any]:
+        """A model as JSON. It is the same in each list: it has not the time of this request."""
+        created = self.server.started
+        return {"id": id, "object": "model", "created": created, "owned_by": "mlx_lm"}
+
     def handle_models_request(self) -> None:
         """List the served model first, then those of the Hugging Face cache that requests
-        may name."""
-        lists = self.response_generator.model_provider.allowed.lists
-        # Not the time of this request: a model is the same in each list.
-        created = self.server.started
-        ids = [self.model_id, *sorted(filter(lists, cached_models()))]
-        models = [
-            {"id": i, "object": "model", "created": created, "owned_by": "mlx_lm"}
-            for i in dict.fromkeys(ids)
-        ]
+        may name. One that is asked for may also be another that they may name."""
+        provider = self.response_generator.model_provider
+        ids = [self.model_id, *sorted(filter(provider.allowed.lists, cached_models()))]
         wanted = self.endpoint.removeprefix(MODELS)
         if not wanted:
+            models = list(map(self.model_entry, dict.fromkeys(ids)))
             self.send_json(200, {"object": "list", "data": models})
             return
-        for model in models:
-            # An id may be a path.
-            is_default = model is models[0] and wanted == "/default_model"
-            if is_default or clean(model["id"]) == wanted:
-                self.send_json(200, model)
-                return
+        # An id may be a path.
+        found = [i for i in ids if clean(i) == wanted]
+        if wanted == "/default_model":
+            found.append(self.model_id)
+        found += [name for name in (wanted, wanted[1:]) if provider.has(name)]
+        if found:
+            self.send_json(200, self.model_entry(found[0]))
+            return
         raise RequestError(
             404, f"there is no model {wanted[1:]!r} here", "model", "model_not_found"
         )

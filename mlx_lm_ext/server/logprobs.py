@@ -71,6 +71,26 @@ class ChosenTokens:
                 continue
             self.append(token)
 
+    def add_prompt(self, tokens: List[Token], text: Optional[str], bos: str) -> None:
+        """Add the tokens of a prompt, which come before those of the answer.
+
+        Args:
+            tokens (List[Token]): Its tokens.
+            text (Optional[str]): What they were made of, if it was a text.
+            bos (str): The text of the token that the tokenizer puts before a text.
+        """
+        if text is None:
+            self.add(tokens)
+            return
+        name = self.token_bytes.text(tokens[0].id)
+        if name == bos and not text.startswith(bos):
+            self.append(tokens[0], "")
+            self.is_first, tokens = True, tokens[1:]
+        self.add(tokens)
+        self.end_row()
+        # The tokens of some models do not add up to the text.
+        self.n_characters = len(text)
+
     def end_row(self) -> None:
         """Add the byte tokens in a row, which are characters or, if one of them is wrong,
         none."""
@@ -161,7 +181,9 @@ def chat_logprobs(chosen: List[ChosenToken], tokens: TokenBytes) -> Dict[str, An
 def text_logprobs(chosen: List[ChosenToken], tokens: TokenBytes) -> Dict[str, Any]:
     """The ``logprobs`` of a text completion choice."""
 
-    def top(c: ChosenToken) -> Dict[str, float]:
+    def top(c: ChosenToken) -> Optional[Dict[str, float]]:
+        if c.token.logprob is None:
+            return None
         names = {c.text: c.token.id}
         for i, _ in c.token.top:
             if i != c.token.id:
@@ -175,7 +197,11 @@ def text_logprobs(chosen: List[ChosenToken], tokens: TokenBytes) -> Dict[str, An
 
     return {
         "tokens": [c.text for c in chosen],
-        "token_logprobs": [in_json(c.token.logprob) for c in chosen],
+        # That of a prompt's first token is not known.
+        "token_logprobs": [
+            None if c.token.logprob is None else in_json(c.token.logprob)
+            for c in chosen
+        ],
         "top_logprobs": [top(c) for c in chosen],
         "text_offset": [c.offset for c in chosen],
     }

@@ -17,9 +17,10 @@ class StopWords:
 
     Args:
         words (List[str]): None of them empty.
+        includes (bool): Whether the text is cut after the word instead.
     """
 
-    def __init__(self, words: List[str]):
+    def __init__(self, words: List[str], includes: bool = False):
         # A word that begins with another one never counts, because the other ends first.
         # Without those, only one of the sorted words can be a prefix of a given text, and
         # only the one after it can begin with that text.
@@ -28,14 +29,18 @@ class StopWords:
             if not (self.words and word.startswith(self.words[-1])):
                 self.words.append(word)
         self.longest = max(map(len, self.words), default=0)
+        self.includes = includes
         self.held = ""
+        # How many of the characters that are held no word may end in.
+        self.n_passed = 0
         self.found = False
 
-    def split(self, text: str) -> str:
+    def split(self, text: str, counts: bool = True) -> str:
         """Take the next piece of a text.
 
         Args:
             text (str): The piece.
+            counts (bool): Whether a word may end in it.
 
         Returns:
             The next part of the answer, which ends before the first word. Once a word is
@@ -45,6 +50,7 @@ class StopWords:
             return text
         text = self.held + text
         start = held = len(text)
+        n_passed = self.n_passed if counts else len(text)
         end = start + 1
         for i in range(len(text)):
             if i >= end:
@@ -53,12 +59,15 @@ class StopWords:
             place = bisect_right(self.words, rest)
             word = self.words[place - 1] if place else None
             if word and rest.startswith(word):
-                if i + len(word) < end:
+                if n_passed < i + len(word) < end:
                     start, end, self.found = i, i + len(word), True
             elif place < len(self.words) and self.words[place].startswith(rest):
                 held = min(held, i)
-        self.held = "" if self.found else text[held:]
-        return text[: start if self.found else held]
+        if self.found:
+            self.held = ""
+            return text[: end if self.includes else start]
+        self.held, self.n_passed = text[held:], max(0, n_passed - held)
+        return text[:held]
 
     def flush(self) -> str:
         """What was held back: no more text will come."""
