@@ -8,7 +8,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.request import Token
-from mlx_lm_ext.server.answer import AnswerParser
+from mlx_lm_ext.server.answer import AnswerParser, Delta
 
 
 @pytest.fixture(scope="session")
@@ -61,18 +61,19 @@ def parse(
         tokens.append(Token(0, finish_reason="stop"))
     elif finish_reason:
         tokens[-1] = Token(tokens[-1].id, finish_reason=finish_reason)
-    parser = AnswerParser(request, stream=False)
-    answer = SimpleNamespace(text="", reasoning="", calls=[], n_tokens=0, end=None)
+    parser = AnswerParser(request)
+    answer = Delta()
     for i in range(0, len(tokens), pile):
-        delta = parser.feed(tokens[i : i + pile])
-        answer.text += delta.text
-        answer.reasoning += delta.reasoning
-        answer.calls += delta.tool_calls
-        answer.n_tokens += len(delta.tokens)
-        answer.end = delta.finish_reason
-        if answer.end:
+        answer.add(parser.feed(tokens[i : i + pile]))
+        if answer.finish_reason:
             break
-    return answer
+    return SimpleNamespace(
+        text=answer.text,
+        reasoning=answer.reasoning,
+        calls=answer.tool_calls,
+        n_tokens=len(answer.tokens),
+        end=answer.finish_reason,
+    )
 
 
 @pytest.mark.parametrize("pile", [1, 3, 1000])

@@ -188,7 +188,7 @@ def parse(kind, prompt, ids, answer, stop=()):
         prompt=ids,
         prompt_logprobs=[Token(i, -0.5) for i in ids],
     )
-    parser = AnswerParser(request, stream=True)
+    parser = AnswerParser(request)
     tokens = [*(Token(i, -0.5) for i in answer), Token(2, -0.5, (), "stop")]
     deltas = [parser.echo(request), *(parser.feed([token]) for token in tokens)]
     chosen = [c for delta in deltas for c in delta.logprobs]

@@ -50,7 +50,7 @@ def parse(kind, ids, stop=(), finish_reason="stop", sizes=(1,), top=()):
         tokens.append(Token(2, -0.5, (), "stop"))
     elif tokens:
         tokens[-1] = tokens[-1]._replace(finish_reason=finish_reason)
-    parser, text, chosen = AnswerParser(request, stream=True), "", []
+    parser, text, chosen = AnswerParser(request), "", []
     sizes = list(sizes)
     while tokens:
         n = sizes[0]
@@ -84,7 +84,7 @@ def parse_chat(text, stop, finish_reason="stop"):
         initial_state="normal",
     )
     answer, chosen = "", []
-    answer_parser = AnswerParser(request, stream=True)
+    answer_parser = AnswerParser(request)
     for token in [*encode("byte level", text), None]:
         last = token is None
         delta = answer_parser.feed(

@@ -20,6 +20,8 @@ ANSWERS = {
     "reasoning": "<think>hm</think>so",
     "only reasoning": "<think>hm",
     "calls": CALL + CALL,
+    "cut call": "so " + CALL[:-15],
+    "broken call": CALL.replace("1", "one") + " and",
     "all": f"<think>hm</think>so {CALL} and",
 }
 
@@ -111,13 +113,31 @@ def test_client_makes_the_same_answer_of_a_stream(logprobs, serve):
     client.close()
 
 
-def test_tool_calls_of_a_stream_are_complete_and_numbered(serve):
+def test_tool_calls_of_a_stream_come_in_numbered_parts(serve):
     port = serve(CALL + CALL)
-    events = stream(port, CHAT, messages=HELLO, max_tokens=200, tools=TOOLS)
-    *others, last = choices_of(events)
-    calls = [c for choice in others for c in choice["delta"].get("tool_calls", [])]
-    assert [c["index"] for c in calls] == [0, 1]
-    assert len({c["id"] for c in calls}) == 2
-    assert {c["type"] for c in calls} == {"function"}
-    assert {c["function"]["name"] for c in calls} == {"f"}
+    body = dict(messages=HELLO, max_tokens=200, tools=TOOLS, logprobs=True)
+    *others, last = choices_of(stream(port, CHAT, **body))
+    n_tokens = [len(choice["logprobs"]["content"]) for choice in others]
+    assert sum(n_tokens) == 2 * len(CALL)
+    # One part in a chunk, and nothing beside it.
+    others = [c for c in others if "tool_calls" in c["delta"]]
+    parts = [c["delta"]["tool_calls"] for c in others]
+    assert {len(p) for p in parts} == {1}
+    starts = [p for (p,) in parts if "id" in p]
+    for i, start in enumerate(starts):
+        assert start == {
+            "index": i,
+            "id": start["id"],
+            "type": "function",
+            "function": {"name": "f", "arguments": ""},
+        }
+    assert len({start["id"] for start in starts}) == 2
+    more = [p for (p,) in parts if "id" not in p]
+    pieces = [
+        [p["function"].pop("arguments") for p in more if p["index"] == i]
+        for i in (0, 1)
+    ]
+    assert ["".join(p) for p in pieces] == ['{"x": 1}'] * 2
+    assert all(p == {"index": p["index"], "function": {}} for p in more)
+    assert [p["index"] for (p,) in parts] == sorted(p["index"] for (p,) in parts)
     assert (last["finish_reason"], last["delta"]) == ("tool_calls", {})

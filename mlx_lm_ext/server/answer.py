@@ -7,8 +7,7 @@ Rules:
 4. Only an answer to a request with tools has tool calls. Otherwise a call stays text.
 """
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
@@ -19,13 +18,8 @@ from .harmony import with_channels
 from .logprobs import ChosenToken, ChosenTokens
 from .presented import Presented
 from .stop_words import StopWords
+from .streamed_calls import CallSection
 from .tool_calls import ToolCallParser
-from .tool_formats import Unfinished
-
-logger = logging.getLogger(__name__)
-
-# How often the mark of the end of a tool call may stand in the values of one.
-MAX_ENDS_IN_VALUE = 16
 
 
 @dataclass
@@ -35,7 +29,8 @@ class Delta:
     Args:
         text (str): Text of the answer itself.
         reasoning (str): Text of the reasoning before the answer.
-        tool_calls (List[Dict]): Complete tool calls in OpenAI's shape.
+        tool_calls (List[Dict]): Parts of tool calls, as OpenAI's streams have them: the first
+          of a call has an empty text of arguments, and those that follow have pieces of it.
         tokens (List[Token]): The tokens that it was made from.
         logprobs (List[ChosenToken]): The tokens of its text, if the request asked for log
           probabilities.
@@ -53,11 +48,29 @@ class Delta:
     def chunks(self) -> Iterator["Delta"]:
         """The chunks of a stream that it makes. The finish reason has one of its own: some
         clients read nothing else of a chunk that has one."""
-        is_last = self.finish_reason is not None
-        if self.text or self.reasoning or self.tool_calls or self.logprobs:
-            yield replace(self, finish_reason=None) if is_last else self
-        if is_last:
+        chunks = [Delta(tool_calls=[part]) for part in self.tool_calls]
+        if self.text or self.reasoning or (self.logprobs and not chunks):
+            chunks.insert(0, Delta(self.text, self.reasoning))
+        if chunks:
+            chunks[0].logprobs = self.logprobs
+        yield from chunks
+        if self.finish_reason is not None:
             yield Delta(finish_reason=self.finish_reason)
+
+    def add(self, following: "Delta") -> None:
+        """Join what follows; the parts of each tool call become one without an index."""
+        self.text += following.text
+        self.reasoning += following.reasoning
+        self.logprobs += following.logprobs
+        self.tokens += following.tokens
+        self.finish_reason = following.finish_reason
+        for part in following.tool_calls:
+            if "id" in part:
+                call = {key: part[key] for key in ("id", "type", "function")}
+                self.tool_calls.append(call | {"function": dict(part["function"])})
+            else:
+                function = self.tool_calls[-1]["function"]
+                function["arguments"] += part["function"]["arguments"]
 
 
 class WithoutTools(Presented):
@@ -93,10 +106,9 @@ class AnswerParser:
     Args:
         request (Request): The request. Its ``initial_state`` must be final, which it is
           once a token has arrived.
-        stream (bool): Whether tool calls get an index, which streams need.
     """
 
-    def __init__(self, request: Request, stream: bool):
+    def __init__(self, request: Request):
         tokenizer = with_channels(request.model.tokenizer)
         self.detokenizer = Detokenizer(request.model.decoder)
         self.chosen: Optional[ChosenTokens] = None
@@ -105,7 +117,7 @@ class AnswerParser:
         # Characters of all text, and where a stop word has cut it.
         self.n_characters, self.cut = 0, None
         self.tool_calls = ToolCallParser(
-            tokenizer.tool_parser, request.completion.tools, stream
+            tokenizer.tool_parser, request.completion.tools
         )
         self.tokenizer = tokenizer
         # Only the text of a call tells its end from the same mark within a value.
@@ -130,15 +142,17 @@ class AnswerParser:
                 for token, text in request.model.special_tokens.items()
                 if not any(text in mark for mark in marks)
             }
-        # The text of a tool call, how much of it was searched for the mark of the end, where
-        # this mark turned out to be part of a value, and the state around the call.
-        self.tool_text, self.n_searched = "", 0
-        self.ends_in_value: List[int] = []
+        self.takes_one_call = request.body.get("parallel_tool_calls") is False
+        # The next tool calls, and the state around them.
+        self.section = self.make_section()
         self.around = "normal"
         # Characters after those that are being added.
         self.n_rest = 0
-        self.made_tool_call = False
-        self.takes_one_call = request.body.get("parallel_tool_calls") is False
+
+    def make_section(self) -> CallSection:
+        start, end = self.tokenizer.tool_call_start, self.tokenizer.tool_call_end
+        one = self.takes_one_call
+        return CallSection(self.tool_calls, start or "", end or "", one)
 
     def echo(self, request: Request) -> Delta:
         """The prompt of a text completion, as the first part of the answer."""
@@ -194,7 +208,7 @@ class AnswerParser:
                 delta.logprobs += self.take_chosen(delta.finish_reason is not None)
             if delta.finish_reason is not None:
                 break
-        if delta.finish_reason == "stop" and self.made_tool_call:
+        if delta.finish_reason == "stop" and self.tool_calls.n_calls:
             delta.finish_reason = "tool_calls"
         return delta
 
@@ -214,12 +228,12 @@ class AnswerParser:
             *_, held = self.state
             self.n_rest = len(held)
             self.add(name, last, delta)
-            rest = self.end_tool_call(delta)
+            rest = self.end_tool_calls(delta, None)
             if rest is None and is_last:
                 self.n_rest = 0
                 self.state, held, name = TextStateMachine.flush(self.state)
                 self.add(name, held, delta)
-                rest = self.end_last_tool_call(delta)
+                rest = self.end_tool_calls(delta, delta.finish_reason)
         if is_last:
             delta.text += self.stop_words.flush()
 
@@ -228,7 +242,7 @@ class AnswerParser:
         if name == "reasoning":
             delta.reasoning += text
         elif name == "tool":
-            self.tool_text += text
+            self.section.text += text
         elif name == "normal":
             self.add_text(text, delta)
         if name in ("reasoning", "normal"):
@@ -252,88 +266,33 @@ class AnswerParser:
         name, *_, held = self.state
         n = len(held) + len(self.stop_words.held)
         if name == "tool":
-            # It may yet turn out to be text.
-            n += len(self.tokenizer.tool_call_start) + len(self.tool_text)
+            n += self.section.n_waiting
         return self.chosen.take(self.n_characters - n)
 
-    def end_tool_call(self, delta: Delta) -> Optional[str]:
-        """Add the tool call whose end has come, if it has; gives the text after it."""
-        end = self.tokenizer.tool_call_end
-        if self.state[0] != "tool" or not end:
-            return None
-        while (at := self.tool_text.find(end, self.n_searched)) >= 0:
-            self.n_searched = at + len(end)
-            try:
-                calls = self.parse_tool_call(self.tool_text[:at])
-            except Unfinished:
-                if len(self.ends_in_value) < MAX_ENDS_IN_VALUE:
-                    self.ends_in_value.append(at)
-                    continue
-                calls = []
-            return self.leave_tool_call(calls, at, delta)
-        self.n_searched = max(self.n_searched, len(self.tool_text) - len(end) + 1)
-        return None
-
-    def end_last_tool_call(self, delta: Delta) -> Optional[str]:
-        """Add the tool call that ends with the answer or was cut off, if there is one; gives
-        the text after it."""
-        if self.state[0] != "tool":
-            return None
-        is_cut = delta.finish_reason == "length"
-        try:
-            calls = self.parse_tool_call(self.tool_text, is_cut)
-        except Unfinished:
-            calls = []
-        return self.leave_tool_call(calls, len(self.tool_text), delta)
-
-    def parse_tool_call(self, text: str, is_cut: bool = False) -> List[Dict[str, Any]]:
-        """The tool calls of a text; none if it cannot be parsed.
-
-        Raises:
-            Unfinished: If it ends within a value.
-        """
-        try:
-            return self.tool_calls.parse(text, is_cut) if text else []
-        except Unfinished:
-            raise
-        except Exception as e:
-            # Upstream's parsers raise other errors than the ValueError that they should.
-            logger.warning(f"A tool call cannot be parsed: {type(e).__name__}: {e}")
-            return []
-
-    def leave_tool_call(
-        self, calls: List[Dict[str, Any]], at: int, delta: Delta
-    ) -> Optional[str]:
-        """Go on after a tool call.
+    def end_tool_calls(self, delta: Delta, reason: Optional[str]) -> Optional[str]:
+        """Add what the text of tool calls gives.
 
         Args:
-            calls (List[Dict]): The calls; without any, the text stays text, marks included.
-            at (int): Where its text has ended.
             delta (Delta): What is added to.
+            reason (Optional[str]): The finish reason, if no more text comes.
 
         Returns:
-            The text after it; None if the answer has ended.
+            The text after the calls; None if they, or the answer, have not ended.
         """
-        end = self.tokenizer.tool_call_end or ""
-        if not calls and self.ends_in_value:
-            # It was broken, and has ended there.
-            at = self.ends_in_value[0]
-        text, rest = self.tool_text[:at], self.tool_text[at + len(end) :]
-        if at < len(self.tool_text):
-            text += end
-        self.tool_text, self.n_searched, self.ends_in_value = "", 0, []
+        if self.state[0] != "tool":
+            return None
+        ended = self.section.read(delta.tool_calls, reason)
+        if ended is None:
+            return None
+        self.section = self.make_section()
         self.state = self.machine.make_state(self.around)
-        if self.takes_one_call and self.made_tool_call:
-            return rest
-        if not calls:
-            self.n_rest = len(rest)
-            self.add(self.around, self.tokenizer.tool_call_start + text, delta)
-            return rest
-        self.made_tool_call = True
-        if self.takes_one_call:
-            calls, delta.finish_reason = calls[:1], "stop"
+        if self.takes_one_call and self.tool_calls.n_calls:
+            delta.finish_reason = reason or "stop"
             delta.text += self.stop_words.flush()
             # As after a stop word: no more text is added.
             self.stop_words.found = True
-        delta.tool_calls += calls
-        return None if self.takes_one_call else rest
+            return None
+        if ended.text:
+            self.n_rest = ended.n_after
+            self.add(self.around, ended.text, delta)
+        return ended.rest

@@ -237,7 +237,7 @@ class BatchAPIHandler(HTTPHandler):
                     continue  # it goes on after a stop word, until it is cancelled
                 # Its first state is known only when the prompt has been tokenized.
                 if request not in parsers:
-                    parsers[request] = AnswerParser(request, self.stream)
+                    parsers[request] = AnswerParser(request)
                     if self.body.get("echo"):
                         yield request, parsers[request].echo(request)
                 delta = parsers[request].feed(tokens)
@@ -254,13 +254,7 @@ class BatchAPIHandler(HTTPHandler):
         for received in self.receive(requests):
             if received is not None:
                 request, delta = received
-                answer = answers[request.index]
-                answer.text += delta.text
-                answer.reasoning += delta.reasoning
-                answer.tool_calls += delta.tool_calls
-                answer.tokens += delta.tokens
-                answer.logprobs += delta.logprobs
-                answer.finish_reason = delta.finish_reason
+                answers[request.index].add(delta)
         response, *others = map(
             self.make_response, *zip(*self.choose(requests, answers))
         )

@@ -7,7 +7,7 @@ Rule: where mlx-lm knows the format of a model, nothing here is used.
 from typing import Any, Dict, List
 
 from .presented import Presented
-from .tool_formats import Calls, read_headed
+from .tool_formats import HEADED, Calls
 
 ANALYSIS = "<|channel|>analysis<|message|>"
 CALL = " to=functions."
@@ -35,8 +35,7 @@ class Harmony(Presented):
 
     @staticmethod
     def tool_parser(text: str, tools: List[Dict[str, Any]]) -> Calls:
-        header = r"(?P<name>[^\s<]+)(?:(?!<\|message\|>)[^{])*<\|message\|>"
-        return read_headed(text, header, r"<\|(?:call|end)\|>")
+        return HEADED["harmony"].read(text)
 
 
 def with_channels(tokenizer: Any) -> Any:

@@ -14,7 +14,16 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from mlx_lm.server import ToolCallFormatter
 
-from .tool_formats import READERS, TAGS, Tags, check_kimi_k3, read_json
+from .streamed_arguments import StreamedArguments
+from .tool_formats import (
+    HEADED,
+    JSON,
+    READERS,
+    TAGS,
+    Tags,
+    check_kimi_k3,
+    read_json,
+)
 from .tool_values import (
     Allowed,
     allowed_for,
@@ -24,6 +33,9 @@ from .tool_values import (
     value_of,
     value_without_schema,
 )
+
+# Where the parsers are whose names are formats.
+FORMATS = ("mlx_lm.tool_parsers", __package__)
 
 # Characters of a call. While a pattern or JSON is read, all other threads wait.
 MAX_CALL = 1 << 18
@@ -52,18 +64,16 @@ class ToolCallParser:
         parser (Optional[Callable]): The model's parser of mlx-lm, whose module names the
           format.
         tools (Optional[List[Dict]]): The tools of the request.
-        stream (bool): Whether calls get an index, which streams need.
     """
 
     def __init__(
-        self,
-        parser: Optional[Callable],
-        tools: Optional[List[Dict[str, Any]]],
-        stream: bool,
+        self, parser: Optional[Callable], tools: Optional[List[Dict[str, Any]]]
     ):
         self.parser = parser
         package, _, name = (getattr(parser, "__module__", "") or "").rpartition(".")
-        self.format = name if package == "mlx_lm.tool_parsers" else ""
+        self.format = name if package in FORMATS else ""
+        # Models of all formats write JSON now and then.
+        self.headed = [JSON, *filter(None, [HEADED.get(self.format)])]
         self.parameters = {}
         for tool in tools or []:
             function = tool.get("function")
@@ -71,8 +81,9 @@ class ToolCallParser:
                 self.parameters[function["name"]] = function.get("parameters")
         self.allowed: Dict[Tuple[str, str], Allowed] = {}
         self.ids: Set[str] = set()
+        self.n_calls = 0
         self.is_cut = False
-        self.to_openai = ToolCallFormatter(self.read, tools, stream)
+        self.to_openai = ToolCallFormatter(self.read, tools)
 
     def parse(self, text: str, is_cut: bool = False) -> List[Dict[str, Any]]:
         """Parse what is between the marks of a tool call.
@@ -89,6 +100,44 @@ class ToolCallParser:
             raise ValueError(f"it has {len(text)} characters")
         self.is_cut = is_cut
         return self.to_openai([text])
+
+    def begin_streamed(
+        self, call: Dict[str, Any], parts: List[Dict[str, Any]]
+    ) -> StreamedArguments:
+        """Begin a call that is sent in parts.
+
+        Args:
+            call (Dict): Its ``name``, and perhaps its ``id``.
+            parts (List[Dict]): What its first part is added to.
+
+        Returns:
+            What makes the pieces of its arguments.
+        """
+        name = call["name"]
+        self.begin(name, self.make_id(call.get("id")), parts)
+        return StreamedArguments(lambda argument: self.allowed_for(name, argument))
+
+    def begin(self, name: str, id: str, parts: List[Dict[str, Any]]) -> None:
+        """Add the first part of a call, which has all but the arguments."""
+        function = {"name": name, "arguments": ""}
+        parts.append(
+            {"index": self.n_calls, "id": id, "type": "function", "function": function}
+        )
+        self.n_calls += 1
+
+    def go_on(self, arguments: str, parts: List[Dict[str, Any]]) -> None:
+        """Add more of the arguments of the last call."""
+        if parts and "id" not in parts[-1]:
+            parts[-1]["function"]["arguments"] += arguments
+        else:
+            index = self.n_calls - 1
+            parts.append({"index": index, "function": {"arguments": arguments}})
+
+    def add_whole(self, call: Dict[str, Any], parts: List[Dict[str, Any]]) -> None:
+        """Add the parts of a whole call in OpenAI's shape."""
+        function = call["function"]
+        self.begin(function["name"], call["id"], parts)
+        self.go_on(function["arguments"], parts)
 
     def read(self, text: str, tools: Any) -> List[Dict[str, Any]]:
         """The calls of a text: what upstream's formatter expects of a parser."""

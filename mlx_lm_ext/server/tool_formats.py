@@ -13,7 +13,6 @@ Rules:
 import ast
 import json
 import re
-from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 from .tool_values import DECODER
@@ -30,6 +29,8 @@ class Unfinished(Exception):
 
 
 SPACE = re.compile(r"\s*")
+# What may be between calls, and too many brackets.
+BETWEEN = re.compile(r"[\s\]},]*+")
 
 
 def after(pattern: re.Pattern, text: str, at: int) -> int:
@@ -66,30 +67,37 @@ def read_json(text: str) -> List[Any]:
     while at < len(text):
         value, at = decode_at(text, at)
         values += value if isinstance(value, list) else [value]
-        at = after(SPACE, text, at)
+        at = after(BETWEEN, text, at)
     return values
 
 
-def read_headed(text: str, header: str, end: str = "") -> Calls:
-    """Calls that are JSON after a header.
+class Headed:
+    """A format in which a call is JSON after a header.
 
     Args:
-        text (str): The text.
         header (str): Pattern with the group ``name`` and perhaps ``id``.
-        end (str): Pattern of what may follow the JSON.
+        end (str): Pattern of the mark of a call's end, which may be missing.
+        closing (str): Pattern of what may be between the arguments and that mark.
     """
-    start = re.compile(rf"\s*+{header}\s*+")
-    stop = re.compile(rf"\s*+(?:{end})?\s*+")
-    text = with_escapes(text)
-    calls, at = [], 0
-    while at < len(text):
-        match = start.match(text, at)
-        if match is None:
-            raise ValueError(f"there is no call at character {at}")
-        arguments, at = decode_at(text, match.end())
-        calls.append(match.groupdict() | {"arguments": arguments})
-        at = after(stop, text, at)
-    return calls
+
+    def __init__(self, header: str, end: str = "", closing: str = ""):
+        self.start = re.compile(rf"\s*+{header}\s*+")
+        self.start_of_object = re.compile(rf"{self.start.pattern}(?={{)")
+        self.stop = re.compile(rf"\s*+{closing}(?:{end})?\s*+")
+        self.end = re.compile(rf"{end}|\Z" if end else r"\Z")
+
+    def read(self, text: str) -> Calls:
+        """Read all calls of a text."""
+        text = with_escapes(text)
+        calls, at = [], 0
+        while at < len(text):
+            match = self.start.match(text, at)
+            if match is None:
+                raise ValueError(f"there is no call at character {at}")
+            arguments, at = decode_at(text, match.end())
+            calls.append(match.groupdict() | {"arguments": arguments})
+            at = after(self.stop, text, at)
+        return calls
 
 
 # Gemma's notation: its marks of strings, and keys and words without any.
@@ -102,6 +110,9 @@ GEMMA_TOKEN = re.compile(
     r'|(?<=[:\[,])\s*(?P<word>[^\s{}\[\],<"][^{}\[\],<"]*)',
     re.DOTALL,
 )
+
+
+GEMMA = Headed(r"call:(?P<name>[^\s{}]+)")
 
 
 def gemma_token_to_json(token: re.Match) -> str:
@@ -120,8 +131,7 @@ def gemma_token_to_json(token: re.Match) -> str:
 
 
 def read_gemma(text: str) -> Calls:
-    text = GEMMA_TOKEN.sub(gemma_token_to_json, text)
-    return read_headed(text, r"call:(?P<name>[^\s{}]+)")
+    return GEMMA.read(GEMMA_TOKEN.sub(gemma_token_to_json, text))
 
 
 # What of a Python call may be no Python: names with dots, hyphens or keywords, the words of
@@ -295,20 +305,40 @@ TAGS = {
     "longcat": arg_tags("longcat_"),
 }
 
+# A call that is an object of JSON, up to its arguments; what a mark may begin with is in no
+# text of it. Other keys may follow them, and too many brackets.
+JSON = Headed(
+    r"\[?\s*+\{\s*+(?:"
+    r'"id"\s*+:\s*+"(?P<id>[^"\\<]*+)"\s*+,\s*+'
+    r'|"(?:id|type|index)"\s*+:\s*+(?:"[^"\\<]*+"|\d++|null)\s*+,\s*+'
+    r'|"(?:function|tool)"\s*+:\s*+\{\s*+'
+    r'|"(?:name|function)"\s*+:\s*+"(?P<name>(?=\s*+[^\s"])[^"\\<]++)"\s*+,\s*+'
+    r')*+(?(name)|(?!))"(?:arguments|parameters|args|input)"\s*+:',
+    closing=r'(?:\s*+,\s*+"\w++"\s*+:\s*+(?:"[^"\\<]*+"|[\w.+-]++))*+[\s\]},]*+',
+)
+
+# The formats whose arguments are JSON.
+HEADED = {
+    "mistral": Headed(
+        r"(?:\[TOOL_CALLS\])?\s*+(?P<name>[^\s\[\]{}]+)\s*"
+        r"(?:\[CALL_ID\]\s*(?P<id>[^\s\[\]{}]+)\s*)?\[ARGS\]",
+        r"(?=\[TOOL_CALLS\])",
+    ),
+    "kimi_k2": Headed(
+        r"(?:<\|tool_call_begin\|>)?\s*+"
+        r"(?P<id>(?:functions\.)?(?P<name>[^\s<]+):\d+)\s*"
+        r"<\|tool_call_argument_begin\|>",
+        r"<\|tool_call_end\|>",
+    ),
+    "harmony": Headed(
+        r"(?P<name>[^\s<]+)(?:(?!<\|message\|>)[^{])*<\|message\|>",
+        r"<\|(?:call|end)\|>",
+    ),
+}
+
 READERS: Dict[str, Callable[[str], Calls]] = {
     "pythonic": read_pythonic,
     "gemma4": read_gemma,
     "function_gemma": read_gemma,
-    "mistral": partial(
-        read_headed,
-        header=r"(?:\[TOOL_CALLS\])?\s*+(?P<name>[^\s\[\]{}]+)\s*"
-        r"(?:\[CALL_ID\]\s*(?P<id>[^\s\[\]{}]+)\s*)?\[ARGS\]",
-    ),
-    "kimi_k2": partial(
-        read_headed,
-        header=r"(?:<\|tool_call_begin\|>)?\s*+"
-        r"(?P<id>(?:functions\.)?(?P<name>[^\s<]+):\d+)\s*"
-        r"<\|tool_call_argument_begin\|>",
-        end=r"<\|tool_call_end\|>",
-    ),
+    **{name: headed.read for name, headed in HEADED.items()},
 }
