@@ -490,6 +490,13 @@ def test_mark_of_the_end_within_a_value_is_a_part_of_it(form, pile, answer):
     assert found.text == ""
 
 
+@pytest.mark.parametrize("form", ["json_tools", "kimi_k2"])
+def test_mark_of_the_end_right_after_an_escape_is_a_part_of_the_value(form, answer):
+    end = import_module(f"mlx_lm.tool_parsers.{form}").tool_call_end
+    text = WRITERS[form]("send", {"v": "X" + end}).replace("X", "\\u00e9")
+    assert arguments_of(answer(form, text)) == {"v": "\u00e9" + end}
+
+
 @pytest.mark.parametrize("pile", [1, 10**6])
 @pytest.mark.parametrize(
     "form, broken", [("json_tools", '{"name": "b'), ("pythonic", "[b(v='x)]")]

@@ -16,6 +16,7 @@ from typing import (
     Any,
     Collection,
     Dict,
+    FrozenSet,
     Iterator,
     List,
     NamedTuple,
@@ -138,6 +139,7 @@ MAX_STOP_WORD = 1000
 MAX_STOP_WORDS = 128
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1024
+TOOL_MODES = ("none", "auto", "required")
 MAX_BIASES = 10_000
 # Characters of each text of a role mapping, which is repeated for every message.
 MAX_ROLE_TEXT = 1000
@@ -313,10 +315,6 @@ def check_supported(body: Dict[str, Any]) -> None:
             not (body.get("suffix") and body.get("echo")),
             "must be empty with echo",
         ),
-        "tool_choice": (
-            body.get("tool_choice", "auto") in ("auto", "none"),
-            "must be auto or none",
-        ),
         "functions": (not body.get("functions"), "must be empty; use tools"),
         "audio": (not body.get("audio"), "must be empty"),
         "modalities": (
@@ -374,9 +372,81 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
             raise RequestError(400, f"{name}.name must not be empty", f"{name}.name")
         if function.get("parameters") is not None:
             check_type(f"{name}.parameters", function["parameters"], dict)
-    if body.get("tool_choice") == "none":
-        return None
-    return tools or None
+        if function.get("strict") is not None:
+            check_type(f"{name}.strict", function["strict"], bool)
+    # All stay in the prompt, whichever may be called: so its start is the same.
+    return None if parse_tool_choice(body).mode == "none" else tools or None
+
+
+class ToolChoice(NamedTuple):
+    """Which calls the answer to a chat may have.
+
+    Args:
+        mode (str): "none", "auto", or "required" if it has to have one.
+        names (Optional[FrozenSet[str]]): The functions that may be called, if not all.
+        is_named (bool): Whether it has to be one call of a single function.
+    """
+
+    mode: str
+    names: Optional[FrozenSet[str]] = None
+    is_named: bool = False
+
+    def allows(self, name: str) -> bool:
+        return self.names is None or name in self.names
+
+
+def parse_tool_choice(body: Dict[str, Any]) -> ToolChoice:
+    """Check which tools may or have to be called, and return it.
+
+    Args:
+        body (Dict[str, Any]): The body of a chat whose ``tools`` have been checked.
+    """
+    name, choice = "tool_choice", body.get("tool_choice", "auto")
+    if isinstance(choice, str):
+        check_choice(name, choice, TOOL_MODES)
+        made = ToolChoice(choice)
+    else:
+        check_type(name, choice, dict)
+        name = f"{name}.type"
+        check_choice(name, choice.get("type"), ("function", "allowed_tools"))
+        if choice["type"] == "function":
+            wanted = frozenset([parse_function("tool_choice", choice)])
+            made = ToolChoice("required", wanted, is_named=True)
+        else:
+            made = parse_allowed_tools(choice)
+    names = {tool["function"]["name"] for tool in body.get("tools") or []}
+    if made.mode == "required" and not names:
+        raise RequestError(400, "tool_choice needs tools", "tool_choice")
+    for wanted_name in made.names or ():
+        if wanted_name not in names:
+            message = f"tool_choice names {wanted_name[:100]!r}, which no tool has"
+            raise RequestError(400, message, "tool_choice")
+    return made
+
+
+def parse_allowed_tools(choice: Dict[str, Any]) -> ToolChoice:
+    name = "tool_choice.allowed_tools"
+    allowed: Any = choice.get("allowed_tools")
+    check_type(name, allowed, dict)
+    check_choice(f"{name}.mode", allowed.get("mode"), ("auto", "required"))
+    tools: Any = allowed.get("tools")
+    check_type(f"{name}.tools", tools, list)
+    check_count(f"{name}.tools", len(tools), MAX_TOOLS)
+    if not tools:
+        message = f"{name}.tools must not be empty"
+        raise RequestError(400, message, f"{name}.tools")
+    names = (parse_function(f"{name}.tools[{i}]", t) for i, t in enumerate(tools))
+    return ToolChoice(allowed["mode"], frozenset(names))
+
+
+def parse_function(name: str, tool: Any) -> str:
+    """The name of the function that a choice has."""
+    check_type(name, tool, dict)
+    check_choice(f"{name}.type", tool.get("type", "function"), ("function",))
+    check_type(f"{name}.function", tool.get("function"), dict)
+    check_type(f"{name}.function.name", tool["function"].get("name"), str)
+    found: str = tool["function"]["name"]
+    return found
 
 
 def parse_prompts(body: Dict[str, Any]) -> List[Any]:

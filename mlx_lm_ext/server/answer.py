@@ -13,7 +13,9 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from ..request.detokenizing import Detokenizer
+from ..request.fields import ToolChoice, parse_tool_choice
 from ..request.request import Request, Token
+from .bare_calls import BareCalls
 from .harmony import with_channels
 from .logprobs import ChosenToken, ChosenTokens
 from .presented import Presented
@@ -110,6 +112,12 @@ class AnswerParser:
 
     def __init__(self, request: Request):
         tokenizer = with_channels(request.model.tokenizer)
+        has_tools = bool(request.completion.tools)
+        choice = parse_tool_choice(request.body) if has_tools else ToolChoice("none")
+        if choice.mode == "required" and not tokenizer.has_tool_calling:
+            tokenizer = BareCalls(tokenizer)
+        # As OpenAI has it: the reason is no news to who has named the function.
+        self.says_calls = not choice.is_named
         self.detokenizer = Detokenizer(request.model.decoder)
         self.chosen: Optional[ChosenTokens] = None
         if request.args.logprobs:
@@ -121,7 +129,6 @@ class AnswerParser:
         )
         self.tokenizer = tokenizer
         # Only the text of a call tells its end from the same mark within a value.
-        has_tools = bool(request.completion.tools)
         tokenizer = OpenCalls(tokenizer) if has_tools else WithoutTools(tokenizer)
         # A text completion has neither reasoning nor tool calls.
         is_chat = request.completion.request_type == "chat"
@@ -208,7 +215,8 @@ class AnswerParser:
                 delta.logprobs += self.take_chosen(delta.finish_reason is not None)
             if delta.finish_reason is not None:
                 break
-        if delta.finish_reason == "stop" and self.tool_calls.n_calls:
+        is_call = self.tool_calls.n_calls and self.says_calls
+        if delta.finish_reason == "stop" and is_call:
             delta.finish_reason = "tool_calls"
         return delta
 

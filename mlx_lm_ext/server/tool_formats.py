@@ -49,7 +49,8 @@ def decode_at(text: str, at: int) -> Tuple[Any, int]:
     try:
         return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as e:
-        if e.msg.startswith("Unterminated string"):
+        # An escape that ends the text has an error of its own.
+        if e.msg.startswith(("Unterminated string", r"Invalid \uXXXX")):
             raise Unfinished("a string does not end")
         raise
 
