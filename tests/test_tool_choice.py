@@ -13,7 +13,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.fields import parse_body, parse_tool_choice, parse_tools
 from mlx_lm_ext.request.request import Token
-from mlx_lm_ext.server.answer import AnswerParser
+from mlx_lm_ext.server.answer import AnswerParser, Delta
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("say", "count")]
 SAY, COUNT = TOOLS
@@ -142,18 +142,19 @@ def answer(tokenizer):
         if end == "length":
             *tokens, last, _ = tokens
             tokens.append(Token(last.id, finish_reason=end))
-        parser = AnswerParser(request, False)
+        parser = AnswerParser(request)
         piles = range(0, len(tokens), pile)
-        deltas = [parser.feed(tokens[i : i + pile]) for i in piles]
-        calls = sum((d.tool_calls for d in deltas), [])
+        found = Delta()
+        for i in piles:
+            found.add(parser.feed(tokens[i : i + pile]))
         return SimpleNamespace(
-            text="".join(d.text for d in deltas),
-            reasoning="".join(d.reasoning for d in deltas),
+            text=found.text,
+            reasoning=found.reasoning,
             calls=[
                 (c["function"]["name"], json.loads(c["function"]["arguments"]))
-                for c in calls
+                for c in found.tool_calls
             ],
-            end=deltas[-1].finish_reason,
+            end=found.finish_reason,
         )
 
     return parse
@@ -206,12 +207,21 @@ def test_forced_calls_of_a_model_without_a_format_are_an_array(pile, answer, tok
 
 
 @pytest.mark.parametrize("pile", [1, 10**6])
-@pytest.mark.parametrize("text", [ARRAY[:-5], "[1, 2]", "It is [5].", "no", "[]", "["])
+@pytest.mark.parametrize("text", [ARRAY[:18], "[1, 2]", "It is [5].", "no", "[]", "["])
 def test_forced_answer_that_is_no_array_of_calls_stays_text(
     pile, text, answer, tokenizer
 ):
     found = answer(Thinking(tokenizer), text, pile, "length", tool_choice="required")
     assert (found.calls, found.text, found.end) == ([], text, "length")
+
+
+@pytest.mark.parametrize("pile", [1, 10**6])
+def test_calls_that_have_ended_are_kept_if_the_array_is_cut_off(
+    pile, answer, tokenizer
+):
+    model = Thinking(tokenizer)
+    found = answer(model, ARRAY[:-5], pile, "length", tool_choice="required")
+    assert found.calls == [("say", {"v": "]"})]
 
 
 def test_array_in_an_answer_that_is_free_stays_text(answer, tokenizer):

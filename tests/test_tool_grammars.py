@@ -22,7 +22,7 @@ from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.plugins.tool_grammars import FORMATS, tool_grammar
 from mlx_lm_ext.request.detokenizing import Decoder
 from mlx_lm_ext.request.request import Token
-from mlx_lm_ext.server.answer import AnswerParser
+from mlx_lm_ext.server.answer import AnswerParser, Delta
 from mlx_lm_ext.server.harmony import with_channels
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -178,9 +178,11 @@ class Family:
             args=SimpleNamespace(stop_words=[], logprobs=False),
             initial_state=self.tokenizer.response_initial_state or "normal",
         )
-        parser = AnswerParser(request, False)
+        parser = AnswerParser(request)
         tokens = [*map(Token, tokens), Token(0, finish_reason="stop")]
-        return parser.feed(tokens)
+        answer = Delta()
+        answer.add(parser.feed(tokens))
+        return answer
 
 
 @pytest.fixture(scope="session")

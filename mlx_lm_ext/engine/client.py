@@ -14,7 +14,8 @@ from ..policies.guard import Policies
 from ..request.fields import (
     check_choice,
     n_candidates,
-    parse_answer_format,
+    parse_tool_choice,
+    restricting_field,
     use_model_sampling,
 )
 from ..request.fill_in import fill_in
@@ -141,21 +142,26 @@ class EngineClient:
             ),
         )
         check_choice("sampler", template.sampler, self.policies.samplers)
+        preparation = preparation or Preparations().begin()
+        # A call that is forced is made in any case.
+        if completions[0].tools and parse_tool_choice(body).mode == "auto":
+            name = template.prompt_field
+            model.bounded_tokenizer(name, preparation).check_tools()
         requests: List[Request] = []
         for completion in completions:
             # The limit of its tokens depends on the prompt.
             first = replace(template, completion=completion, args=copy(args))
             # Prompts with images are tokenized on the generation thread.
             if not image_parts(completion.messages):
-                self.tokenize(first, preparation or Preparations().begin())
+                self.tokenize(first, preparation)
             first.check_tokens()
             if first.segments:
                 first.fit_to_context()
             first.constraint = self.policies.make_constraint(first, model.tokenizer)
-            form = parse_answer_format(body)
-            if form is not None and first.constraint is None:
-                message = f"{form.field} needs the plugin structured, which is blocked"
-                raise RequestError(400, message, form.field, "unsupported_value")
+            field = restricting_field(body)
+            if field is not None and first.constraint is None:
+                message = f"{field} needs the plugin structured, which is blocked"
+                raise RequestError(400, message, field, "unsupported_value")
             check_constraint(first)
             if body.get("echo") and args.logprobs:
                 first.prompt_logprobs = []

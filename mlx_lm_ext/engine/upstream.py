@@ -134,8 +134,6 @@ class SingleGenerator(ResponseGenerator):
             return request.prompt, [request.prompt], ["assistant"], "normal", None
         if not request.messages:
             return super()._tokenize(tokenizer, request, args)
-        if request.tools:
-            tokenizer.check_tools()
         kwargs = dict(args.chat_template_kwargs or {})
         if not tokenizer.has_chat_template:
             if kwargs.get("continue_final_message"):

@@ -14,8 +14,17 @@ from weakref import WeakKeyDictionary
 
 # White space between the parts of JSON and of calls. A model might write it without end.
 SPACE = r"/[ \t\r\n]{1,64}/"
+# What stands between the parts of JSON: nothing, a space, or a line break and an indent.
+# With any number of them, a model could write nothing else for ever.
 JSON_OPTIONS = {
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}",
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": r" |\n[ \t]{0,32}",
+    # What cannot be checked is refused, and not left out.
+    "coerce_one_of": False,
+    "lenient": False,
+    # Python writes all characters but those of ASCII so.
     "json_allow_general_unicode_escapes": True,
 }
 

@@ -14,7 +14,17 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence, Tuple, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    cast,
+)
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -178,6 +188,20 @@ class Grammars:
                     self.kept.popitem(last=False)
         return GrammarConstraint(self, matcher.deep_copy())
 
+    def check(self, grammar: str) -> str:
+        """What is wrong with a grammar; empty if ``constrain`` can use it.
+
+        Raises:
+            RequestError: A 503 if too many others are being compiled.
+        """
+        try:
+            self.constrain(grammar, "it")
+        except RequestError as e:
+            if e.status != 400:
+                raise
+            return str(e)
+        return ""
+
     def check_start(self, matcher: "LLMatcher") -> str:
         """Why a new matcher cannot be used; empty if it can. Some grammars fail, or are slow,
         as late as at the first mask, after a leading space, or within an object."""
@@ -315,31 +339,14 @@ def grammars_of(request: RequestInfo, tokenizer: Any, field: str) -> Grammars:
         return sizes[size]
 
 
-def compile_grammar(
-    request: RequestInfo, tokenizer: Any, grammar: str, field: str
-) -> GrammarConstraint:
-    """The constraint of a grammar for a request, as it is: without a leading space, and
-    without what a model says before its answer.
-
-    Args:
-        request (RequestInfo): The request.
-        tokenizer (TokenizerWrapper): The model's tokenizer.
-        grammar (str): In llguidance's version of Lark, or its JSON with several grammars.
-        field (str): The field of the request that the grammar is made of.
-
-    Raises:
-        RequestError: If it cannot be used, in one line that names the field.
-    """
-    return grammars_of(request, tokenizer, field).constrain(grammar, field)
-
-
-def compose(start: str, answer: Dict[str, Any]) -> str:
+def compose(grammar: str, answer: Optional[Dict[str, Any]]) -> str:
     """One grammar within another.
 
     Args:
-        start (str): A grammar in Lark that says ``@answer`` where the other one stands.
-        answer (Dict[str, Any]): The other one: its ``lark_grammar`` or ``json_schema``.
+        grammar (str): A grammar in Lark that may say ``@answer`` where the other one stands.
+        answer (Optional[Dict]): The other one: its ``lark_grammar`` or ``json_schema``.
     """
-    return json.dumps(
-        {"grammars": [{"lark_grammar": start}, {"name": "answer", **answer}]}
-    )
+    if answer is None:
+        return grammar
+    parts = [{"lark_grammar": grammar}, {"name": "answer", **answer}]
+    return json.dumps({"grammars": parts})

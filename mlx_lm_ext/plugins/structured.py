@@ -1,11 +1,15 @@
-"""Structured output: ``response_format``, ``structured_outputs`` and ``guided_json`` and the
-like.
+"""Structured output: ``response_format``, ``structured_outputs``, ``guided_json`` and the like,
+and tool calls that are forced or strict.
 
-Rule: a request without them costs a look into its body, and nothing is imported for it.
+Rules:
+1. A request without them costs a look into its body, and llguidance is not imported for it.
+2. Forced calls are the whole answer. Where the model may choose between calls and an answer,
+   the format holds for the answer.
 """
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from .. import hookimpl
@@ -15,26 +19,17 @@ from ..interfaces import Constraint, RequestInfo
 if TYPE_CHECKING:
     from ..request.fields import AnswerFormat
 
+# Seconds for all grammars that are tried for the tools of a request.
+MAX_SECONDS = 2.0
+
 # What is imported in functions needs MLX or llguidance.
 
-# What stands between the parts of JSON: nothing, a space, or a line break and an indent.
-# With any number of them, a model could write nothing else for ever.
-JSON_OPTIONS = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
-    "whitespace_pattern": r" |\n[ \t]{0,32}",
-    # What cannot be checked is refused, and not left out.
-    "coerce_one_of": False,
-    "lenient": False,
-}
 # What may stand before JSON: texts begin with a space for some tokenizers, and answers with
 # a line break or two after a reasoning.
 SPACE, BLANKS = '" "?', r"/[ \n]{0,4}/"
 # The marks of the channels of gpt-oss, and an answer in the last one of them.
 MARKS = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
-CHANNELS = r"""
-start: reasoning* channel "final" message %s @answer
+CHANNELS = r"""reasoning* channel "final" message %s @answer
 reasoning: channel "analysis" message TEXT end begin "assistant"
 channel: <[%d]>
 message: <[%d]>
@@ -52,24 +47,75 @@ def mlx_lm_make_constraint(
 ) -> Optional[Constraint]:
     from ..request.fields import parse_answer_format
 
-    form = parse_answer_format(request.body)
+    body = request.body
+    form, answer, rules = parse_answer_format(body), None, None
+    if form is not None:
+        from .grammars import grammars_of
+
+        # Grammars are made with llguidance, too: first see whether it is there.
+        grammars_of(request, tokenizer, form.field)
+        answer = answer_grammar(form)
+        rules = answer_rules(request, tokenizer, form)
+    if "messages" in body and body.get("tools"):
+        constraint = constrain_calls(request, tokenizer, rules, answer)
+        if constraint is not None:
+            return constraint
     if form is None:
         return None
-    from .grammars import grammars_of
-
-    # Grammars are made with llguidance, too: first see whether it is there.
-    grammars_of(request, tokenizer, form.field)
-    grammar = answer_grammar(request, form)
-    return constrain(request, tokenizer, grammar, form.field, form.kind == "json")
+    return constrain(request, tokenizer, f"start: {rules}", answer, form.field)
 
 
-def answer_grammar(request: RequestInfo, form: "AnswerFormat") -> Dict[str, Any]:
-    """The grammar of an answer, as a part of llguidance's JSON. If the request has tools, it
-    does not allow to call them.
+def constrain_calls(
+    request: RequestInfo,
+    tokenizer: Any,
+    rules: Optional[str],
+    answer: Optional[Dict[str, Any]],
+) -> Optional[Constraint]:
+    """The constraint of a chat that may or must call tools.
+
+    Args:
+        request (RequestInfo): The request.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+        rules (Optional[str]): What ``answer_rules`` gives, if an answer without calls has a
+          format.
+        answer (Optional[Dict]): What ``answer_grammar`` gives.
+
+    Returns:
+        The constraint; None if nothing about the calls is restricted.
+
+    Raises:
+        RequestError: If a strict function has a schema that cannot be done.
+    """
+    from ..request.fields import parse_tool_choice
+    from .tool_grammars import tool_grammar
+
+    is_forced = parse_tool_choice(request.body).mode == "required"
+    field = "tool_choice" if is_forced else "tools"
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def check(grammar: str) -> str:
+        from .grammars import compose, grammars_of
+
+        if time.monotonic() > deadline:
+            message = f"tools take longer than {MAX_SECONDS:g} s to compile"
+            raise RequestError(400, f"{message}; make them simpler", "tools")
+        whole = compose(grammar, answer)
+        return grammars_of(request, tokenizer, field).check(whole)
+
+    text = None if rules is None else f"text: {rules}"
+    grammar = tool_grammar(request.body, tokenizer, check, text)
+    if grammar is None:
+        return None
+    return constrain(request, tokenizer, grammar, answer, field)
+
+
+def answer_grammar(form: "AnswerFormat") -> Dict[str, Any]:
+    """The grammar of an answer, as a part of llguidance's JSON.
 
     Raises:
         RequestError: If it is wrong or too large.
     """
+    from .grammar_rules import JSON_OPTIONS
     from .grammars import MAX_LINES, check_bytes, check_schema
 
     field, kind, value = form
@@ -96,46 +142,66 @@ def answer_grammar(request: RequestInfo, form: "AnswerFormat") -> Dict[str, Any]
     return {"lark_grammar": value}
 
 
+def answer_rules(request: RequestInfo, tokenizer: Any, form: "AnswerFormat") -> str:
+    """What an answer with a format is made of, after a reasoning: a rule of llguidance's Lark
+    without its name, with ``@answer`` where the format holds, and other rules.
+
+    Raises:
+        RequestError: If the model lacks the marks of its channels.
+    """
+    from ..server.harmony import Harmony, with_channels
+    from .grammars import grammars_of
+
+    is_json = form.kind == "json"
+    hides_space = grammars_of(request, tokenizer, form.field).hides_space
+    leading = SPACE if is_json or hides_space else ""
+    if is_json and reasons_first(request, tokenizer):
+        leading = BLANKS
+    if not isinstance(with_channels(tokenizer), Harmony):
+        return f"{leading} @answer"
+    if not begins_message(request.body):
+        return f"{leading} @answer"
+    marks = [tokenizer.get_vocab().get(mark) for mark in MARKS]
+    if None in marks:
+        message = (
+            f"{form.field} cannot be used with this model: it lacks a mark of {MARKS}"
+        )
+        raise RequestError(400, message, form.field)
+    return CHANNELS % (leading, *marks)
+
+
 def constrain(
     request: RequestInfo,
     tokenizer: Any,
-    grammar: Dict[str, Any],
+    grammar: str,
+    answer: Optional[Dict[str, Any]],
     field: str,
-    blanks: bool = False,
 ) -> Constraint:
-    """The constraint of an answer that is as a grammar says, after the model's reasoning.
+    """The constraint of a grammar, which holds after the model's reasoning.
 
     Args:
         request (RequestInfo): The request.
         tokenizer (TokenizerWrapper): The model's tokenizer.
-        grammar (Dict[str, Any]): A part of llguidance's JSON: ``lark_grammar`` or
-          ``json_schema``.
+        grammar (str): In llguidance's Lark, maybe with an ``@answer``.
+        answer (Optional[Dict]): What that stands for.
         field (str): The field of the request that the grammar is made of.
-        blanks (bool): Whether blanks before the answer do no harm.
 
     Raises:
         RequestError: If the grammar, or the model's tokenizer, cannot be used.
     """
-    from ..server.harmony import Harmony, with_channels
     from .grammars import compose, grammars_of
     from .reasoning import AfterReasoning
 
     grammars = grammars_of(request, tokenizer, field)
-    reasons = "messages" in request.body and tokenizer.has_thinking
-    leading = SPACE if blanks or grammars.hides_space else ""
-    if blanks and reasons:
-        leading = BLANKS
-    start = f"start: {leading} @answer"
-    if isinstance(with_channels(tokenizer), Harmony) and begins_message(request.body):
-        marks = [tokenizer.get_vocab().get(mark) for mark in MARKS]
-        if None in marks:
-            message = (
-                f"{field} cannot be used with this model: it lacks a mark of {MARKS}"
-            )
-            raise RequestError(400, message, field)
-        start = CHANNELS % (leading, *marks)
-    constraint = grammars.constrain(compose(start, grammar), field)
-    return AfterReasoning(request, tokenizer, constraint) if reasons else constraint
+    constraint = grammars.constrain(compose(grammar, answer), field)
+    if reasons_first(request, tokenizer):
+        return AfterReasoning(request, tokenizer, constraint)
+    return constraint
+
+
+def reasons_first(request: RequestInfo, tokenizer: Any) -> bool:
+    """Whether a reasoning may come before the answer."""
+    return "messages" in request.body and bool(tokenizer.has_thinking)
 
 
 def begins_message(body: Dict[str, Any]) -> bool:

@@ -144,8 +144,8 @@ MAX_BIASES = 10_000
 # Characters of each text of a role mapping, which is repeated for every message.
 MAX_ROLE_TEXT = 1000
 MAX_CHOICES = 10_000
-# Most tokens of an answer with a format if neither the request nor the operator says: one
-# that is cut off is of no use.
+# Most tokens of an answer with a format, or of a forced call, if neither the request nor the
+# operator says: one that is cut off is of no use.
 MAX_FORMATTED = 32_768
 # Objects and arrays of a body: no other thread runs while they are made.
 MAX_NESTED = 500_000
@@ -509,6 +509,21 @@ def parse_answer_format(body: Dict[str, Any]) -> Optional[AnswerFormat]:
     return found[0] if found else None
 
 
+def restricting_field(body: Dict[str, Any]) -> Optional[str]:
+    """The field that says what the answer must be, if one does: its format, or that it is a
+    tool call.
+
+    Args:
+        body (Dict[str, Any]): The body; that of a chat checked by ``parse_tools``.
+    """
+    form = parse_answer_format(body)
+    if form is not None:
+        return form.field
+    if "messages" in body and parse_tool_choice(body).mode == "required":
+        return "tool_choice"
+    return None
+
+
 def response_format(form: Dict[str, Any]) -> Iterator[AnswerFormat]:
     """What OpenAI's field says. Other servers take the schema of either type right in it."""
     name, kind = "response_format", form.get("type", "text")
@@ -654,7 +669,7 @@ def make_generation_arguments(
     """Make the generation arguments of a request.
 
     Args:
-        body (Dict[str, Any]): The body, checked by ``parse_body``.
+        body (Dict[str, Any]): The body, checked by ``parse_body`` and ``parse_tools``.
         defaults (argparse.Namespace): The command line.
 
     Raises:
@@ -664,7 +679,7 @@ def make_generation_arguments(
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     if max_tokens is None:
         max_tokens = defaults.max_tokens
-        if parse_answer_format(body) and "max_tokens" not in defaults.given:
+        if restricting_field(body) and "max_tokens" not in defaults.given:
             max_tokens = MAX_FORMATTED
     check_ends(body, max_tokens)
     seed = body.get("seed")
@@ -720,7 +735,7 @@ def make_sampling_arguments(
     """Make the sampling arguments of a request.
 
     Args:
-        body (Dict[str, Any]): The body, checked by ``parse_body``.
+        body (Dict[str, Any]): The body, checked by ``parse_body`` and ``parse_tools``.
         defaults (argparse.Namespace): The command line.
     """
     temperature = body.get("temperature", defaults.temp)

@@ -156,9 +156,6 @@ class BatchAPIHandler(HTTPHandler):
         self.requested_model = self.body.get("model", "default_model")
         if self.requested_model == self.model_id:
             self.body["model"] = "default_model"
-        self.args = make_generation_arguments(
-            self.body, self.response_generator.cli_args
-        )
         self.is_chat = self.endpoint == CHATS
         check_endpoint(self.body, self.is_chat)
         if self.is_chat:
@@ -166,6 +163,9 @@ class BatchAPIHandler(HTTPHandler):
             self.body["tools"] = parse_tools(self.body)
         else:
             self.body["prompt"] = parse_prompts(self.body)
+        self.args = make_generation_arguments(
+            self.body, self.response_generator.cli_args
+        )
 
     def set_cache_salt(self) -> None:
         """Take the cache salt from the header, which a proxy may set, instead of the body.
