@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
-from helpers import Reference, call, complete, stream
+from helpers import ALONE, Reference, call, complete, stream
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -74,3 +74,26 @@ def test_other_rows_are_what_they_are_without_a_format(start_server):
         assert list(texts) == [reference.text(p, 24) for p in prompts]
     for future in formatted:
         jsonschema.validate(json.loads(future.result()[0]), SCHEMA)
+
+
+def test_answers_that_are_served_alone_fit_the_schema(start_server):
+    _, port = start_server("llama", "--use-prompt-cache", *ALONE)
+    whole = {"temperature": 1.0, "seed": 5, "response_format": FORM}
+    first = ask(port, **whole, n=3)
+    for text in first:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    # Now the prompt comes from the cache.
+    assert ask(port, **whole, n=3) == first
+    assert ask(port, guided_choice=["yes", "no"], temperature=2)[0] in ("yes", "no")
+
+
+def test_draft_model_is_refused(start_server):
+    engine, port = start_server("llama", "--allow-models", "any")
+    body = {"messages": HELLO, "response_format": FORM}
+    body["draft_model"] = engine.cli_args.model
+    status, answer = call(port, "POST", CHAT, body)
+    assert (status, answer["error"]["param"]) == (
+        400,
+        "response_format.json_schema.schema",
+    )
+    assert "draft model" in answer["error"]["message"]

@@ -133,6 +133,8 @@ class SaltedCache:
     def __init__(self, request: Request, cache: LRUPromptCache):
         self.key = request.cache_key
         self.cache = cache
+        # Tokens of the prompt that the last lookup has left to run.
+        self.n_to_run = 0
         self.contexts = PenaltyParameters.from_arguments(request.args.logits).contexts
         if request.model.key[2] is not None:
             # With a draft model the penalties see no prompt in any case.
@@ -148,7 +150,9 @@ class SaltedCache:
         while 0 < n < len(tokens) and tokens[n] < 0 and tokens[n - 1] < 0:
             n -= 1
         caches, rest = self.cache.fetch_nearest_cache(self.key, tokens[:n])
-        return caches, rest + tokens[n:]
+        rest = rest + tokens[n:]
+        self.n_to_run = len(rest)
+        return caches, rest
 
     def insert_cache(self, model: Any, tokens: List[int], prompt_cache: Any) -> None:
         self.cache.insert_cache(self.key, tokens, prompt_cache)

@@ -167,7 +167,10 @@ class EngineClient:
                 first.prompt_logprobs = []
             # The best are found by their log probabilities.
             first.args.logprobs |= n_candidates(body) > body.get("n", 1)
-            for i in range(n_candidates(body)):
+            # What is known late of the prompt, its constraint learns from the first one.
+            first.index = len(requests)
+            requests.append(first)
+            for i in range(1, n_candidates(body)):
                 requests.append(first.sibling(i, len(requests)))
         for request in requests:
             self.inbox.put(request)
@@ -213,13 +216,21 @@ class EngineClient:
 
 
 def check_constraint(request: Request) -> None:
-    """Refuse what would let an answer go on after its constraint has ended it.
+    """Refuse what would let an answer go on after its constraint has ended it, and draft models,
+    with which several tokens are chosen at once.
 
     Raises:
         RequestError: A 400 that names the field.
     """
-    if request.constraint is not None:
-        for name in ("ignore_eos", "min_tokens"):
-            if request.body.get(name):
-                message = f"{name} cannot be used with what restricts the answer"
-                raise RequestError(400, message, name)
+    if request.constraint is None:
+        return
+    for name in ("ignore_eos", "min_tokens"):
+        if request.body.get(name):
+            message = f"{name} cannot be used with what restricts the answer"
+            raise RequestError(400, message, name)
+    if request.model.key[2] is not None:
+        name = restricting_field(request.body) or "draft_model"
+        message = (
+            f"{name} cannot be used: answers of a draft model cannot be restricted"
+        )
+        raise RequestError(400, message, name)

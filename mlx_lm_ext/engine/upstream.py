@@ -23,6 +23,7 @@ from ..request.request import Request
 from ..request.served_model import ModelKey
 from ..request.template_shape import without_template
 from ..request.tokenizing import BoundedTokenizer
+from .constrained_model import ConstrainedModel
 
 download = _download
 
@@ -93,7 +94,8 @@ class SingleGenerator(ResponseGenerator):
 
     Args:
         model_provider (ModelProvider): Holds the model.
-        prompt_cache (Any): Where ``serve_single`` looks for KV and stores it.
+        prompt_cache (Any): Where ``serve_single`` looks for KV and stores it. For requests with
+          a constraint, its ``n_to_run`` is how many tokens of the prompt had none.
         request (Optional[Request]): What ``serve_single`` serves.
     """
 
@@ -170,6 +172,12 @@ class SingleGenerator(ResponseGenerator):
         self.model_provider.tokenizer = WithoutText(
             self.model_provider.tokenizer, self.request.end_tokens
         )
+        if self.request.constraint is not None:
+            self.model_provider.model = ConstrainedModel(
+                self.model_provider.model,
+                self.request.constraint.copy(),
+                lambda: self.prompt_cache.n_to_run,
+            )
         self._serve_single((queue, request, args), stream)
 
 
