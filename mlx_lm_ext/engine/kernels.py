@@ -28,6 +28,7 @@ from ..cuda import BUILT, KERNELS_FOLDER
 from ..device import device_kind, device_memory
 from ..log import stage
 from ..sampling import gpu
+from ..sampling.constraints import apply_masks
 from ..sampling.penalties import Penalties, PenaltyParameters
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,9 @@ def calls(dtype: str, n: int) -> List[Callable[[], Any]]:
         context = mx.zeros(3, mx.uint32)
         return [process(context, logits[:1]) for process in processors]
 
+    def restrict() -> mx.array:
+        return apply_masks(logits, mx.zeros((n, 2), mx.uint32))
+
     return [
         run_embedding,
         run_activation,
@@ -191,6 +195,7 @@ def calls(dtype: str, n: int) -> List[Callable[[], Any]]:
         lambda: gpu.keep_min_p(shifted, half),
         remove_padding,
         lambda: Logprobs(logits, tokens, 2).arrays,
+        restrict,
         lambda: penalize((1.1, 4), (0.1, 4), (0.1, 4)),
         lambda: gpu.apply_xtc(shifted, half, third, [0, 1], keys),
         process,

@@ -18,6 +18,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any, Callable, Deque, Dict, List, NamedTuple, Sequence
 
+import numpy as np
 from mlx_lm.generate import StopSequences
 from mlx_lm.server import CompletionRequest
 from tqdm import tqdm
@@ -26,8 +27,10 @@ from ..batch.batch import Batch
 from ..batch.prefill import padded_end
 from ..device import device_kind, on_cpu
 from ..errors import RequestError
+from ..interfaces import Constraint
 from ..log import PROGRESS_INTERVAL
 from ..policies.guard import Policies
+from ..policies.guarded_constraint import GuardedConstraint
 from ..policies.loading import Plugins
 from ..policies.scheduling import default_prefill_budget
 from ..request.fields import make_generation_arguments
@@ -47,6 +50,7 @@ PENALTIES: Body = dict(
     frequency_penalty=0.1,
     logit_bias={"0": 1},
 )
+RESTRICTED: Body = {"structured_outputs": {"regex": "."}}
 # What a row may ask for, the likely before the rare. With CUDA, each needs kernels of its
 # own, which take seconds to compile.
 GPU_BODIES: List[Body] = [
@@ -54,6 +58,7 @@ GPU_BODIES: List[Body] = [
     {"temperature": 0.7, "min_p": 0.01},
     {"temperature": 0.7, "top_k": 40},
     LOGPROBS,
+    RESTRICTED,
     PENALTIES,
     {"temperature": 0.7, "xtc_probability": 0.5, "xtc_threshold": 0.1},
     PENALTIES | dict(repetition_context_size=MAX_CONTEXT + 1),
@@ -62,6 +67,16 @@ GPU_BODIES: List[Body] = [
 MESSAGE = 60
 # The policies of plugins take no part in it.
 BUILT_IN = dict(eviction_policy="lru", scheduler="fcfs", sampler="default")
+
+
+class AnyToken(Constraint):
+    """Allows all tokens: the kernels are the same, whatever is allowed."""
+
+    def advance(self, token: int) -> None:
+        pass
+
+    def fill(self, mask: np.ndarray) -> None:
+        pass
 
 
 class Piece(NamedTuple):
@@ -110,6 +125,10 @@ def make_request(
     """A request that no client has sent, and that only ``max_tokens`` ends."""
     generation_args = make_generation_arguments(body, args)
     model = provider.describe(generation_args.model)
+    constraint = None
+    if body.keys() & RESTRICTED.keys():
+        size = model.vocabulary_size
+        constraint = GuardedConstraint("the warm-up", AnyToken(), size)
     return Request(
         "",
         generation_args,
@@ -119,6 +138,7 @@ def make_request(
         n_prompt=len(prompt),
         segments=[prompt],
         segment_types=["assistant"],
+        constraint=constraint,
     )
 
 
