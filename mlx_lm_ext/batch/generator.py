@@ -193,8 +193,9 @@ class LeanGenerationBatch(GenerationBatch):
     - New rows have no step of their own: their first step is one of the whole batch.
     - On a CPU, a step runs the model and then samples the tokens that it gives. A GPU must
       not wait for the tokens to be read: its step samples from the logits of the step before
-      and runs the model on these tokens. It is handed over as a whole. The tokens are read
-      when they are sampled, and masks for the next ones are filled while the model runs.
+      and runs the model on these tokens. It is handed over as a whole, and the tokens are read
+      then. With constraints, they are read before the model is handed over, and the masks for
+      the next ones are filled meanwhile.
 
     Args:
         samplers (List[RowSampling]): How the tokens of each row are chosen.
@@ -293,13 +294,16 @@ class LeanGenerationBatch(GenerationBatch):
         self.join()
         self._next_tokens = inputs
         self.logits = self.run(inputs)
+        constraints = self.sampling.constraints
+        if constraints.constrained:
+            # The last token of a prompt is none of the answer.
+            news = enumerate(inputs.tolist())
+            constraints.advance([[t] if i < n else [] for i, t in news])
+        # To hand the step over takes a while, in which the masks are filled.
         mx.async_eval(inputs, self.logits)
         given: List[Optional[int]] = inputs.tolist()
         for row, token in zip(self.tokens, given):
             row.append(token)
-        # The last token of a prompt is none of the answer.
-        news = [[t] if i < n else [] for i, t in enumerate(given)]
-        self.sampling.constraints.advance(news)
         return [*given[:n], *[None] * (len(given) - n)], logprobs
 
     def sample_ahead(self) -> Tuple[mx.array, List[Optional[Callable]]]:
