@@ -828,6 +828,19 @@ def test_call_that_the_model_makes_without_ending_its_reasoning_is_kept_to_its_s
             assert takes(constraint, tokenizer, text) == fits
 
 
+def test_error_of_a_strict_function_has_nothing_of_its_grammar():
+    tokenizer = make_tokenizer(MARKS + CALL, **tool_parser("json_tools"))
+    parameters = {"type": "object", "properties": {"n": {"not": {}}}}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    tools = [{"type": "function", "function": function}]
+    with pytest.raises(RequestError) as error:
+        begun(tokenizer, tools=tools)
+    assert str(error.value) == (
+        "tools[0].function.parameters cannot be done with strict: "
+        'Unimplemented keys: ["not"]'
+    )
+
+
 def test_where_the_prompt_ends_is_read_with_the_first_token(thinking):
     request = make_request(thinking, messages=HELLO, guided_choice=["a"])
     constraint = mlx_lm_make_constraint(request, thinking)
