@@ -192,6 +192,27 @@ def test_stop_word_is_not_looked_for_in_reasoning(tokenizer):
     assert (answer.reasoning, answer.text) == ("stop", "go on ")
 
 
+FORMAT = {"response_format": {"type": "json_object"}}
+IN_VALUE = '{"a": "<think>b</think> <tool>call f</tool>"}'
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+@pytest.mark.parametrize("reasoning", ["", "hm, {"])
+def test_marks_in_an_answer_with_a_format_are_text(tokenizer, pile, reasoning):
+    before = f"<think>{reasoning}</think>" if reasoning else ""
+    answer = parse(ToolTokenizer(tokenizer), before + IN_VALUE, pile, **FORMAT)
+    assert (answer.reasoning, answer.text) == (reasoning, IN_VALUE)
+    assert (answer.calls, answer.end) == ([], "stop")
+
+
+@pytest.mark.parametrize("pile", [1, 4, 1000])
+def test_calls_may_stand_in_place_of_an_answer_with_a_format(tokenizer, pile):
+    text = "<think>hm</think>\n\n<tool>call f</tool>\n<tool>call g</tool>"
+    answer = parse(ToolTokenizer(tokenizer), text, pile, **FORMAT)
+    assert [c["function"]["name"] for c in answer.calls] == ["f", "g"]
+    assert (answer.reasoning, answer.end) == ("hm", "tool_calls")
+
+
 CALLED = '{"v": "<|message|>"}'
 
 

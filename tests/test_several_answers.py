@@ -51,6 +51,15 @@ def streamed(port, path=TEXT, **body):
     return [parts[i] for i in range(n)], [reasons[i] for i in range(n)], last["usage"]
 
 
+def test_answer_that_ends_at_a_stop_word_leaves_the_others_alone(start_server):
+    engine, port = start_server("llama", *ALONE)
+    reference = Reference(engine.cli_args.model)
+    whole = [reference.text(prompt, 40) for prompt in texts(3)]
+    word = next(c for c in whole[0][4:] if c not in whole[1] + whole[2])
+    answer = ask(port, prompt=texts(3), max_tokens=40, temperature=0, stop=word)
+    assert texts_of(answer) == [whole[0].partition(word)[0], *whole[1:]]
+
+
 @pytest.mark.parametrize("argv", [[], ["--use-prompt-cache"]], ids=["without", "cache"])
 def test_each_prompt_is_answered(argv, start_server):
     engine, port = start_server("llama", *argv)

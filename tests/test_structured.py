@@ -15,7 +15,7 @@ import jsonschema
 import numpy as np
 import pytest
 import tiny_tokenizers
-from helpers import call
+from helpers import call, tool_marks
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ THINK, CHANNEL = ["<think>", "</think>"], ["<|channel>", "<channel|>"]
 WORDS = ['{"', '":', ' {"', "\n\n", ">\n", "</", "think", "thought", "true"]
 
 
-def make_tokenizer(marks=MARKS, chat_template=None):
+def make_tokenizer(marks=MARKS, chat_template=None, **kwargs):
     """A tokenizer of bytes, some words, and marks."""
     to_text = tiny_tokenizers.CHARACTERS
     spelt = ["".join(to_text[b] for b in word.encode()) for word in WORDS]
@@ -51,12 +51,18 @@ def make_tokenizer(marks=MARKS, chat_template=None):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, chat_template=chat_template
     )
-    return TokenizerWrapper(fast)
+    return TokenizerWrapper(fast, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
+
+
+def tool_parser(form):
+    """What the tokenizer of a model has that writes calls in a format of mlx-lm."""
+    marks, names = tool_marks(form), ("tool_call_start", "tool_call_end", "tool_parser")
+    return {name: marks[name] for name in names}
 
 
 def make_request(tokenizer, n_more=0, begins_in_reasoning=False, **body):
@@ -801,6 +807,38 @@ def test_rows_in_all_states_are_filled_together(thinking):
 def test_text_completion_has_no_reasoning(thinking):
     constraint = constrain(thinking, prompt="x", guided_choice=["a"])
     assert allowed(constraint, len(thinking)) == {ids_of(thinking, "a")[0]}
+
+
+CALL = ["<tool_call>", "</tool_call>"]
+PARAMETERS = {"type": "object", "properties": {"n": {"const": 1}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "required"}, {}])
+def test_call_that_the_model_makes_without_ending_its_reasoning_is_kept_to_its_schema(
+    fields,
+):
+    tokenizer = make_tokenizer(MARKS + THINK + CALL, **tool_parser("json_tools"))
+    function = {"name": "f", "strict": True, "parameters": PARAMETERS}
+    tools = [{"type": "function", "function": function}]
+    constraint = begun(tokenizer, True, tools=tools, **fields)
+    for reasoning in ("", "Well, <tool", "Well</think>"):
+        for name, n, fits in (("f", 1, True), ("f", 2, False), ("g", 1, False)):
+            call = f'{{"name": "{name}", "arguments": {{"n": {n}}}}}'
+            text = f"{reasoning}<tool_call>{call}</tool_call>"
+            assert takes(constraint, tokenizer, text) == fits
+
+
+def test_error_of_a_strict_function_has_nothing_of_its_grammar():
+    tokenizer = make_tokenizer(MARKS + CALL, **tool_parser("json_tools"))
+    parameters = {"type": "object", "properties": {"n": {"not": {}}}}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    tools = [{"type": "function", "function": function}]
+    with pytest.raises(RequestError) as error:
+        begun(tokenizer, tools=tools)
+    assert str(error.value) == (
+        "tools[0].function.parameters cannot be done with strict: "
+        'Unimplemented keys: ["not"]'
+    )
 
 
 def test_where_the_prompt_ends_is_read_with_the_first_token(thinking):

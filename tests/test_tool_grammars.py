@@ -584,6 +584,35 @@ def test_schema_that_cannot_be_done_gives_any_object_or_is_refused(name, family)
         assert raised.value.param == "tools[1].function.parameters"
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "array", "items": INTEGER},
+        {"type": ["string", "null"]},
+        {"enum": ["a"], "type": "string"},
+        {"type": ["array", "object"]},
+    ],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_arguments_are_an_object_whatever_their_schema_says(name, family, parameters):
+    family, rng, n_read = family(name), random.Random(name), 0
+    request = body([tool("f", parameters)], named("f"))
+    grammar = family.grammar(request)
+    for _ in range(20):
+        tokens = family.sample(grammar, rng)
+        if tokens is not None:
+            (call,) = family.parse(request, tokens).tool_calls
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+            n_read += 1
+    assert n_read
+    request = body([tool("f", parameters, strict=True)], named("f"))
+    if "object" in parameters["type"]:
+        assert family.grammar(request)
+    else:
+        with pytest.raises(RequestError, match="incompatible types"):
+            family.grammar(request)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_format_cannot_hold_is_written_as_json_if_it_is_strict(name, family):
     family = family(name)

@@ -4,6 +4,7 @@ Rules:
 1. In the reasoning all tokens are allowed, those that end the text too.
 2. The reasoning ends where its mark stands in the text, however that was tokenized: the text
    of the answer is found in the same way.
+3. Some models call without ending it. Where calls are restricted, their token ends it, too.
 """
 
 from typing import Any, List, Optional, Sequence, cast
@@ -25,13 +26,20 @@ class AfterReasoning(Constraint):
           when the first token is due.
         tokenizer (TokenizerWrapper): The model's tokenizer, which ``has_thinking``.
         answer (GrammarConstraint): What restricts the answer.
+        call (Optional[int]): The token that begins a call, if the answer may be one.
     """
 
-    def __init__(self, request: RequestInfo, tokenizer: Any, answer: GrammarConstraint):
+    def __init__(
+        self,
+        request: RequestInfo,
+        tokenizer: Any,
+        answer: GrammarConstraint,
+        call: Optional[int] = None,
+    ):
         self.request = request
         self.start: Sequence[int] = tokenizer.think_start_tokens
         self.end: bytes = tokenizer.think_end.encode()
-        self.answer = answer
+        self.answer, self.call = answer, call
         # How many tokens of the mark of the start have come.
         self.n_started = 0
         # The end of the text of the reasoning. None before and after it.
@@ -51,16 +59,21 @@ class AfterReasoning(Constraint):
             if self.request.begins_in_reasoning:
                 self.tail = b""
 
+    @property
+    def takes_start(self) -> bool:
+        """Whether the next token may be one of the mark of the start."""
+        return self.tail is None and not self.is_answer
+
     def advance(self, token: int) -> None:
         self.begin()
-        if self.tail is not None:
+        if self.tail is not None and token != self.call:
             self.reason(token)
-        elif not self.is_answer and token == self.start[self.n_started]:
+        elif self.takes_start and token == self.start[self.n_started]:
             self.n_started += 1
             if self.n_started == len(self.start):
                 self.tail = b""
         else:
-            self.is_answer = True
+            self.tail, self.is_answer = None, True
             self.answer.advance(token)
 
     def reason(self, token: int) -> None:
@@ -83,7 +96,7 @@ class AfterReasoning(Constraint):
         restricted: List[int] = []
         for i, row in enumerate(rows):
             row.begin()
-            if row.n_started and row.tail is None and not row.is_answer:
+            if row.n_started and row.takes_start:
                 masks[i] = 0
                 allow(masks[i], row.start[row.n_started])
             elif row.tail is None:

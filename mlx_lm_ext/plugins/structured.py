@@ -87,6 +87,7 @@ def constrain_calls(
         RequestError: If a strict function has a schema that cannot be done.
     """
     from ..request.fields import parse_tool_choice
+    from .grammar_rules import Marks
     from .tool_grammars import tool_grammar
 
     is_forced = parse_tool_choice(request.body).mode == "required"
@@ -106,7 +107,8 @@ def constrain_calls(
     grammar = tool_grammar(request.body, tokenizer, check, text)
     if grammar is None:
         return None
-    return constrain(request, tokenizer, grammar, answer, field)
+    call = Marks.of(tokenizer).ids.get(tokenizer.tool_call_start)
+    return constrain(request, tokenizer, grammar, answer, field, call)
 
 
 def answer_grammar(form: "AnswerFormat") -> Dict[str, Any]:
@@ -176,6 +178,7 @@ def constrain(
     grammar: str,
     answer: Optional[Dict[str, Any]],
     field: str,
+    call: Optional[int] = None,
 ) -> Constraint:
     """The constraint of a grammar, which holds after the model's reasoning.
 
@@ -185,6 +188,7 @@ def constrain(
         grammar (str): In llguidance's Lark, maybe with an ``@answer``.
         answer (Optional[Dict]): What that stands for.
         field (str): The field of the request that the grammar is made of.
+        call (Optional[int]): The token that begins a call, if the answer may be one.
 
     Raises:
         RequestError: If the grammar, or the model's tokenizer, cannot be used.
@@ -195,7 +199,7 @@ def constrain(
     grammars = grammars_of(request, tokenizer, field)
     constraint = grammars.constrain(compose(grammar, answer), field)
     if reasons_first(request, tokenizer):
-        return AfterReasoning(request, tokenizer, constraint)
+        return AfterReasoning(request, tokenizer, constraint, call)
     return constraint
 
 

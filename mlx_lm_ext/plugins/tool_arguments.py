@@ -79,7 +79,11 @@ class Arguments:
         fields = self.schemas.fields(root)
         if fields is not None and fields.extra is None and "$ref" not in root:
             return {**root, "type": "object", "additionalProperties": False}
-        return {"type": "object", **root}
+        kinds = root.get("type", "object")
+        if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
+            return {**root, "type": "object"}
+        # Nothing fits it: the arguments of a call are an object.
+        return {"type": "object", "allOf": [{"type": kinds}]}
 
     def fields(self) -> Fields:
         """The arguments one by one, as far as that can be said."""

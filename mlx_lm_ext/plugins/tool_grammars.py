@@ -287,7 +287,7 @@ def check_function(function: Function, check: Callable[[str], str]) -> Function:
 
 def shorten(wrong: str) -> str:
     """The part of an error of llguidance that is about the schema."""
-    wrong = re.split(r"\n\s+\d+ \| ", wrong)[0]
+    wrong = re.split(r"\s+\d+ \| ", wrong)[0]
     return one_line(ValueError(wrong.partition("JSON schema: ")[2] or wrong))
 
 

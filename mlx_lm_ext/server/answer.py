@@ -5,6 +5,7 @@ Rules:
 2. Streamed or not, the deltas add up to the same answer.
 3. Stop words are found in the text, however it was tokenized.
 4. Only an answer to a request with tools has tool calls. Otherwise a call stays text.
+5. An answer with a format is text from its first character on: a value may have any mark in it.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from ..request.detokenizing import Detokenizer
-from ..request.fields import ToolChoice, parse_tool_choice
+from ..request.fields import ToolChoice, parse_answer_format, parse_tool_choice
 from ..request.request import Request, Token
 from .bare_calls import BareCalls
 from .harmony import with_channels
@@ -102,6 +103,12 @@ def marks_of(tokenizer: Any) -> List[str]:
     return [mark for mark in marks if mark]
 
 
+def begins_answer(segment: Tuple[str, str]) -> bool:
+    """Whether the text of a state is that of the answer itself. Blanks may be before calls."""
+    name, text = segment
+    return name == "normal" and bool(text.strip())
+
+
 class AnswerParser:
     """Makes text, reasoning and tool calls from the tokens of one answer as they arrive.
 
@@ -136,6 +143,8 @@ class AnswerParser:
             make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
         )
         self.state = self.machine.make_state(request.initial_state)
+        # Whether an answer with a format has not begun.
+        self.awaits_format = is_chat and parse_answer_format(request.body) is not None
         includes = bool(request.body.get("include_stop_str_in_output"))
         self.stop_words = StopWords(request.args.stop_words, includes)
         # Tokens so far, and after how many of them a stop word counts.
@@ -227,16 +236,14 @@ class AnswerParser:
         while rest is not None:
             *_, held = self.state
             self.n_rest = len(held) + len(rest)
-            self.state, (*segments, (name, last)) = TextStateMachine.split(
-                self.state, rest
-            )
+            (*segments, (name, last)), following = self.split_state(rest)
             for before, piece in segments:
                 self.n_rest -= len(piece)
                 self.add(before, piece, delta)
             *_, held = self.state
-            self.n_rest = len(held)
+            self.n_rest = len(held) + len(following)
             self.add(name, last, delta)
-            rest = self.end_tool_calls(delta, None)
+            rest = following or self.end_tool_calls(delta, None)
             if rest is None and is_last:
                 self.n_rest = 0
                 self.state, held, name = TextStateMachine.flush(self.state)
@@ -244,6 +251,26 @@ class AnswerParser:
                 rest = self.end_tool_calls(delta, delta.finish_reason)
         if is_last:
             delta.text += self.stop_words.flush()
+
+    def split_state(self, text: str) -> Tuple[List[Tuple[str, str]], str]:
+        """Split text at the marks in it, up to where an answer with a format has begun.
+
+        Returns:
+            The states that were passed with their texts, and the text after them.
+        """
+        start = self.state
+        self.state, segments = TextStateMachine.split(start, text)
+        if not (self.awaits_format and any(map(begins_answer, segments))):
+            return segments, ""
+        self.awaits_format = False
+        passed, n = [], 0
+        while not (passed and begins_answer(passed[-1])):
+            start, found = TextStateMachine.split(start, text[n])
+            passed += found
+            n += 1
+        *_, held = start
+        self.state = TextStateMachine().make_state()
+        return passed, held + text[n:]
 
     def add(self, name: str, text: str, delta: Delta) -> None:
         """Add the text of a state."""
