@@ -613,10 +613,19 @@ def test_arguments_are_an_object_whatever_their_schema_says(name, family, parame
             family.grammar(request)
 
 
+@pytest.mark.parametrize(
+    "date",
+    [
+        {"type": "string", "pattern": "^[0-9]{4}$"},
+        {"type": "string", "enum": ["a", "2000"], "minLength": 2},
+    ],
+    ids=["pattern", "enum"],
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_format_cannot_hold_is_written_as_json_if_it_is_strict(name, family):
+def test_what_a_format_cannot_hold_is_written_as_json_if_it_is_strict(
+    name, date, family
+):
     family = family(name)
-    date = {"type": "string", "pattern": "^[0-9]{4}$"}
     tools = [
         tool("when", properties(date=date), strict=True),
         tool("say", properties(text=STRING)),

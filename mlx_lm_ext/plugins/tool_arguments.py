@@ -202,6 +202,8 @@ class Values:
 
     def write_text(self, leaf: Dict[str, Any]) -> Optional[str]:
         if "enum" in leaf:
+            if keywords(leaf) - TEXT - {"enum"}:
+                return None
             texts = [json.dumps(text, ensure_ascii=False) for text in leaf["enum"]]
             texts = [t for t in texts if not any(lack in t for lack in self.lacks)]
             return self.rules.either(map(quoted, texts)) if texts else None
@@ -330,6 +332,8 @@ class TaggedArguments(Arguments):
         """The texts that a schema allows."""
         length = bounds(leaf, LENGTHS)
         if "enum" in leaf:
+            if keywords(leaf) - TEXT - {"enum"}:
+                self.is_exact = False
             return self.listed_texts(leaf["enum"])
         if keywords(leaf) <= {*TEXT, *LENGTHS} and length is not None:
             return [self.free_text(*length)]
@@ -374,7 +378,8 @@ class GemmaValues(Values):
             return self.any_text()
         mark = self.rules.mark(self.quote)
         texts = leaf.get("enum", [self.quote])
-        if any(self.quote in text for text in texts):
+        is_listed = keywords(leaf) <= {*TEXT, "enum"}
+        if not is_listed or any(self.quote in text for text in texts):
             return None
         return self.rules.either(
             f"{mark} {quoted(text) if text else ''} {mark}" for text in texts
