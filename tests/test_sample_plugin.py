@@ -97,6 +97,14 @@ def test_installed_sample_changes_what_the_server_does(
         banned = next(c for c in greedy if c.isascii())
         text = ask(port, "hello", banned_words=[banned])["choices"][0]["text"]
         assert banned not in text
+        # The constraint.
+        no_end = dict.fromkeys("012", -100)
+        only = ask(port, "hello", allowed_characters="ab", logit_bias=no_end)
+        assert set(only["choices"][0]["text"]) <= {"a", "b"}
+        assert len(only["choices"][0]["text"]) == 8
+        body = dict(prompt="hello", allowed_characters=["a"])
+        status, answer = call(port, "POST", "/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, "allowed_characters")
         list(stream(port, "/v1/completions", prompt="hello", max_tokens=3))
         status, answer = call(port, "POST", "/v1/completions", dict(prompt=""))
     lines = [json.loads(line) for line in log.read_text().splitlines()]

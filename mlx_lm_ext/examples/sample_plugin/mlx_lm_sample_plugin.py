@@ -4,10 +4,16 @@ import json
 from threading import Lock
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_lm_ext import hookimpl
 from mlx_lm_ext.errors import RequestError
-from mlx_lm_ext.interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from mlx_lm_ext.interfaces import (
+    BatchSampler,
+    Constraint,
+    EvictionPolicy,
+    SchedulerPolicy,
+)
 
 log_lock = Lock()
 
@@ -144,6 +150,39 @@ def mlx_lm_make_logits_processors(request, tokenizer):
         return logits
 
     return [ban] if sequences else None
+
+
+@hookimpl
+def mlx_lm_make_constraint(request, tokenizer):
+    """Keep an answer to the characters in ``"allowed_characters"`` of a request."""
+    characters = request.body.get("allowed_characters")
+    if characters is None:
+        return None
+    if not isinstance(characters, str) or not characters:
+        message = "allowed_characters must be a text"
+        raise RequestError(400, message, "allowed_characters")
+    return OnlyCharacters(characters, tokenizer, request.vocabulary_size)
+
+
+class OnlyCharacters(Constraint):
+    """Allows tokens of some characters, and those that end the answer."""
+
+    def __init__(self, characters, tokenizer, vocabulary_size):
+        bits = np.zeros(-(-vocabulary_size // 32) * 32, np.uint8)
+        for token in range(vocabulary_size):
+            text = tokenizer.decode([token])
+            bits[token] = bool(text) and set(text) <= set(characters)
+        bits[[*tokenizer.eos_token_ids]] = 1
+        self.mask = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def copy(self):
+        return self  # each answer has the same mask at each place
+
+    def advance(self, token):
+        pass
+
+    def fill(self, mask):
+        mask[:] = self.mask
 
 
 @hookimpl
