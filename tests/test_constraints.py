@@ -171,31 +171,52 @@ def test_constraint_that_fails_ends_its_request_only(
     assert failing.n_generated <= 4
 
 
-def test_row_that_waits_for_memory_goes_on_where_its_constraint_was(
-    start_engine, expected
-):
-    class OutgrowsTwice(Batch):
-        when = [5, 9]
+def outgrowing(*when):
+    """An engine whose memory is too small whenever a request has so many tokens."""
+
+    class Outgrows(Batch):
+        left = [*when]
 
         @property
         def outgrows_memory(self):
             return any(
-                row.request.n_generated in self.when for row in self.rows.values()
+                row.request.n_generated in self.left for row in self.rows.values()
             )
 
         def preempt(self, request):
-            self.when.pop(0)
+            self.left.remove(request.n_generated)
             super().preempt(request)
 
     class ShortEngine(Engine):
-        batch_class = OutgrowsTwice
+        batch_class = Outgrows
 
+    return ShortEngine
+
+
+def test_row_that_waits_for_memory_goes_on_where_its_constraint_was(
+    start_engine, expected
+):
     engine = start_engine(
-        make_engine=ShortEngine, plugin=constraining(lambda _: Stairs())
+        make_engine=outgrowing(5, 9), plugin=constraining(lambda _: Stairs())
     )
     job = submit(engine, "hello", max_tokens=14, restricted=1)
     assert read(job) == expected("hello", 14, True)
-    assert not OutgrowsTwice.when
+    assert not engine.batch.left
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("n", [3, 4])
+def test_constraint_may_fail_when_its_row_has_to_wait(n, start_engine, expected):
+    fails = type("Fails", (FailsAt,), {"way": "advance"})
+    engine = start_engine(
+        make_engine=outgrowing(n), plugin=constraining(lambda _: fails())
+    )
+    job = submit(engine, "hello", max_tokens=14, restricted=1)
+    with pytest.raises(RequestError, match="its log says why"):
+        read(job)
+    assert job.n_generated <= 4 and not engine.batch.left
+    # The engine goes on.
+    assert read(submit(engine, "hello", max_tokens=9)) == expected("hello", 9)
 
 
 def test_constraint_that_refuses_a_request_says_so(start_engine):

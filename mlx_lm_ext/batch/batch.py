@@ -331,11 +331,12 @@ class Batch:
 
     def drop(self, failed: Dict[int, BaseException]) -> None:
         """Take out the rows whose constraints have failed."""
-        for uid, error in failed.items():
-            self.failed.append((self.rows.pop(uid).request, error))
-        # Some may have ended in this step.
+        # Some may have left before this step.
+        uids = [uid for uid in failed if uid in self.rows]
+        self.failed += [(self.rows.pop(uid).request, failed[uid]) for uid in uids]
+        # Some may have ended in it.
         running = self.generator.generation_batch.uids
-        self.generator.remove([uid for uid in failed if uid in running])
+        self.generator.remove([uid for uid in uids if uid in running])
 
     def deliver(self, responses: List[GenerationBatch.Response]) -> None:
         """Hand out tokens, and store what the rows that have ended have run."""

@@ -314,13 +314,15 @@ class LeanGenerationBatch(GenerationBatch):
 
     def pending(self, uid: int) -> Optional[GenerationBatch.Response]:
         """The response that a row would have to the next step, if its logits are there
-        already. For a row that leaves before that step; else None.
-        """
+        already; else None. For a row that leaves before that step."""
         i = self.uids.index(uid)
         if self.is_eager or i >= len(self.sampling):
             return None
         if self.sampled is None:
             self.sampled = self.sample_ahead()
+        if uid in self.failed:
+            # It has got a token that it may not have, and fails when it goes on.
+            return None
         tokens, logprobs = self.sampled
         token = tokens[i].item()
         reason = None

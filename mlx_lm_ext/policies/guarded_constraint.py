@@ -14,7 +14,7 @@ ALL = 0xFFFFFFFF
 
 
 class GuardedConstraint:
-    """A ``RowConstraint`` of ``batch/constraints.py``.
+    """A ``RowConstraint`` of ``sampling/constraints.py``.
 
     Args:
         label (str): What messages call the plugin that made the constraint.

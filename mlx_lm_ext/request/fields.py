@@ -735,7 +735,7 @@ def make_sampling_arguments(
     """Make the sampling arguments of a request.
 
     Args:
-        body (Dict[str, Any]): The body, checked by ``parse_body`` and ``parse_tools``.
+        body (Dict[str, Any]): The body, checked by ``parse_body``.
         defaults (argparse.Namespace): The command line.
     """
     temperature = body.get("temperature", defaults.temp)

@@ -104,7 +104,7 @@ class Request(RequestInfo):
         initial_state (str): The state in which upstream's text state machine starts.
         sampler (str): The name of its sampler.
         constraint (Any): What restricts its tokens, if anything does: a
-          ``batch.constraints.RowConstraint`` in its first state.
+          ``sampling.constraints.RowConstraint`` in its first state.
         prompt_logprobs (Optional[List[Token]]): The tokens of its prompt with their log
           probabilities, if it asks for them. One list for all answers to a prompt, which is
           empty until they are computed.
