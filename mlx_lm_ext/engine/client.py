@@ -150,7 +150,9 @@ class EngineClient:
         requests: List[Request] = []
         for completion in completions:
             # The limit of its tokens depends on the prompt.
-            first = replace(template, completion=completion, args=copy(args))
+            first = replace(
+                template, completion=completion, args=copy(args), generated=[]
+            )
             # Prompts with images are tokenized on the generation thread.
             if not image_parts(completion.messages):
                 self.tokenize(first, preparation)
