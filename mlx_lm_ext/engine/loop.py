@@ -289,11 +289,13 @@ class Engine:
             self.policies.scheduler.on_finish(request)
 
     def fail(self, request: Request, error: BaseException) -> None:
-        """End a request with an error."""
+        """End a request with an error, which nobody waits for if it is cancelled: other answers to
+        its client may go on."""
         if not isinstance(error, RequestError):
             logger.error("A request failed", exc_info=error)
             error = internal_error()
-        request.put(error)
+        if not request.cancelled:
+            request.put(error)
         self.forget(request)
 
     # Requests start

@@ -57,8 +57,8 @@ class Answers:
 
     def __init__(self, mailbox: Mailbox):
         self.mailbox = mailbox
-        # What has ended some of them, once the handler has taken it from the mailbox.
-        self.errors: List[Tuple["Request", RequestError]] = []
+        # What has ended one of them, once the handler has taken it from the mailbox.
+        self.error: Optional[RequestError] = None
 
     def receive(self, timeout: float) -> Dict["Request", List[Token]]:
         """Take all tokens that wait for the handler. Blocks until there is one, or until the
@@ -69,25 +69,18 @@ class Answers:
 
         Raises:
             RequestError: What ended one of the requests on the generation thread, once all
-              tokens that came before it were taken. A request that the handler has cancelled,
-              because its answer has ended, does not matter to the others.
+              tokens that came before it were taken.
         """
         tokens: Dict["Request", List[Token]] = {}
-        self.check()
-        for request, event in self.mailbox.take(timeout):
-            if isinstance(event, RequestError):
-                self.errors.append((request, event))
-            else:
+        if self.error is None:
+            for request, event in self.mailbox.take(timeout):
+                if isinstance(event, RequestError):
+                    self.error = event
+                    break
                 tokens.setdefault(request, []).append(event)
-        if not tokens:
-            self.check()
+        if self.error is not None and not tokens:
+            raise self.error
         return tokens
-
-    def check(self) -> None:
-        """Raise what has ended a request whose answer has not ended."""
-        for request, error in self.errors:
-            if not request.cancelled:
-                raise error
 
 
 @dataclass(eq=False, kw_only=True)
