@@ -397,7 +397,8 @@ class Constraint(ABC):
         """
 
     def copy(self) -> "Constraint":
-        """One in the same state, which goes on by itself."""
+        """One in the same state, which goes on by itself. A class that keeps the request or the
+        tokenizer needs a method of its own, because they cannot be copied."""
         return deepcopy(self)
 
     @classmethod

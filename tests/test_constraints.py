@@ -9,9 +9,11 @@ from helpers import Reference, plugin, read, submit, texts, wait_until_idle
 
 from mlx_lm_ext.batch import generator
 from mlx_lm_ext.batch.batch import Batch
+from mlx_lm_ext.engine.constrained_model import ConstrainedModel
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import Constraint
+from mlx_lm_ext.policies.guarded_constraint import GuardedConstraint
 
 VOCABULARY = 259
 PROMPTS = texts(8)
@@ -227,3 +229,24 @@ def test_constraint_that_refuses_a_request_says_so(start_engine):
     with pytest.raises(RequestError, match="no such rule") as error:
         submit(engine, "hello", restricted=1)
     assert error.value.status == 400
+
+
+def test_rule_of_an_answer_that_is_served_alone_begins_when_its_prompt_runs():
+    class FirstOnly(Stairs):
+        n_filled = 0
+
+        def fill(self, mask):
+            type(self).n_filled += 1
+            super().fill(mask)
+
+    row = GuardedConstraint("test", FirstOnly(), VOCABULARY)
+    model = ConstrainedModel(
+        lambda inputs, cache: mx.zeros((1, inputs.shape[1], VOCABULARY)), row, lambda: 3
+    )
+    assert FirstOnly.n_filled == 0
+    assert model(mx.zeros((1, 2), mx.uint32), cache=None).shape == (1, 2, VOCABULARY)
+    for i, token in enumerate((0, 7, 8)):
+        logits = model(mx.array([[token]]), cache=None)[0, 0]
+        allowed = [t for t, logit in enumerate(logits.tolist()) if logit == 0]
+        assert allowed == [t for t in range(VOCABULARY) if is_allowed(t, i)]
+    assert FirstOnly.n_filled == 3

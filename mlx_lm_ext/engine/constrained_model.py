@@ -1,5 +1,6 @@
 """Restricts the tokens of an answer that is served alone."""
 
+from functools import cached_property
 from typing import Any, Callable
 
 import mlx.core as mx
@@ -22,9 +23,14 @@ class ConstrainedModel:
         self, model: Any, constraint: RowConstraint, n_prompt: Callable[[], int]
     ):
         self.model = model
-        self.constraints = Constraints([constraint], [[]])
+        self.constraint = constraint
         self.n_prompt = n_prompt
         self.n_run = 0
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """Made when the prompt runs: it may not be known before how a prompt with images ends."""
+        return Constraints([self.constraint], [[]])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
