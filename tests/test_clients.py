@@ -139,4 +139,4 @@ def test_ai_sdk(url, tmp_path):
     (code,) = examples("AI SDK", "js")
     (tmp_path / "example.mjs").write_text(code.replace(SERVER, url))
     printed = run(["node", "example.mjs"], cwd=tmp_path)
-    assert printed.count("{ name: 'Ann', age: 30 }") == 2, printed
+    assert printed.count("{ name: 'Ann', age: 30 }") == 3, printed

@@ -191,7 +191,7 @@ def private_members(tokenizer):
         transformers.utils.chat_template_utils: "_compile_jinja_template",
         start_generator(): "_counters _currently_processing _generation_batch "
         "_make_batch _prompt_batch _stream _unprocessed_sequences",
-        start_batch(): "_current_logprobs _current_tokens _matchers _next_logprobs "
+        start_batch(): "_matchers _next_logprobs "
         "_next_tokens _num_tokens _step _token_context",
         provider: "_adapter_map _draft_model_map _model_map _tokenizer_config",
         _upstream.SingleGenerator(provider): "_is_distributed _serve_single "

@@ -12,8 +12,8 @@ import re
 from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple
 from weakref import WeakKeyDictionary
 
-# White space between the parts of JSON and of calls. A model might write it without end.
-SPACE = r"/[ \t\r\n]{1,64}/"
+# White space between the parts of calls: a model might write it without end.
+SPACE = r"/[ \n]{1,4}|\r?\n[ \t]{1,32}/"
 # What stands between the parts of JSON: nothing, a space, or a line break and an indent.
 # With any number of them, a model could write nothing else for ever.
 JSON_OPTIONS = {
