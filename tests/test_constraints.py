@@ -84,19 +84,19 @@ def expected(model_folder):
 
 
 @pytest.mark.parametrize("argv", [[], ["--use-prompt-cache"]], ids=str)
+@pytest.mark.parametrize("restricted", [[5], [1, 3, 5, 7], [*range(8)]], ids=str)
 def test_rows_get_the_tokens_that_they_may_have_beside_others(
-    argv, start_engine, expected
+    restricted, argv, start_engine, expected
 ):
     engine = start_engine("llama", *argv, plugin=constraining(lambda _: Stairs()))
+    fields = [{"restricted": 1} if i in restricted else {} for i in range(8)]
     for _ in range(2):
         jobs = [
-            submit(
-                engine, prompt, max_tokens=9 + i, **{"restricted": 1} if i % 2 else {}
-            )
+            submit(engine, prompt, max_tokens=9 + i, **fields[i])
             for i, prompt in enumerate(PROMPTS)
         ]
         for i, job in enumerate(jobs):
-            assert read(job) == expected(PROMPTS[i], 9 + i, i % 2 == 1)
+            assert read(job) == expected(PROMPTS[i], 9 + i, i in restricted)
 
 
 def test_each_answer_to_a_prompt_has_a_constraint_of_its_own(start_engine):

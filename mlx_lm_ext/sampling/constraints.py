@@ -15,7 +15,9 @@ import numpy as np
 
 # Its thread starts with the first constraint.
 WORKER = ThreadPoolExecutor(1, "constraints")
-BITS = 32
+BITS, ALL = 32, 0xFFFFFFFF
+# To pick rows and put them back takes as long as to restrict so many times more of them.
+FEW = 4
 
 
 class RowConstraint(Protocol):
@@ -97,12 +99,14 @@ class Constraints:
         for future in self.pending:
             future.result()
         self.pending.clear()
-        masks = mx.array(np.stack([self.rows[i].mask for i in rows]))
-        if len(rows) == len(self.rows):
-            return apply_masks(logits, masks)
-        places = mx.array(rows)
-        logits[places] = apply_masks(logits[places], masks)
-        return logits
+        masks = np.stack([self.rows[i].mask for i in rows])
+        if len(rows) * FEW < len(self.rows):
+            places = mx.array(rows)
+            logits[places] = apply_masks(logits[places], mx.array(masks))
+            return logits
+        every = np.full((len(self.rows), masks.shape[1]), ALL, np.uint32)
+        every[rows] = masks
+        return apply_masks(logits, mx.array(every))
 
     @property
     def errors(self) -> List[Optional[BaseException]]:
