@@ -15,7 +15,7 @@ import numpy as np
 
 # Its thread starts with the first constraint.
 WORKER = ThreadPoolExecutor(1, "constraints")
-BITS, ALL = 32, 0xFFFFFFFF
+BITS = 32
 # To pick rows and put them back takes as long as to restrict so many times more of them.
 FEW = 4
 
@@ -99,14 +99,11 @@ class Constraints:
         for future in self.pending:
             future.result()
         self.pending.clear()
-        masks = np.stack([self.rows[i].mask for i in rows])
         if len(rows) * FEW < len(self.rows):
-            places = mx.array(rows)
-            logits[places] = apply_masks(logits[places], mx.array(masks))
+            places, masks = mx.array(rows), stack([self.rows[i] for i in rows])
+            logits[places] = apply_masks(logits[places], masks)
             return logits
-        every = np.full((len(self.rows), masks.shape[1]), ALL, np.uint32)
-        every[rows] = masks
-        return apply_masks(logits, mx.array(every))
+        return apply_masks(logits, stack(self.rows))
 
     @property
     def errors(self) -> List[Optional[BaseException]]:
@@ -120,6 +117,17 @@ def fill(constraints: List[RowConstraint], tokens: List[List[int]]) -> None:
         for token in news:
             constraint.advance(token)
     constraints[0].fill_all(constraints)
+
+
+def stack(rows: Sequence[Optional[RowConstraint]]) -> mx.array:
+    """The masks of several rows, of shape (rows, ceil(vocabulary / 32)). A row without a
+    constraint may have all tokens."""
+    n_bytes = max(row.mask.nbytes for row in rows if row is not None)
+    every = b"\xff" * n_bytes
+    # numpy gives up the interpreter lock to copy this much, and gets it back milliseconds
+    # later if the threads of the connections are busy.
+    joined = b"".join(every if row is None else row.mask.data for row in rows)
+    return mx.array(np.frombuffer(joined, np.uint32).reshape(len(rows), -1))
 
 
 @mx.compile
