@@ -10,7 +10,7 @@ Rules:
    the next step, which writes into these arrays.
 """
 
-from copy import copy, deepcopy
+from copy import copy
 from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -23,10 +23,12 @@ from mlx_lm.generate import (
 )
 from mlx_lm.server import _make_logits_processors
 
-from ..cache.kinds import flatten, prepare_step
+from ..cache.kinds import flatten, prepare_step, take_rows
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed, on_cpu
 from .batch_sampling import BatchSampling, RowSampling
+from .grouping import Grouping
+from .groups import GenerationGroups, KVShape
 from .prefill import padded_end
 
 make_logits_processors = _make_logits_processors
@@ -71,20 +73,6 @@ class PromptInProgress(NamedTuple):
     n_total: int
 
 
-class KVShape(NamedTuple):
-    """The shape of the KV of the rows that decode, in the layers that keep all of it.
-
-    Args:
-        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
-        end (int): Places that the tokens take, with the padding.
-        n_places (int): Places that there are. If all are taken, the arrays grow.
-    """
-
-    n_rows: int
-    end: int
-    n_places: int
-
-
 def is_at_last_token(segments: List[List[int]]) -> bool:
     """Whether only the last token of a prompt is left, which the decoding runs."""
     return len(segments) == 1 and len(segments[0]) == 1
@@ -101,6 +89,27 @@ def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
         mx.eval([c.stage(keep) for c in segmented(caches)])
 
 
+def part(
+    caches: List[Any], go: List[int], stay: List[int]
+) -> Tuple[List[Any], List[Any]]:
+    """Part the rows of some layers.
+
+    Returns:
+        Tuple: The caches of the rows that go and of those that stay. If all go, they take the
+        arrays as they are.
+    """
+    if not stay:
+        return list(caches), []
+    taken = [take_rows(c, go) for c in caches]
+    # Until they are evaluated they hold the arrays of the others, and a write into those
+    # would copy them as a whole.
+    mx.eval([c.state for c in taken], [c.stage(stay) for c in segmented(caches)])
+    for c in caches:
+        c.filter(stay)
+    mx.async_eval([c.state for c in caches])
+    return taken, list(caches)
+
+
 class LeanPromptBatch(PromptProcessingBatch):
     """``PromptProcessingBatch`` that does not wait for the chunk that it runs.
 
@@ -115,15 +124,12 @@ class LeanPromptBatch(PromptProcessingBatch):
     def split(self, indices: List[int]) -> "LeanPromptBatch":
         batch = copy(self)
         stay = [i for i in range(len(self.uids)) if i not in indices]
-        if stay:
-            batch.prompt_cache = deepcopy(self.prompt_cache)
-            batch.filter(indices)
-            # Until they are evaluated they hold the arrays of this batch, and a write into
-            # those would copy them as a whole.
-            mx.eval([c.state for c in batch.prompt_cache])
-        else:
-            batch.prompt_cache = list(self.prompt_cache)
+        taken, left = part(self.prompt_cache, indices, stay)
+        # The rest of the rows.
+        self.prompt_cache, batch.prompt_cache = [], []
+        batch.filter(indices)
         self.filter(stay)
+        self.prompt_cache, batch.prompt_cache = left, taken
         return batch
 
     def prompt(self, tokens: List[List[int]]) -> None:
@@ -238,17 +244,63 @@ class LeanGenerationBatch(GenerationBatch):
             # Upstream counts each step, and the first one gives no token.
             self._num_tokens = [-1] * len(uids)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether its rows can move: all have taken part in a step, and are at its end."""
+        return not self.joining and self.sampled is None
+
+    @property
+    def kv_shape(self) -> KVShape:
+        layers = [c for c in segmented(self.prompt_cache) if c.keys is not None]
+        if not layers:
+            return KVShape(0, 0, 0)
+        # Of the layers with a window, only the last places are there.
+        longest = max(layers, key=lambda c: c.end)
+        # Spare rows are given up when arrays are copied, which is not in all layers at once.
+        n_rows = max(len(c.keys) for c in layers)
+        return KVShape(n_rows, longest.end, longest.keys.shape[2])
+
     def extend(self, batch: "LeanGenerationBatch") -> None:
+        """Add the rows of another batch: new ones, or, if both are settled, any."""
+        if batch.logits is not None:
+            mine = [] if self.logits is None else [self.logits]
+            self.logits = mx.concatenate([*mine, batch.logits])
+        self.sampling.extend(batch.sampling)
         self.joining.extend(batch.joining)
+        self.failed |= batch.failed
         super().extend(batch)
         mx.async_eval([c.state for c in self.prompt_cache])
+
+    def split(self, indices: List[int]) -> "LeanGenerationBatch":
+        """Take rows out of a batch that is settled, for another batch."""
+        go = self.with_few_moves(indices)
+        stay = self.with_few_moves([i for i in range(len(self)) if i not in set(go)])
+        batch = copy(self)
+        batch.sampling, batch.joining = self.sampling.copy(), self.joining.copy()
+        batch.failed = {}
+        taken, left = [], []
+        # One layer at a time: the arrays of it are freed before the next is copied.
+        for layer in self.prompt_cache:
+            of_go, of_stay = part([layer], go, stay)
+            taken += of_go
+            left += of_stay
+        # The rest of the rows.
+        self.prompt_cache, batch.prompt_cache = [], []
+        batch.filter(go)
+        self.filter(stay)
+        self.prompt_cache, batch.prompt_cache = left, taken
+        return batch
+
+    def with_few_moves(self, keep: List[int]) -> List[int]:
+        """These indices in the order in which the last rows take the places of those that
+        leave, so that few rows move."""
+        stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
+        return [i if i in stay else next(movers) for i in range(len(keep))]
 
     def filter(self, keep: List[int]) -> None:
         n = len(self.sampling)
         if not self.joining:
-            # The last rows take the places of those that leave, so that few rows move.
-            stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
-            keep = [i if i in stay else next(movers) for i in range(len(keep))]
+            keep = self.with_few_moves(keep)
         evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
         old = [i for i in keep if i < n]
@@ -403,14 +455,22 @@ class LeanGenerationBatch(GenerationBatch):
 
 class LeanBatchGenerator(BatchGenerator):
     """``BatchGenerator`` on lean batches, whose step has two parts: ``decode`` and
-    ``prefill``. Each sampler that it is given is a ``RowSampling``."""
+    ``prefill``. Each sampler that it is given is a ``RowSampling``.
+
+    Args:
+        model (nn.Module): The model.
+        grouping (Grouping): Which rows decode together.
+        **kwargs: See ``BatchGenerator``.
+    """
 
     _currently_processing: List[List[Any]]
 
-    def __init__(self, model: Any, **kwargs: Any):
+    def __init__(self, model: Any, grouping: Grouping, **kwargs: Any):
         super().__init__(model, **kwargs)
         self._prompt_batch = LeanPromptBatch.empty(self.model, self.sampler)
-        self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
+        self._generation_batch = GenerationGroups(grouping)
+        # Whether the device may still be at a chunk of prompts.
+        self.has_run_prompts = False
 
     @property
     def unprocessed_prompts(self) -> List[UnprocessedPrompt]:
@@ -437,7 +497,10 @@ class LeanBatchGenerator(BatchGenerator):
         """
         with mx.stream(self._stream):
             joined = self.start_generation()
-            responses = self._generation_batch.next()
+            responses = self._generation_batch.next(
+                is_timed=not (joined or self.has_run_prompts)
+            )
+        self.has_run_prompts = False
         if responses:
             self._counters.generation_steps += 1
             if self._counters.generation_steps % 512 == 0:
@@ -473,6 +536,7 @@ class LeanBatchGenerator(BatchGenerator):
                 chunks.append(chunk)
             self.prompts_in_progress = prompts
             self._prompt_batch.prompt(chunks)
+            self.has_run_prompts = bool(chunks)
         return joined + responses
 
     def start_generation(self) -> List[PromptProcessingBatch.Response]:
@@ -525,19 +589,6 @@ class LeanBatchGenerator(BatchGenerator):
         return [len(left[0]) for left in segments if not is_at_last_token(left)]
 
     @property
-    def kv_shape(self) -> KVShape:
-        """The shape of the KV of the rows that decode."""
-        layers = segmented(self._generation_batch.prompt_cache)
-        layers = [c for c in layers if c.keys is not None]
-        if not layers:
-            return KVShape(0, 0, 0)
-        # Of the layers with a window, only the last places are there.
-        longest = max(layers, key=lambda c: c.end)
-        # Spare rows are given up when arrays are copied, which is not in all layers at once.
-        n_rows = max(len(c.keys) for c in layers)
-        return KVShape(n_rows, longest.end, longest.keys.shape[2])
-
-    @property
-    def generation_batch(self) -> LeanGenerationBatch:
+    def generation_batch(self) -> GenerationGroups:
         """The rows that decode."""
         return self._generation_batch

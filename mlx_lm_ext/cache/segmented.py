@@ -8,6 +8,7 @@ Rules:
    copy that is not evaluated exists, MLX cannot write in place: the step copies all rows.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
@@ -352,17 +353,9 @@ class BatchSegmentedKVCache(BatchKVCache):
         if self.keys is None:
             self.row_starts = row_starts
             return
-        padding = min(row_starts.padding)
-        has_excess = growth.is_excess(padding, self.end)
+        has_excess = growth.is_excess(min(row_starts.padding), self.end)
         if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
-            self.staged = None
-            start = padding if has_excess else 0
-            self.state = (
-                self.keys[batch_indices, :, start:],
-                self.values[batch_indices, :, start:],
-                row_starts.shift(-start),
-                self.end - start,
-            )
+            self.staged, self.state = None, self.take(batch_indices).state
             return
         if self.staged is None:
             # While one of the copies is lazy, writing a row would copy all rows.
@@ -371,6 +364,21 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.keys[to : to + len(keys)] = keys
             self.values[to : to + len(values)] = values
         self.row_starts, self.staged = row_starts, None
+
+    def take(self, batch_indices: List[int]) -> "BatchSegmentedKVCache":
+        """A batch of copies of these rows, in this order, without padding that all have. The
+        copies are lazy: the caller evaluates them before the next step."""
+        batch = copy(self)
+        batch.staged, batch.row_starts = None, self.row_starts.filter(batch_indices)
+        if self.keys is not None:
+            start = min(batch.row_starts.padding)
+            batch.state = (
+                self.keys[batch_indices, :, start:],
+                self.values[batch_indices, :, start:],
+                batch.row_starts.shift(-start),
+                self.end - start,
+            )
+        return batch
 
     def extract(self, idx: int) -> KVCache:
         """One row, as views of the batch's arrays: see rule 3 above."""
