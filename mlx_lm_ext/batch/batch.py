@@ -80,6 +80,8 @@ class Batch:
         turnstile (Turnstile): Takes the tokens to the handlers.
     """
 
+    grouping_class = Grouping
+
     def __init__(
         self,
         model: Any,
@@ -237,7 +239,7 @@ class Batch:
     def make_grouping(self) -> Grouping:
         """What decides which rows decode together."""
         costs = StepCosts(lambda: measure_place(self.model))
-        return Grouping(costs, self.kv_memory.most_tokens)
+        return self.grouping_class(costs, self.kv_memory.most_tokens)
 
     def must_wait(self, request: Request) -> bool:
         """Whether a request should start later: a row runs a prefix of its prompt, which

@@ -496,9 +496,10 @@ class LeanBatchGenerator(BatchGenerator):
             the tokens.
         """
         with mx.stream(self._stream):
+            has_moved = self._generation_batch.arrange()
             joined = self.start_generation()
             responses = self._generation_batch.next(
-                is_timed=not (joined or self.has_run_prompts)
+                is_timed=not (has_moved or joined or self.has_run_prompts)
             )
         self.has_run_prompts = False
         if responses:

@@ -140,6 +140,11 @@ class Grouping:
         everything = Shape.of([*lengths, *(n for group in groups for n in group)])
         if not self.matters(everything, shapes):
             return places
+        if not shapes:
+            for place, rows in enumerate(self.plan([lengths]) or []):
+                for i in rows:
+                    places[i] = place
+            return places
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             new = Shape.of([lengths[i]])
             options = [
@@ -147,7 +152,7 @@ class Grouping:
                 for j, shape in enumerate(shapes)
             ]
             apart = [*shapes, new]
-            together = self.best(options) if options else apart
+            together = self.best(options)
             if len(apart) <= self.max_groups and self.is_better(apart, together):
                 together = apart
             places[i] = len(shapes) if together is apart else options.index(together)

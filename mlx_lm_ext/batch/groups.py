@@ -162,8 +162,6 @@ class GenerationGroups:
         if len(self) < n_before:
             self.groups = [group for group in self.groups if len(group)]
             self.plan_at = self.n_steps
-        if self.n_steps >= self.plan_at:
-            self.arrange()
         return responses
 
     def due(self) -> List[Group]:
@@ -205,8 +203,15 @@ class GenerationGroups:
             else:
                 self.groups.append(Group(piece))
 
-    def arrange(self) -> None:
-        """Let the rows change their groups, if that is worth it."""
+    def arrange(self) -> bool:
+        """Let the rows change their groups, if that is worth it. Called between two steps,
+        when the tokens of the last one have been given to their requests.
+
+        Returns:
+            bool: Whether they have changed them.
+        """
+        if self.n_steps < self.plan_at:
+            return False
         for group in self.groups:
             group.longest = max(group.lengths)
         longest = max((group.longest for group in self.groups), default=0)
@@ -214,14 +219,15 @@ class GenerationGroups:
         if len(self.groups) < 2 and n_left > 0:
             self.plan_at = self.n_steps + n_left
             self.credit = 0.0
-            return
+            return False
         if not all(group.batch.is_settled for group in self.groups):
-            self.plan_at = self.n_steps + 1
-            return
+            return False
         self.plan_at = self.n_steps + INTERVAL
         parts = self.grouping.plan([group.lengths for group in self.groups])
-        if parts is not None:
-            self.move(parts)
+        if parts is None:
+            return False
+        self.move(parts)
+        return True
 
     def move(self, parts: List[List[int]]) -> None:
         """Make these groups.
