@@ -5,9 +5,20 @@ import random
 import threading
 
 import pytest
-from helpers import LETTERS, Always, Reference, plugin, read, submit, wait_until_idle
+from helpers import (
+    LETTERS,
+    Always,
+    Reference,
+    peak_memory,
+    plugin,
+    read,
+    submit,
+    wait_until_idle,
+)
 from integrity import check
+from mlx_lm.sample_utils import make_logits_processors
 from test_constraints import Stairs, constraining
+from test_kv_memory import ENDS, TOKEN
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import generator, groups
@@ -198,3 +209,161 @@ def test_rows_leave_groups_early_and_come_back(
     assert not len(engine.batch.generator.generation_batch)
     if cache:
         check(engine.prompt_cache)
+
+
+class Eager(Grouping):
+    """Lets rows of 32 tokens form groups, whatever a step takes."""
+
+    def __init__(self, costs, max_places):
+        costs.measure = lambda: 1.0
+        super().__init__(costs, max_places, min_length=32)
+
+
+class EagerBatch(Batch):
+    grouping_class = Eager
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.most_bytes, self.seen = 0, []
+
+    def step(self):
+        super().step()
+        if not self.rows:
+            return
+        groups = self.generator.generation_batch.groups
+        self.seen.append([group.lengths for group in groups])
+        if not self.prefilling:
+            n_bytes = self.generator.prompt_cache_nbytes
+            self.most_bytes = max(self.most_bytes, n_bytes)
+
+
+class EagerEngine(Engine):
+    batch_class = EagerBatch
+
+
+BIAS = {i: -100 for i in range(3)}
+NO_END = {"logit_bias": BIAS}
+NO_END_PROCESSORS = make_logits_processors(BIAS)
+
+
+def start(engine, prompt, **body):
+    """Submit a request, and wait for its first token."""
+    job = submit(engine, prompt, **NO_END, **body)
+    job.receive(timeout=60)
+    return job
+
+
+def test_long_row_takes_no_memory_beside_short_ones(model_folder, start_engine):
+    reference = Reference(model_folder(), logits_processors=NO_END_PROCESSORS)
+    engine = start_engine(make_engine=EagerEngine)
+    prompts = ["y" * 3000, *prompts_of(6, 20)]
+    jobs = [
+        start(engine, p, max_tokens=100 if i else 300) for i, p in enumerate(prompts)
+    ]
+    for i, (prompt, job) in enumerate(zip(prompts, jobs)):
+        read(job)
+        assert job.generated == reference.tokens(prompt, 100 if i else 300)
+    seen = [n for n in engine.batch.seen if sum(map(len, n)) == 7]
+    assert seen and all(sorted(map(len, groups)) == [1, 6] for groups in seen)
+    token = engine.batch.kv_memory.nbytes(1, 256) // 256
+    # And room for a step of the arrays of each row, and for a spare row.
+    assert engine.batch.most_bytes <= (3584 + 8 * 512) * token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_tokens", [300, 4000])
+def test_groups_stay_within_the_limit(max_tokens, start_engine):
+    argv = "--max-kv-bytes", str(20 * 512 * TOKEN), "--prefill-step-size", "256"
+    engine = start_engine("llama", *argv, plugin=ENDS, make_engine=EagerEngine)
+    prompts = prompts_of(50, 900)
+    rng = random.Random(0)
+    jobs = []
+    for prompt in prompts:
+        body = dict(max_tokens=rng.randint(1, max_tokens), **NO_END)
+        if max_tokens > 900:
+            body |= {"sampler": "ends"}
+        jobs.append(submit(engine, prompt, **body))
+    for job in jobs:
+        read(job)
+    limit = 20 * 512 * TOKEN
+    assert limit / 4 < engine.batch.most_bytes <= limit
+    assert any(len(groups) > 2 for groups in engine.batch.seen)
+
+
+def test_rows_that_form_a_group_of_their_own_keep_their_arrays(start_engine):
+    """Of a conversation from the prompt cache there is one copy, that of its row."""
+    n_tokens = 3000
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=EagerEngine)
+    read(submit(engine, "y" * n_tokens, max_tokens=1))
+    jobs = [submit(engine, p, max_tokens=4000, **NO_END) for p in prompts_of(6, 20)]
+    for job in jobs:
+        job.receive(timeout=60)
+    engine.batch.most_bytes = 0
+    peaks = []
+
+    def run():
+        again = submit(engine, "y" * n_tokens, max_tokens=5)
+        peaks.append(read(again))
+
+    size = engine.batch.kv_memory.nbytes(1, n_tokens)
+    assert peak_memory(run) < 1.5 * size
+    for job in jobs:
+        engine.client.cancel(job)
+
+
+class FakeBatch:
+    """Rows whose steps take no time."""
+
+    joining = ()
+
+    def __init__(self, n_rows, length=100):
+        self.tokens = [[0] * length for _ in range(n_rows)]
+        self.uids = [*range(n_rows)]
+        self.n_steps = 0
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def next(self):
+        self.n_steps += 1
+        return []
+
+
+@pytest.mark.parametrize(
+    "sizes, seconds, expected",
+    [
+        # The largest in each step, the others for three tenths of its time,
+        ([31, 1], [1.0, 0.25], [120, 120]),
+        ([31, 1], [1.0, 0.85], [120, 40]),
+        ([1, 31], [0.85, 1.0], [40, 120]),
+        # in each fourth step at least,
+        ([31, 1], [1.0, 99.0], [120, 30]),
+        ([31, 1, 1], [1.0, 99.0, 99.0], [120, 30, 30]),
+        # or for as much as their share of the rows is.
+        ([1, 1], [1.0, 2.0], [120, 60]),
+        ([1, 1], [2.0, 1.0], [60, 120]),
+        ([8, 4], [1.0, 1.0], [120, 60]),
+        ([8, 4, 4], [1.0, 0.5, 0.5], [120, 120, 120]),
+    ],
+    ids=str,
+)
+def test_groups_beside_the_largest_hold_it_up_by_their_share(sizes, seconds, expected):
+    running = groups.GenerationGroups(None)
+    running.groups = [groups.Group(FakeBatch(n)) for n in sizes]
+    for group, of_step in zip(running.groups, seconds):
+        group.seconds = of_step
+    for _ in range(120):
+        running.next(is_timed=False)
+    steps = [group.batch.n_steps for group in running.groups]
+    assert steps == [pytest.approx(n, abs=2) for n in expected]
+
+
+def test_new_rows_get_their_first_token_at_once():
+    running = groups.GenerationGroups(None)
+    running.groups = [groups.Group(FakeBatch(n)) for n in (31, 1)]
+    main, other = running.groups
+    main.seconds, other.seconds = 1.0, 99.0
+    running.next(is_timed=False)
+    other.batch.joining = ["new"]
+    running.next(is_timed=False)
+    assert other.batch.n_steps == 1
