@@ -4,9 +4,12 @@ import random
 from itertools import combinations
 
 import pytest
+from helpers import Reference
+from mlx_lm.models.cache import RotatingKVCache
+from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch.grouping import Grouping, Shape, cut
-from mlx_lm_ext.batch.step_costs import StepCosts
+from mlx_lm_ext.batch.step_costs import StepCosts, measure_place
 
 PLACE = 1e-6
 
@@ -163,3 +166,16 @@ def test_a_step_that_waits_for_something_else_does_not_count():
     for seconds in (0.02, 0.02, 9.0, 0.02, 0.02):
         costs.note(4, 1000, seconds)
     assert costs.fixed(4) == pytest.approx(0.016)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_place_is_measured_for_each_architecture(architecture, model_folder):
+    model = Reference(model_folder(architecture)).model
+    assert 1e-10 < measure_place(model) < 1e-3
+
+
+def test_places_of_windows_cost_nothing(model_folder, monkeypatch):
+    model = Reference(model_folder("gemma3_text")).model
+    windows = [RotatingKVCache(24) for _ in model.layers]
+    monkeypatch.setattr(type(model), "make_cache", lambda self: windows)
+    assert measure_place(model) == 0

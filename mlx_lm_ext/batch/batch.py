@@ -289,11 +289,11 @@ class Batch:
         """Whether the KV may take more memory in the next step than it may have."""
         if not self.rows:
             return False
-        is_joined, groups = bool(self.prefilling), self.kv_groups()
-        if not is_joined and all(shape.end < shape.n_places for _, shape in groups):
+        is_joined, n_bytes = bool(self.prefilling), 0
+        shapes = [g.batch.kv_shape for g in self.generator.generation_batch.groups]
+        if not is_joined and all(shape.end < shape.n_places for shape in shapes):
             return False
-        n_bytes = 0
-        for requests, shape in groups:
+        for requests, shape in self.kv_groups():
             n_rows, end = shape.n_rows, shape.n_places
             if is_joined:
                 # Some may join the others in this step.

@@ -95,7 +95,9 @@ def measure_place(model: Any) -> float:
     if not layers:
         return 0.0
     keys, values = layers[0].keys, layers[0].values
-    n_heads = n_query_heads(model) or keys.shape[1]
+    n_heads = n_query_heads(model) or 0
+    # A multiple of those of the keys.
+    n_heads = keys.shape[1] * max(1, n_heads // keys.shape[1])
 
     def zeros(n_heads: int, n_places: int, like: mx.array) -> mx.array:
         return mx.zeros((N_ROWS, n_heads, n_places, like.shape[3]), like.dtype)
