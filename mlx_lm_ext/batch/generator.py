@@ -23,7 +23,8 @@ from mlx_lm.generate import (
 from mlx_lm.server import _make_logits_processors
 
 from ..cache.kinds import prepare_step
-from ..device import on_cpu
+from ..cache.segmented import BatchSegmentedKVCache
+from ..device import device_kind, on_cpu
 from .batch_sampling import BatchSampling, RowSampling
 from .prefill import chunk_width, runs_alone
 from .prompts import (
@@ -35,6 +36,9 @@ from .prompts import (
 )
 
 make_logits_processors = _make_logits_processors
+
+# Places of the KV from which on each token is run twice, see ``pays_to_run_pairs``.
+MIN_PAIRED = 1024
 
 
 class UnprocessedPrompt(NamedTuple):
@@ -84,6 +88,23 @@ class KVShape(NamedTuple):
     n_rows: int
     end: int
     n_places: int
+
+
+def pays_to_run_pairs(caches: List[Any]) -> bool:
+    """Whether rows that are padded to each other decode faster as ``run_pairs`` does it.
+
+    With 16 rows of 3,050 tokens of an 8B model, a step takes 20 ms on an H100 instead of 28. With
+    300 tokens it takes as long, and each new shape costs 90 ms.
+    """
+    if device_kind() != "cuda":
+        return False
+    c = caches[0]
+    return (
+        all(type(other) is BatchSegmentedKVCache for other in caches)
+        and c.end >= MIN_PAIRED
+        and c.row_starts.left_padding is not None
+        and c.keys.dtype in (mx.float16, mx.bfloat16)
+    )
 
 
 class LeanGenerationBatch(GenerationBatch):
@@ -269,7 +290,22 @@ class LeanGenerationBatch(GenerationBatch):
         """The logits of shape (rows, vocabulary) that the model gives for one token of each
         row."""
         prepare_step(self.prompt_cache)
+        if pays_to_run_pairs(self.prompt_cache):
+            return self.run_pairs(inputs)
         return self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+
+    def run_pairs(self, inputs: mx.array) -> mx.array:
+        """What ``run`` gives. The model gets each token twice, and the second is taken back: with
+        CUDA, attention with a mask has a kernel for two tokens of a row, and not for one.
+        """
+        layers, n = segmented(self.prompt_cache), len(inputs)
+        with BatchSegmentedKVCache.whole(layers) as n_rows:
+            tokens = mx.pad(inputs, (0, n_rows - n))
+            pairs = mx.stack([tokens, tokens], axis=1)
+            logits = self.model(pairs, cache=self.prompt_cache)[:n, 0, :]
+            for c in layers:
+                c.trim(1)
+        return logits
 
     def sample(
         self, logits: mx.array

@@ -8,9 +8,10 @@ Rules:
    copy that is not evaluated exists, MLX cannot write in place: the step copies all rows.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -163,6 +164,8 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     # Copies of the rows that ``filter`` is about to move: where to, keys and values.
     staged: Optional[List[Tuple[int, mx.array, mx.array]]] = None
+    # Whether the attention gets the arrays as they are, see ``whole``.
+    is_whole = False
     # Columns of padding after the tokens of each row, between ``prepare`` and ``settle``.
     right_padding: Optional[List[int]] = None
     # Rows that are about to join, for which arrays that grow get room.
@@ -242,7 +245,30 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         n, end = self.n_rows, self.end
+        if self.is_whole:
+            end = self.keys.shape[2]
         return self.keys[:n, :, :end], self.values[:n, :, :end]
+
+    @classmethod
+    @contextmanager
+    def whole(cls, layers: "List[BatchSegmentedKVCache]") -> Iterator[int]:
+        """Meanwhile, the attention gets all rows and columns of the arrays, the unused ones hidden
+        by the mask: its shapes stay the same from step to step.
+
+        Args:
+            layers (List[BatchSegmentedKVCache]): The layers of a model, with the same shapes.
+
+        Yields:
+            int: The rows that there are, spare ones included.
+        """
+        first, *_ = layers
+        n_rows, starts = len(first.keys), first.row_starts
+        every = RowStarts(starts.starts + [0] * (n_rows - len(starts.starts)))
+        for c in layers:
+            c.row_starts, c.is_whole = every, True
+        yield n_rows
+        for c in layers:
+            c.row_starts, c.is_whole = starts, False
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: Optional[int] = None
@@ -252,12 +278,25 @@ class BatchSegmentedKVCache(BatchKVCache):
         As in a ``KVCache``, the mask is an array only if it has to be one: the attention
         is faster without.
         """
+        if self.is_whole:
+            return self.whole_mask(N)
         if window_size is not None and self.end + N <= window_size:
             window_size = None
         padding = self.row_starts.left_padding
         if padding is None:
             return create_attention_mask(N, self.end, return_array, window_size)
         return create_causal_mask(N, self.end, window_size, left_padding=padding)
+
+    def whole_mask(self, N: int) -> mx.array:
+        """What is added to the scores of the next ``N`` tokens, of shape (rows, 1, N, columns of
+        the arrays): a mask of that type is used as it is."""
+        n_columns = growth.grown_columns(self.keys.shape[2], self.end + N)
+        columns, queries = mx.arange(n_columns), mx.arange(N)
+        first = mx.array(self.row_starts.padding)
+        is_seen = columns >= first[:, None, None]
+        is_seen = is_seen & (columns <= self.end + queries[:, None])
+        seen, hidden = mx.array([0, -mx.inf], self.keys.dtype)
+        return mx.where(is_seen, seen, hidden)[:, None]
 
     def prepare(self, *, lengths: List[int], right_padding: List[int]) -> None:
         self.right_padding = right_padding
@@ -282,15 +321,16 @@ class BatchSegmentedKVCache(BatchKVCache):
     ) -> Tuple[mx.array, mx.array]:
         n, start = self.n_rows, self.end
         end = self.end = start + keys.shape[2]
-        capacity = growth.capacity(end)
         if self.keys is None:
+            capacity = growth.capacity(end)
             self.keys, self.values = (
                 mx.zeros((n, x.shape[1], capacity, x.shape[3]), x.dtype)
                 for x in (keys, values)
             )
         elif end > self.keys.shape[2]:
             # All rows are copied in any case, so that spare ones cost nothing to give up.
-            more = capacity - self.keys.shape[2]
+            n_columns = self.keys.shape[2]
+            more = growth.grown_columns(n_columns, end) - n_columns
             self.keys, self.values = (
                 mx.pad(x[:n], [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
@@ -371,10 +411,9 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.row_starts = row_starts
             return
         padding = min(row_starts.padding)
-        has_excess = growth.is_excess(padding, self.end)
-        if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
+        start = growth.excess(padding, self.end)
+        if start or growth.are_few(len(batch_indices), len(self.keys)):
             self.staged = None
-            start = padding if has_excess else 0
             self.state = (
                 self.keys[batch_indices, :, start:],
                 self.values[batch_indices, :, start:],
