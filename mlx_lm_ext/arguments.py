@@ -247,9 +247,16 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--prefill-budget",
         type=number(int, 1),
-        help="tokens of all prompts to process between two decode steps of streams that "
-        "have begun: fewer make shorter gaps in those, more a shorter wait for new ones; "
-        "unset, 256, and 2048 with CUDA",
+        help="tokens of all prompts to process at most between two decode steps of streams "
+        "that have begun, also if --max-gap leaves time for more",
+    )
+    add(
+        "--max-gap",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="seconds between two tokens of streams that have begun while prompts are "
+        "processed: less makes smoother streams, more a shorter wait for new ones; unset, "
+        "0.1, or the time of 4 decode steps if they take longer",
     )
     add(
         "--max-kv-bytes",

@@ -246,11 +246,15 @@ class SchedulerView:
         now (float): Seconds of the clock.
         running (Tuple[RequestInfo, ...]): The requests in the batch.
         batch_size (int): How many requests can run at a time.
+        gap_tokens (Optional[int]): How many tokens of prompts the next step can process
+          beside its decoding without a longer gap than ``--max-gap`` between two tokens of a
+          stream. It follows from the times of the last steps. None if nothing runs.
     """
 
     now: float
     running: Tuple[RequestInfo, ...]
     batch_size: int
+    gap_tokens: Optional[int] = None
 
 
 class SchedulerPolicy(ABC):
@@ -298,10 +302,11 @@ class SchedulerPolicy(ABC):
     def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
         """How many tokens of prompts the next step may process beside the decoding.
 
-        Called before each step that has prompts to process. A request starts only if the
-        prompts that started before it have fewer tokens left than this. The padding of
-        short prompts beside long ones counts, and at least one token of each prompt is
-        processed.
+        Called before each step that has prompts to process, but for the few that process
+        none, to see how long the decoding takes. A request starts only if the prompts that
+        started before it have fewer tokens left than this. The padding of short prompts
+        beside long ones counts, and at least one token of each prompt is processed.
+        ``view.gap_tokens`` keeps the gaps of running streams within ``--max-gap``.
 
         Returns:
             ``None`` for no limit but ``--prefill-step-size``.

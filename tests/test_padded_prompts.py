@@ -1,4 +1,4 @@
-"""With CUDA, chunks of prompts are padded to few shapes. Here the CPU does so, too."""
+"""With CUDA, chunks of prompts have few shapes. Here the CPU does as if it were CUDA."""
 
 import random
 
@@ -7,31 +7,36 @@ from helpers import LETTERS, Reference, read, submit, texts, wait_until_idle
 from integrity import check
 from tiny_models import CONFIGS
 
-from mlx_lm_ext.batch import generator, prefill
+from mlx_lm_ext.batch import prefill
+from mlx_lm_ext.batch.prompts import LeanPromptBatch
 
 CACHE = ["--use-prompt-cache"]
 
 
 @pytest.fixture
-def ends(monkeypatch):
-    """Chunks are padded as with CUDA; gives the places where they have ended."""
+def chunks(monkeypatch):
+    """Gives ``(rows, width, end)`` of each chunk."""
     monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
     seen = []
+    run = LeanPromptBatch.run
 
-    def padded_end(end):
-        seen.append(prefill.padded_end(end))
-        return seen[-1]
+    def noted(batch, width):
+        # The padding is gone after it.
+        start = max(c.size() for c in batch.prompt_cache)
+        responses, size = run(batch, width)
+        seen.append((len(batch), size // len(batch), start + size // len(batch)))
+        return responses, size
 
-    monkeypatch.setattr(generator, "padded_end", padded_end)
+    monkeypatch.setattr(LeanPromptBatch, "run", noted)
     return seen
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("argv", [[], CACHE], ids=["without", "cache"])
-def test_answers_are_those_without_padding(argv, architecture, start_engine, ends):
+def test_answers_are_those_without_padding(argv, architecture, start_engine, chunks):
     engine = start_engine(architecture, *argv, "--prefill-step-size", "100")
     reference = Reference(engine.cli_args.model)
-    prompts = texts(12, longest=400)
+    prompts = texts(12, longest=700)
     # Some share a prefix with others.
     prompts += [p[: len(p) // 2] + "and more" for p in prompts[:4]]
     jobs = [submit(engine, p, max_tokens=9) for p in prompts]
@@ -45,14 +50,40 @@ def test_answers_are_those_without_padding(argv, architecture, start_engine, end
         check(engine.prompt_cache)
 
 
-def test_chunks_end_in_few_places(start_engine, ends):
-    engine = start_engine()
+def test_chunks_have_few_shapes(start_engine, chunks):
+    engine = start_engine("llama", *CACHE)
     rng = random.Random(0)
+    known = "".join(rng.choices(LETTERS, k=1000))
     for n in (2, 20, 33, 200, 257, 300, 1000):
-        read(submit(engine, "".join(rng.choices(LETTERS, k=n)), max_tokens=1))
-    assert {end % 32 for end in ends if end <= 256} == {0}
-    assert {end % 128 for end in ends if end > 256} == {0}
+        more = "".join(rng.choices(LETTERS, k=n))
+        for prompt in (more, known[: 3 * n // 2] + more):
+            read(submit(engine, prompt, max_tokens=1))
+    assert {width for _, width, _ in chunks} <= {32 << i for i in range(7)}
+    starts = {end - width for _, width, end in chunks}
+    assert {start % 32 for start in starts} == {0}
+    assert {start % 128 for start in starts if start >= 256} == {0}
+
+
+@pytest.mark.parametrize(
+    "n_left, budget, width",
+    [
+        (3000, 2048, 2048),
+        # Up to 128 tokens take as long as one.
+        (70, 2048, 70),
+        # A quarter may be padding.
+        (800, 2048, 800),
+        (700, 2048, 512),
+        (800, 1000, 512),
+        (800, 10, 8),
+    ],
+)
+def test_chunk_of_a_prompt_that_runs_alone_is_a_power_of_two(
+    n_left, budget, width, monkeypatch
+):
+    monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
+    assert prefill.chunk_width([n_left], budget) == width
 
 
 def test_nothing_is_padded_without_cuda():
-    assert [prefill.padded_end(n) for n in (1, 33, 300)] == [1, 33, 300]
+    assert [prefill.padded_width(n) for n in (1, 33, 300)] == [1, 33, 300]
+    assert [prefill.aligned(n, 999) for n in (1, 33, 300)] == [1, 33, 300]

@@ -13,7 +13,6 @@ from mlx_lm_ext.policies.scheduling import (
     SJF,
     Fair,
     Priority,
-    default_prefill_budget,
 )
 
 ARGS = Namespace(prefill_budget=256, max_wait=30.0)
@@ -28,8 +27,8 @@ def request(arrival=0.0, n_prompt=10, max_tokens=10, n_known=0, n_matched=0, **b
     return RequestInfo("id", args, body, arrival, n_prompt, n_known, n_matched)
 
 
-def view(now=0.0, running=()):
-    return SchedulerView(now, tuple(running), 1)
+def view(now=0.0, running=(), **more):
+    return SchedulerView(now, tuple(running), 1, **more)
 
 
 def order(policy, waiting, now=0.0, running=()):
@@ -181,5 +180,6 @@ def test_prefill_is_limited_while_streams_run():
     assert policy.prefill_tokens(view(running=[streaming])) is None
     streaming.n_generated = 1
     assert policy.prefill_tokens(view(running=[request(), streaming])) == 256
+    assert policy.prefill_tokens(view(running=[streaming], gap_tokens=9)) == 9
     unset = FCFS(Namespace(prefill_budget=None), lambda: 0.0)
-    assert unset.prefill_tokens(view(running=[streaming])) == default_prefill_budget()
+    assert unset.prefill_tokens(view(running=[streaming], gap_tokens=999)) == 999

@@ -426,7 +426,8 @@ def test_time_of_a_token_does_not_grow_with_the_call(start, more):
         + more * (400_000 // len(more))
     )
     tools = [tool(v={"type": "array"})]
-    begin = time.perf_counter()
+    # Other processes do not count.
+    begin = time.process_time()
     for _ in deltas_of("json_tools", text, [16], tools=tools):
         pass
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5

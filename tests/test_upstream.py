@@ -26,7 +26,7 @@ from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 
 import mlx_lm_ext
 from mlx_lm_ext import batch_server
-from mlx_lm_ext.batch.generator import PromptInProgress, UnprocessedPrompt
+from mlx_lm_ext.batch.generator import UnprocessedPrompt
 from mlx_lm_ext.engine import upstream as _upstream
 
 PACKAGE = Path(mlx_lm_ext.__file__).parent
@@ -189,8 +189,8 @@ def private_members(tokenizer):
         mlx_lm.server: "_image_url _make_logits_processors",
         mlx_lm.utils: "_download",
         transformers.utils.chat_template_utils: "_compile_jinja_template",
-        start_generator(): "_counters _currently_processing _generation_batch "
-        "_make_batch _prompt_batch _stream _unprocessed_sequences",
+        start_generator(): "_counters _generation_batch _prompt_batch _stream "
+        "_unprocessed_sequences",
         start_batch(): "_matchers _next_logprobs "
         "_next_tokens _num_tokens _step _token_context",
         provider: "_adapter_map _draft_model_map _model_map _tokenizer_config",
@@ -227,20 +227,6 @@ def test_prompt_that_has_not_begun_is_a_tuple_of_these_fields():
     )
 
 
-def test_prompt_in_progress_is_a_list_of_these_fields():
-    generator = start_generator()
-    batch = generator._make_batch(1)
-    assert not generator._unprocessed_sequences
-    (entry,) = generator._currently_processing
-    assert PromptInProgress(*entry) == PromptInProgress(
-        segments=[[1, 2], [3], [4]], n_done=0, n_total=4
-    )
-    assert (batch.uids, batch.tokens, batch.prompt_cache) == ([0], [[9]], [])
-    assert (batch.samplers, batch.max_tokens) == (["sampler"], [5])
-    assert batch.logits_processors == [("processor",)]
-    assert batch.stop_sequences == ["stop"]
-
-
 def test_progress_of_a_prompt_is_the_tokens_done_and_all():
     generator = start_generator(
         samplers=[None], logits_processors=[[]], stop_sequences=[StopSequences()]
@@ -267,7 +253,6 @@ def test_caches_are_extracted_with_their_tokens_and_removed_at_each_stage():
         } == {0: ([], tokens)}
         generator.remove([0])
         assert generator.extract_cache([0]) == {}
-        assert not generator._currently_processing
 
 
 def test_batch_runs_a_step_when_it_is_made_and_counts_those_of_next():

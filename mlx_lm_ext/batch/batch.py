@@ -10,6 +10,7 @@ Rules:
 
 import argparse
 import logging
+from functools import partial
 from typing import (
     Any,
     Callable,
@@ -40,7 +41,8 @@ from .generator import LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
 from .groups import KVShape
 from .kv_memory import KVMemory
-from .prefill import chunk_width, max_prefill_tokens
+from .pace import Pace
+from .prefill import max_prefill_tokens
 from .resumed import ResumedStopSequences
 from .row import Row
 from .sharing import MIN_SHARED, PrefixSharing
@@ -110,6 +112,11 @@ class Batch:
         self.generator: Optional[LeanBatchGenerator] = None
         self.rows: Dict[int, Row] = {}
         self.step_size = max_prefill_tokens(args.prefill_step_size)
+        self.pace = Pace(args.max_gap, self.step_size)
+        # When the last step had nothing more to wait for, if another one was to follow, and
+        # the tokens of each chunk of prompts that it has handed to the device then.
+        self.last_wait: Optional[float] = None
+        self.handed_over: List[int] = []
         # Tokens of prompts that the last step was allowed.
         self.budget = self.step_size
         self.n_steps = 0
@@ -134,7 +141,10 @@ class Batch:
     def view(self) -> SchedulerView:
         """What scheduler policies see."""
         clock = self.policies.clock
-        return SchedulerView(clock(), tuple(self.requests), self.args.batch_size)
+        requests = tuple(self.requests)
+        n_decoding = len(requests) - len(self.prefilling)
+        gap_tokens = self.pace.gap_tokens(n_decoding)
+        return SchedulerView(clock(), requests, self.args.batch_size, gap_tokens)
 
     # Joining
 
@@ -335,6 +345,7 @@ class Batch:
         for row in self.rows.values():
             row.is_prefilling = False
         self.rows.clear()
+        self.interrupt()
         generator, self.generator = self.generator, None
         if generator is not None:
             try:
@@ -352,9 +363,22 @@ class Batch:
             return
         check_address_space()
         self.n_steps += 1
-        self.decode()
-        if self.prefilling:
+        n_rows = self.decode()
+        if not n_rows:
+            self.generator.prompts.wait()
+        now = self.policies.clock()
+        if self.last_wait is not None:
+            self.pace.note(n_rows, self.handed_over, now - self.last_wait)
+        self.last_wait, self.handed_over = now, []
+        if self.prefilling and not self.pace.must_measure(n_rows):
             self.prefill()
+            self.handed_over = self.generator.chunk_sizes
+        if not self.rows:
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """The next step follows on something else than a step: its time says nothing."""
+        self.last_wait, self.handed_over = None, []
 
     def take_ended(self) -> Tuple[List[Request], int]:
         """The requests that have ended, and the number of tokens that were generated, since
@@ -369,15 +393,21 @@ class Batch:
         failed, self.failed = self.failed, []
         return failed
 
-    def decode(self) -> None:
-        """Run one token of each row whose prompt is run."""
+    def decode(self) -> int:
+        """Run one token of each row whose prompt is run.
+
+        Returns:
+            int: How many rows these are.
+        """
         joined, responses = self.generator.decode()
+        n_rows = self.generator.n_decoded
         for r in joined:
             self.rows[r.uid].is_prefilling = False
         self.reserve()
         failed = self.generator.generation_batch.take_failed()
         self.deliver([r for r in responses if r.uid not in failed])
         self.drop(failed)
+        return n_rows
 
     def drop(self, failed: Dict[int, BaseException]) -> None:
         """Take out the rows whose constraints have failed."""
@@ -417,8 +447,10 @@ class Batch:
 
     def prefill(self) -> None:
         """Run a part of the prompts."""
-        self.generator.prefill_step_size = self.plan_prefill()
-        responses = self.generator.prefill()
+        tokens = self.policies.scheduler.prefill_tokens(self.view)
+        self.budget = self.step_size if tokens is None else min(tokens, self.step_size)
+        cost = partial(self.pace.cost, self.budget)
+        responses = self.generator.prefill(self.budget, cost)
         self.reserve()
         for r in responses:
             row = self.rows[r.uid]
@@ -428,14 +460,6 @@ class Batch:
                 n_run, n_left = r.progress
                 row.n_run = row.n_tokens - n_left + n_run
         self.store_segments([r.uid for r in responses if r.end_of_segment])
-
-    def plan_prefill(self) -> int:
-        """How many tokens of each prompt the next step runs at most."""
-        tokens = self.policies.scheduler.prefill_tokens(self.view)
-        limit = self.step_size
-        self.budget = limit if tokens is None else min(tokens, limit)
-        lengths = self.generator.segment_lengths
-        return chunk_width(lengths, self.budget) if lengths else limit
 
     # Storing
 

@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from mlx_lm.generate import GenerationBatch
 
 from .grouping import Grouping
+from .prompts import segmented
 
 # The groups beside the largest may add this share to the time of its steps, if they have few
 # rows.
@@ -56,7 +57,7 @@ class Group:
     n_waited: int = 0
 
     def __post_init__(self) -> None:
-        self.longest = max(self.lengths)
+        self.longest = longest_of(self.batch)
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -187,21 +188,27 @@ class GenerationGroups:
         """Which group new rows of these lengths would join; see ``Grouping.place``."""
         return self.grouping.place([group.lengths for group in self.groups], lengths)
 
-    def extend(self, batch: Any) -> None:
-        """Add the rows of a ``LeanGenerationBatch``, all of them new, to the groups where
-        they belong. Those of a new group keep their arrays, if they are all."""
+    def join(self, batches: List[Any]) -> None:
+        """Add the rows of some ``LeanGenerationBatch``, all of them new, to the groups where
+        they belong. If they are all that a new group has, they keep their arrays."""
+        if not batches:
+            return
         self.plan_at = self.n_steps
-        places = self.places_for([len(tokens) for tokens in batch.tokens])
-        uids: Dict[int, List[int]] = {}
-        for uid, place in zip(batch.uids, places):
-            uids.setdefault(place, []).append(uid)
+        tokens = [tokens for batch in batches for tokens in batch.tokens]
+        places = iter(self.places_for([*map(len, tokens)]))
+        pieces: Dict[int, List[Any]] = {}
+        for batch in batches:
+            uids: Dict[int, List[int]] = {}
+            for uid in batch.uids:
+                uids.setdefault(next(places), []).append(uid)
+            for place, rows in uids.items():
+                pieces.setdefault(place, []).append(take(batch, rows))
         groups = self.groups[:]
-        for place, rows in sorted(uids.items()):
-            piece = take(batch, rows)
+        for place, news in sorted(pieces.items()):
             if place < len(groups):
-                groups[place].batch.extend(piece)
+                add(groups[place].batch, news)
             else:
-                self.groups.append(Group(piece))
+                self.groups.append(Group(gather(news)))
 
     def arrange(self) -> bool:
         """Let the rows change their groups, if that is worth it. Called between two steps,
@@ -213,7 +220,7 @@ class GenerationGroups:
         if self.n_steps < self.plan_at:
             return False
         for group in self.groups:
-            group.longest = max(group.lengths)
+            group.longest = longest_of(group.batch)
         longest = max((group.longest for group in self.groups), default=0)
         n_left = self.grouping.min_length - longest
         if len(self.groups) < 2 and n_left > 0:
@@ -252,22 +259,14 @@ class GenerationGroups:
                 wanted = {uids[idx] for idx in parts[i]}
                 batch = self.groups[j].batch
                 pieces[i].append(take(batch, [u for u in batch.uids if u in wanted]))
-        groups = [self.groups[homes[i]] if i in homes else None for i in pieces]
-        for i, group in enumerate(groups):
-            # The arrays of the longest rows need not grow for the others.
-            first, *others = sorted(pieces[i], key=longest_of, reverse=True) or [None]
-            if group is None:
-                group = groups[i] = Group(first)
-            elif first is not None:
-                others = [first, *others]
-            for piece in others:
-                group.batch.extend(piece)
-            group.longest = max(group.lengths)
+        groups = []
+        for i, news in pieces.items():
+            if i not in homes:
+                groups.append(Group(gather(news)))
+                continue
+            groups.append(self.groups[homes[i]])
+            add(groups[-1].batch, news)
         self.groups = groups
-
-
-def longest_of(batch: Any) -> int:
-    return max(map(len, batch.tokens))
 
 
 def take(batch: Any, uids: List[int]) -> Any:
@@ -275,3 +274,23 @@ def take(batch: Any, uids: List[int]) -> Any:
     if len(uids) == len(batch):
         return batch
     return batch.split([batch.uids.index(uid) for uid in uids])
+
+
+def gather(batches: List[Any]) -> Any:
+    """One batch of the rows of several."""
+    # The arrays of the longest rows need not grow for the others.
+    first, *others = sorted(batches, key=longest_of, reverse=True)
+    add(first, others)
+    return first
+
+
+def add(batch: Any, others: List[Any]) -> None:
+    """Add the rows of other batches to a batch."""
+    for c in segmented(batch.prompt_cache):
+        c.n_to_join = sum(map(len, others))
+    for other in others:
+        batch.extend(other)
+
+
+def longest_of(batch: Any) -> int:
+    return max(map(len, batch.tokens))

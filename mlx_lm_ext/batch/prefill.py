@@ -7,6 +7,8 @@ from ..device import device_kind, on_cpu
 
 # So many tokens of padding cost less than another step.
 FREE_PADDING = 64
+# Tokens of the smallest chunk with CUDA. A larger one of up to 4 times as many takes as long.
+MIN_WIDTH = 32
 
 
 def max_prefill_tokens(step_size: int) -> int:
@@ -21,17 +23,47 @@ def max_prefill_tokens(step_size: int) -> int:
     return min(step_size, 256) if on_cpu() else step_size
 
 
-def padded_end(end: int) -> int:
-    """Where a chunk of prompts ends that would end at the place ``end``, with padding.
+def runs_alone(n_left: int, n_known: int) -> bool:
+    """Whether a prompt runs without others beside it.
 
-    With CUDA, cuDNN plans the attention of each new shape, which takes 50 to 120 ms, more
-    than to run a short prompt. With padding there are few shapes. Where the arrays have
-    room for ``end`` they have room for the padding.
+    To read the weights for one prompt costs as much as some tokens more of it, and padding
+    costs, too. With CUDA, rows with padding need a mask, with which the attention is slow and
+    its shapes are many.
+
+    Args:
+        n_left (int): Tokens of it that are left to run.
+        n_known (int): Tokens before them, whose KV is there.
+    """
+    if device_kind() == "cuda":
+        return n_left + n_known > 512
+    return n_left > 128
+
+
+def padded_width(width: int) -> int:
+    """How many tokens a chunk of ``width`` tokens of each prompt runs, with the padding after
+    them.
+
+    With CUDA, cuDNN plans the attention of each new shape, which takes 50 to 120 ms, more than
+    to run a short prompt. A shape is known by the tokens of the chunk and by the place where it
+    ends. So chunks have few sizes, and begin where ``aligned`` says.
     """
     if device_kind() != "cuda":
-        return end
-    size = 32 if end <= 256 else 128
-    return -(-end // size) * size
+        return width
+    return max(MIN_WIDTH, 1 << (width - 1).bit_length())
+
+
+def aligned(n_known: int, n_tokens: int) -> int:
+    """How many of the ``n_known`` first tokens of a prompt are not run, see ``padded_width``. To
+    run the others again takes less time than a plan.
+
+    Args:
+        n_known (int): Tokens whose KV is there.
+        n_tokens (int): Tokens of the prompt.
+    """
+    if device_kind() != "cuda":
+        return n_known
+    size = MIN_WIDTH if n_tokens <= 256 else 128
+    return n_known // size * size
 
 
 def chunk_width(lengths: List[int], budget: int) -> int:
@@ -51,6 +83,8 @@ def chunk_width(lengths: List[int], budget: int) -> int:
         int: Tokens of each prompt. Of shorter prompts all tokens are run.
     """
     n = len(lengths)
+    if n == 1 and device_kind() == "cuda":
+        return whole_width(lengths[0], budget)
     widest = min(max(lengths), max(1, budget // n))
     # Padded to a width, the k shortest prompts have k * width - total tokens of padding.
     totals = enumerate(accumulate(sorted(lengths)), 1)
@@ -62,3 +96,18 @@ def chunk_width(lengths: List[int], budget: int) -> int:
 
     # At least the shortest length, which needs no padding.
     return max(width for width in {min(w, widest) for w in widths} if fits(width))
+
+
+def whole_width(n_left: int, budget: int) -> int:
+    """How many tokens of a prompt that runs alone the next step runs, with CUDA: a power of two,
+    or what is left if that is nearly one.
+
+    Args:
+        n_left (int): Tokens that are left of it.
+        budget (int): The most tokens of the chunk.
+    """
+    size = padded_width(n_left)
+    padding = size - n_left
+    if size <= budget and (size <= 4 * MIN_WIDTH or padding <= size // 4):
+        return n_left
+    return 1 << (min(n_left, budget).bit_length() - 1)

@@ -7,13 +7,14 @@ of a prompt, because nothing of it can be cut off later.
 """
 
 from itertools import accumulate
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..cache.kinds import make_segmented_cache
 from ..cache.prompt_cache import RadixPromptCache
 from ..request.request import Request
+from .prefill import aligned
 from .row import Row
 
 
@@ -47,12 +48,12 @@ class KVStorage:
             # The prompt cache may have made the step fail.
             return Row(request), [request.tokens], make_segmented_cache(self.model)
         if request.generated:
-            caches, rest = self.prompt_cache.fetch_nearest_cache(key, request.tokens)
+            caches, rest = self.fetch_aligned(key, request.tokens)
             row = Row(request, n_run=len(request.tokens) - len(rest))
             return row, [rest], caches or make_segmented_cache(self.model)
         # Where other prompts branch off, this one stores what the next of them can resume.
         branch = self.prompt_cache.branch_point(key, prompt)
-        caches, rest = self.prompt_cache.fetch_nearest_cache(key, prompt)
+        caches, rest = self.fetch_aligned(key, prompt)
         start = request.n_matched = n - len(rest)
         row = Row(request, n_run=start)
         for end, cache_type in zip(
@@ -68,6 +69,24 @@ class KVStorage:
         starts = [request.n_matched, *stops]
         segments = [prompt[i:j] for i, j in zip(starts, stops)]
         return row, segments, caches or make_segmented_cache(self.model)
+
+    def fetch_aligned(
+        self, key: Any, tokens: List[int]
+    ) -> Tuple[Optional[List[Any]], List[int]]:
+        """What ``RadixPromptCache.fetch_nearest_cache`` gives, cut where a chunk of the rest may
+        begin."""
+        caches, rest = self.prompt_cache.fetch_nearest_cache(key, tokens)
+        known = len(tokens) - len(rest)
+        n = aligned(known, len(tokens))
+        if n == known or not self.can_cut:
+            return caches, rest
+        if n == 0:
+            return None, tokens
+        for c in caches:
+            c.trim(known - n)
+            # The size of the arrays is a part of the shape that cuDNN plans for.
+            c.n_to_come = 0
+        return caches, tokens[n:]
 
     def store(self, rows: Dict[Row, Tuple[List[Any], List[int]]]) -> None:
         """Store what rows have run, as far as the prompt cache has room for it.

@@ -22,6 +22,11 @@ def capacity(n_tokens: int) -> int:
     return -(-n_tokens // STEP) * STEP
 
 
+def grown_columns(n_columns: int, end: int) -> int:
+    """How many tokens arrays of ``n_columns`` have room for once they hold ``end``."""
+    return n_columns if end <= n_columns else capacity(end)
+
+
 def merged_capacity(n_tokens: int, n_to_come: int) -> int:
     """How many tokens the arrays of merged rows have room for.
 
@@ -53,6 +58,15 @@ def is_excess(padding: int, width: int) -> bool:
     """Whether so much padding, which all rows have, is too much for arrays in which
     ``width`` places are in use."""
     return padding >= max(MIN_PADDING, width // 4)
+
+
+def excess(padding: int, width: int) -> int:
+    """How much of the padding is given up. Long arrays go on having room for a multiple of
+    ``STEP`` tokens: with CUDA, attention is planned for each size."""
+    if not is_excess(padding, width):
+        return 0
+    n = padding // STEP * STEP
+    return padding if is_excess(padding - n, width - n) else n
 
 
 def max_width(n_tokens: int) -> int:

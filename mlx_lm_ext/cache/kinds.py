@@ -309,6 +309,8 @@ def prepare_step(caches: List[Any]) -> None:
     """
     distinct: List[RowStarts] = []
     for c in flatten(caches):
+        if isinstance(c, BatchSegmentedKVCache):
+            c.settle()
         if isinstance(c, BatchSlidingKVCache):
             c.drop_old(growth.window_slack(c.max_size))
         if isinstance(c, BatchSegmentedKVCache):

@@ -8,9 +8,11 @@ Rules:
    copy that is not evaluated exists, MLX cannot write in place: the step copies all rows.
 """
 
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from itertools import groupby
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -163,8 +165,12 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     # Copies of the rows that ``filter`` is about to move: where to, keys and values.
     staged: Optional[List[Tuple[int, mx.array, mx.array]]] = None
-    # Padding after the tokens that are about to come, for each row.
+    # Whether the attention gets the arrays as they are, see ``whole``.
+    is_whole = False
+    # Columns of padding after the tokens of each row, between ``prepare`` and ``settle``.
     right_padding: Optional[List[int]] = None
+    # Rows that are about to join, for which arrays that grow get room.
+    n_to_join = 0
 
     def __init__(self, left_padding: List[int]):
         self.state = None, None, RowStarts([-n for n in left_padding]), 0
@@ -214,6 +220,9 @@ class BatchSegmentedKVCache(BatchKVCache):
         latest: Dict[Tuple[int, int], SharedSegment] = {}
         for row, (segments, start) in enumerate(zip(rows, padding)):
             for segment in segments:
+                if start >= length:
+                    # The cache was trimmed.
+                    break
                 s = latest.get((id(segment), start))
                 if s is None or s.stop < row:
                     s = SharedSegment(segment, start, row, row + 1)
@@ -237,7 +246,30 @@ class BatchSegmentedKVCache(BatchKVCache):
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         n, end = self.n_rows, self.end
+        if self.is_whole:
+            end = self.keys.shape[2]
         return self.keys[:n, :, :end], self.values[:n, :, :end]
+
+    @classmethod
+    @contextmanager
+    def whole(cls, layers: "List[BatchSegmentedKVCache]") -> Iterator[int]:
+        """Meanwhile, the attention gets all rows and columns of the arrays, the unused ones hidden
+        by the mask: its shapes stay the same from step to step.
+
+        Args:
+            layers (List[BatchSegmentedKVCache]): The layers of a model, with the same shapes.
+
+        Yields:
+            int: The rows that there are, spare ones included.
+        """
+        first, *_ = layers
+        n_rows, starts = len(first.keys), first.row_starts
+        every = RowStarts(starts.starts + [0] * (n_rows - len(starts.starts)))
+        for c in layers:
+            c.row_starts, c.is_whole = every, True
+        yield n_rows
+        for c in layers:
+            c.row_starts, c.is_whole = starts, False
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: Optional[int] = None
@@ -247,6 +279,8 @@ class BatchSegmentedKVCache(BatchKVCache):
         As in a ``KVCache``, the mask is an array only if it has to be one: the attention
         is faster without.
         """
+        if self.is_whole:
+            return self.whole_mask(N)
         if window_size is not None and self.end + N <= window_size:
             window_size = None
         padding = self.row_starts.left_padding
@@ -254,36 +288,50 @@ class BatchSegmentedKVCache(BatchKVCache):
             return create_attention_mask(N, self.end, return_array, window_size)
         return create_causal_mask(N, self.end, window_size, left_padding=padding)
 
+    def whole_mask(self, N: int) -> mx.array:
+        """What is added to the scores of the next ``N`` tokens, of shape (rows, 1, N, columns of
+        the arrays): a mask of that type is used as it is."""
+        n_columns = growth.grown_columns(self.keys.shape[2], self.end + N)
+        columns, queries = mx.arange(n_columns), mx.arange(N)
+        first = mx.array(self.row_starts.padding)
+        is_seen = columns >= first[:, None, None]
+        is_seen = is_seen & (columns <= self.end + queries[:, None])
+        seen, hidden = mx.array([0, -mx.inf], self.keys.dtype)
+        return mx.where(is_seen, seen, hidden)[:, None]
+
     def prepare(self, *, lengths: List[int], right_padding: List[int]) -> None:
-        if self.keys is not None and self.keys.shape[0] > self.n_rows:
-            # ``finalize`` rolls all rows of the arrays, and knows no padding of spare ones.
-            self.keys = self.keys[: self.n_rows]
-            self.values = self.values[: self.n_rows]
         self.right_padding = right_padding
 
     def finalize(self) -> None:
+        """The padding stays until the rows are used again. Rows of which only the last token
+        is left go to another batch before that, and ``extend`` does not copy it."""
+
+    def settle(self) -> None:
+        """Move the padding after the tokens of the rows to the left of them."""
         padding, self.right_padding = self.right_padding, None
-        if padding is not None:
-            shifts = mx.array(padding)[:, None]
-            self.keys = dynamic_roll(self.keys, shifts, axis=2)
-            self.values = dynamic_roll(self.values, shifts, axis=2)
-            starts = [s - n for s, n in zip(self.row_starts.starts, padding)]
-            self.row_starts = RowStarts(starts)
+        if padding is None or not any(padding):
+            return
+        n, shifts = self.n_rows, mx.array(padding)[:, None]
+        self.keys = dynamic_roll(self.keys[:n], shifts, axis=2)
+        self.values = dynamic_roll(self.values[:n], shifts, axis=2)
+        starts = [s - n for s, n in zip(self.row_starts.starts, padding)]
+        self.row_starts = RowStarts(starts)
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> Tuple[mx.array, mx.array]:
         n, start = self.n_rows, self.end
         end = self.end = start + keys.shape[2]
-        capacity = growth.capacity(end)
         if self.keys is None:
+            capacity = growth.capacity(end)
             self.keys, self.values = (
                 mx.zeros((n, x.shape[1], capacity, x.shape[3]), x.dtype)
                 for x in (keys, values)
             )
         elif end > self.keys.shape[2]:
             # All rows are copied in any case, so that spare ones cost nothing to give up.
-            more = capacity - self.keys.shape[2]
+            n_columns = self.keys.shape[2]
+            more = growth.grown_columns(n_columns, end) - n_columns
             self.keys, self.values = (
                 mx.pad(x[:n], [(0, 0), (0, 0), (0, more), (0, 0)])
                 for x in (self.keys, self.values)
@@ -293,39 +341,47 @@ class BatchSegmentedKVCache(BatchKVCache):
         return self.keys_and_values()
 
     def extend(self, other: "BatchSegmentedKVCache") -> None:
-        n, more = self.n_rows, other.n_rows
-        n_wider = other.end - self.end
+        self.settle()
+        padding = other.right_padding or [0] * other.n_rows
+        n, n_new = self.n_rows, max(other.n_rows, self.n_to_join)
+        n_wider = other.end - min(padding) - self.end
         if n_wider > 0:
-            self.widen(n_wider, other)
-        elif self.keys is not None and n + more > self.keys.shape[0]:
-            n_new = growth.grown_rows(n, more) - n
+            self.widen(n_wider, n_new, other)
+        elif self.keys is not None and n + other.n_rows > self.keys.shape[0]:
+            n_new = growth.grown_rows(n, n_new) - n
             self.keys, self.values = (
                 mx.concatenate([x[:n], mx.zeros((n_new, *x.shape[1:]), x.dtype)])
                 for x in (self.keys, self.values)
             )
-        start, end = self.end - other.end, self.end
-        if other.end:
-            for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-                mine[n : n + more, :, start:end] = theirs[:more, :, : other.end]
-        starts = [*self.row_starts.starts, *other.row_starts.shift(start).starts]
+        starts = list(self.row_starts.starts)
+        for n_right, rows in groupby(range(other.n_rows), padding.__getitem__):
+            i, *others = rows
+            j = i + len(others) + 1
+            used = other.end - n_right
+            start = self.end - used
+            if used:
+                for x, y in ((self.keys, other.keys), (self.values, other.values)):
+                    x[n + i : n + j, :, start : self.end] = y[i:j, :, :used]
+            starts += [s - start for s in other.row_starts.starts[i:j]]
         self.row_starts = RowStarts(starts)
 
-    def widen(self, n: int, other: "BatchSegmentedKVCache") -> None:
-        """Move all rows ``n`` columns to the right, and make room for ``other``'s rows."""
+    def widen(self, n: int, n_new: int, other: "BatchSegmentedKVCache") -> None:
+        """Move all rows ``n`` columns to the right, and make room for ``n_new`` rows like
+        ``other``'s."""
 
         def wider(mine: Optional[mx.array], theirs: mx.array) -> mx.array:
             if mine is None:
                 shape = (self.n_rows, theirs.shape[1], 0, theirs.shape[3])
                 mine = mx.zeros(shape, theirs.dtype)
-            n_spare = theirs.shape[2] - other.end
-            pads = [(0, other.n_rows), (0, 0), (n, n_spare), (0, 0)]
+            n_spare = theirs.shape[2] - self.end - n
+            pads = [(0, n_new), (0, 0), (n, n_spare), (0, 0)]
             return mx.pad(mine[: self.n_rows, :, : self.end], pads)
 
         self.state = (
             wider(self.keys, other.keys),
             wider(self.values, other.values),
             self.row_starts.shift(n),
-            other.end,
+            self.end + n,
         )
 
     def stage(self, batch_indices: List[int]) -> List[mx.array]:
@@ -350,12 +406,18 @@ class BatchSegmentedKVCache(BatchKVCache):
         padding, that smaller arrays are worth a copy of all rows.
         """
         row_starts = self.row_starts.filter(batch_indices)
+        has_excess = growth.excess(min(row_starts.padding), self.end)
+        if self.keys is not None and (
+            has_excess or growth.are_few(len(batch_indices), len(self.keys))
+        ):
+            taken = self.take(batch_indices)
+            self.staged, self.state = None, taken.state
+            self.right_padding = taken.right_padding
+            return
+        if self.right_padding is not None:
+            self.right_padding = [self.right_padding[i] for i in batch_indices]
         if self.keys is None:
             self.row_starts = row_starts
-            return
-        has_excess = growth.is_excess(min(row_starts.padding), self.end)
-        if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
-            self.staged, self.state = None, self.take(batch_indices).state
             return
         if self.staged is None:
             # While one of the copies is lazy, writing a row would copy all rows.
@@ -366,12 +428,15 @@ class BatchSegmentedKVCache(BatchKVCache):
         self.row_starts, self.staged = row_starts, None
 
     def take(self, batch_indices: List[int]) -> "BatchSegmentedKVCache":
-        """A batch of copies of these rows, in this order, without padding that all have. The
-        copies are lazy: the caller evaluates them before the next step."""
+        """A batch of copies of these rows, in this order, without much padding that all have.
+        The copies are lazy: the caller evaluates them before the next step."""
         batch = copy(self)
-        batch.staged, batch.row_starts = None, self.row_starts.filter(batch_indices)
+        batch.staged, batch.n_to_join = None, 0
+        batch.row_starts = self.row_starts.filter(batch_indices)
+        if self.right_padding is not None:
+            batch.right_padding = [self.right_padding[i] for i in batch_indices]
         if self.keys is not None:
-            start = min(batch.row_starts.padding)
+            start = growth.excess(min(batch.row_starts.padding), self.end)
             batch.state = (
                 self.keys[batch_indices, :, start:],
                 self.values[batch_indices, :, start:],
@@ -383,6 +448,8 @@ class BatchSegmentedKVCache(BatchKVCache):
     def extract(self, idx: int) -> KVCache:
         """One row, as views of the batch's arrays: see rule 3 above."""
         start, end = self.row_starts.padding[idx], self.end
+        if self.right_padding is not None:
+            end -= self.right_padding[idx]
         keys, values = (
             x[idx : idx + 1, :, start:end] for x in (self.keys, self.values)
         )

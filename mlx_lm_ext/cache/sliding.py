@@ -89,6 +89,9 @@ class BatchSlidingKVCache(BatchSegmentedKVCache):
             self.max_size,
         )
 
+    def finalize(self) -> None:
+        self.settle()
+
     def make_mask(
         self, N: int, return_array: bool = False, window_size: Optional[int] = None
     ) -> Any:

@@ -498,6 +498,7 @@ class Engine:
         try:
             if self.batch:
                 n = self.policies.scheduler.prefill_tokens(self.batch.view)
+                self.batch.interrupt()
             if not scores.step(scores.step_size if n is None else n):
                 return
             if request.max_tokens and self.is_batchable(request):

@@ -24,7 +24,6 @@ from mlx_lm.server import CompletionRequest
 from tqdm import tqdm
 
 from ..batch.batch import Batch
-from ..batch.prefill import padded_end
 from ..device import device_kind, on_cpu
 from ..errors import RequestError
 from ..interfaces import Constraint
@@ -32,7 +31,6 @@ from ..log import PROGRESS_INTERVAL
 from ..policies.guard import Policies
 from ..policies.guarded_constraint import GuardedConstraint
 from ..policies.loading import Plugins
-from ..policies.scheduling import default_prefill_budget
 from ..request.fields import make_generation_arguments
 from ..request.mailbox import Turnstile
 from ..request.request import Request
@@ -109,12 +107,11 @@ def size_pieces(batch_size: int) -> List[Piece]:
     powers = [2**i for i in range(2, batch_size.bit_length())]
     sizes = dict.fromkeys([*powers, *range(batch_size, 2, -1)])
     batches = [[kinds[i % len(kinds)] for i in range(n)] for n in sizes]
-    longest = default_prefill_budget()
+    longest = 2048 if device_kind() == "cuda" else 256
     pieces = [Piece([GREEDY], longest), *(Piece(bodies) for bodies in batches)]
     if device_kind() == "cuda":
-        # Each place where a chunk of prompts may end needs a plan of its own.
-        ends = dict.fromkeys(padded_end(n) for n in range(MESSAGE, longest))
-        pieces += [Piece([GREEDY], end) for end in ends]
+        # The chunks of prompts of all lengths need plans, see ``batch/prefill.py``.
+        pieces += [Piece([GREEDY], n) for n in (MESSAGE, *range(128, longest, 128))]
         pieces += [Piece(bodies, MESSAGE) for bodies in batches]
     return pieces
 

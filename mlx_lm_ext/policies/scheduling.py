@@ -8,15 +8,7 @@ import argparse
 import heapq
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
 
-import mlx.core as mx
-
 from ..interfaces import Clock, RequestInfo, SchedulerPolicy, SchedulerView
-
-
-def default_prefill_budget() -> int:
-    """Tokens of prompts in a step beside running streams, without ``--prefill-budget``. An
-    NVIDIA GPU takes hardly longer for 2,048 tokens than for 256."""
-    return 2048 if mx.cuda.is_available() else 256
 
 
 class FCFS(SchedulerPolicy):
@@ -26,12 +18,15 @@ class FCFS(SchedulerPolicy):
 
     def __init__(self, args: argparse.Namespace, clock: Clock):
         super().__init__(args, clock)
-        self.budget = args.prefill_budget or default_prefill_budget()
+        self.budget = args.prefill_budget
 
     def prefill_tokens(self, view: SchedulerView) -> Optional[int]:
-        """The budget while a running request has tokens already. Before that, nobody waits
-        for a next token, and there is no limit."""
-        return self.budget if any(r.n_generated for r in view.running) else None
+        """What keeps ``--max-gap`` and ``--prefill-budget`` while a running request has tokens
+        already. Before that, nobody waits for a next token, and there is no limit."""
+        if not any(r.n_generated for r in view.running):
+            return None
+        limits = (self.budget, view.gap_tokens)
+        return min((n for n in limits if n is not None), default=None)
 
 
 class Ageing(FCFS):
