@@ -333,6 +333,10 @@ class BatchSampler(ABC):
     after a failed step, or after a wait for memory, gets another object: its
     ``n_generated`` is not 0 then.
 
+    Rows of very different lengths run in batches of their own. The object of the rows that
+    are parted is copied with ``copy.deepcopy`` (not the arguments of its constructor), and
+    each of the two gets ``filter``. If it cannot be copied, new objects are made.
+
     Args:
         args (argparse.Namespace): The command line, with the flags that plugins added.
         request (RequestInfo): The request of the row.

@@ -11,7 +11,17 @@ Rules:
 import argparse
 import logging
 from functools import partial
-from typing import Any, Callable, Collection, Dict, List, Optional, Protocol, Tuple
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    List,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+)
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationBatch
@@ -28,12 +38,15 @@ from ..sampling.penalties import PenaltyParameters
 from .batch_sampling import RowSampling
 from .end_ban import EndBan
 from .generator import LeanBatchGenerator, make_logits_processors
+from .grouping import Grouping
+from .groups import KVShape
 from .kv_memory import KVMemory
 from .pace import Pace
 from .prefill import max_prefill_tokens
 from .resumed import ResumedStopSequences
 from .row import Row
 from .sharing import MIN_SHARED, PrefixSharing
+from .step_costs import StepCosts, measure_place
 from .storage import KVStorage
 
 logger = logging.getLogger(__name__)
@@ -68,6 +81,8 @@ class Batch:
           have run. Without one, KV is stored only while other requests wait for it.
         turnstile (Turnstile): Takes the tokens to the handlers.
     """
+
+    grouping_class = Grouping
 
     def __init__(
         self,
@@ -154,11 +169,32 @@ class Batch:
 
     def fits(self, request: Request) -> bool:
         """Whether the KV of a request fits beside that of the rows, if there are any."""
-        requests = self.requests
-        if not requests:
+        if not self.rows:
             return True
-        shape = self.generator.kv_shape
-        return self.kv_memory.fits([*requests, request], shape.n_rows, shape.end)
+        groups = self.kv_groups([request])
+        return self.kv_memory.fits((g, shape.n_rows, shape.end) for g, shape in groups)
+
+    def kv_groups(
+        self, waiting: Sequence[Request] = ()
+    ) -> List[Tuple[List[Request], KVShape]]:
+        """The requests whose KV is in the same arrays, or will be as soon as their prompts
+        are run, and the shape that it has now.
+
+        Args:
+            waiting (Sequence[Request]): Requests that would start now.
+        """
+        decoding = self.generator.generation_batch
+        groups = [
+            ([self.rows[uid].request for uid in g.batch.uids], g.batch.kv_shape)
+            for g in decoding.groups
+        ]
+        to_come = [*(row.request for row in self.prefilling), *waiting]
+        places = decoding.places_for([len(request.tokens) for request in to_come])
+        for place, request in zip(places, to_come):
+            while place >= len(groups):
+                groups.append(([], KVShape(0, 0, 0)))
+            groups[place][0].append(request)
+        return groups
 
     def add(self, request: Request) -> None:
         """Let a request run. It goes on after the tokens that it has already.
@@ -169,6 +205,7 @@ class Batch:
         if self.generator is None:
             self.generator = LeanBatchGenerator(
                 self.model,
+                self.make_grouping(),
                 completion_batch_size=self.args.batch_size,
                 prefill_batch_size=min(
                     self.args.batch_size, self.args.prompt_concurrency
@@ -208,6 +245,11 @@ class Batch:
         if request.started is None:
             request.start()
             self.policies.scheduler.on_start(request)
+
+    def make_grouping(self) -> Grouping:
+        """What decides which rows decode together."""
+        costs = StepCosts(lambda: measure_place(self.model))
+        return self.grouping_class(costs, self.kv_memory.most_tokens)
 
     def must_wait(self, request: Request) -> bool:
         """Whether a request should start later: a row runs a prefix of its prompt, which
@@ -257,14 +299,22 @@ class Batch:
         """Whether the KV may take more memory in the next step than it may have."""
         if not self.rows:
             return False
-        shape, n_rows = self.generator.kv_shape, len(self)
-        if self.prefilling:
-            # Some may join the others in this step.
-            n_rows = max(shape.n_rows, growth.max_rows(n_rows))
-        elif shape.end < shape.n_places:
+        is_joined, groups = bool(self.prefilling), self.kv_groups()
+        if not is_joined and all(shape.end < shape.n_places for _, shape in groups):
             return False
-        end = max(shape.end, *(r.n_prompt + r.n_generated for r in self.requests))
-        return self.kv_memory.nbytes(n_rows, end + 1) > self.kv_memory.limit
+        n_bytes = 0
+        for requests, shape in groups:
+            n_rows, end = shape.n_rows, shape.n_places
+            if is_joined:
+                # Some may join the others in this step.
+                n_rows = max(n_rows, growth.max_rows(len(requests)))
+            elif shape.end == shape.n_places:
+                n_rows = len(requests)
+            if is_joined or shape.end == shape.n_places:
+                n_tokens = max(r.n_prompt + r.n_generated for r in requests)
+                end = max(shape.end, n_tokens) + 1
+            n_bytes += self.kv_memory.nbytes(n_rows, end)
+        return n_bytes > self.kv_memory.limit
 
     @property
     def newest(self) -> Request:
@@ -361,6 +411,8 @@ class Batch:
 
     def drop(self, failed: Dict[int, BaseException]) -> None:
         """Take out the rows whose constraints have failed."""
+        if not failed:
+            return
         # Some may have left before this step.
         uids = [uid for uid in failed if uid in self.rows]
         self.failed += [(self.rows.pop(uid).request, failed[uid]) for uid in uids]

@@ -6,6 +6,7 @@ Rules:
 2. What no row asks for is not computed.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -75,6 +76,15 @@ class BatchSampling:
         self.penalties.filter(keep)
         self.constraints.filter(keep)
         self.n_top = [self.n_top[i] for i in keep]
+
+    def copy(self) -> "BatchSampling":
+        """The same rows for another batch. Each of them then goes on in one of the two:
+        ``filter`` is called on both."""
+        other = copy(self)
+        other.samplers = self.samplers.copy()
+        other.penalties = self.penalties.copy()
+        other.constraints = self.constraints.copy()
+        return other
 
     def __call__(
         self, logits: mx.array, tokens: List[List[int]], process: LogitsProcessors

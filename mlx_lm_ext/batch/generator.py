@@ -10,6 +10,7 @@ Rules:
    the next step, which writes into these arrays.
 """
 
+from copy import copy
 from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -26,12 +27,15 @@ from ..cache.kinds import prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import device_kind, on_cpu
 from .batch_sampling import BatchSampling, RowSampling
+from .grouping import Grouping
+from .groups import GenerationGroups, KVShape
 from .prefill import chunk_width, runs_alone
 from .prompts import (
     LeanPromptBatch,
     PromptBatches,
     PromptInProgress,
     evaluate_staged,
+    part,
     segmented,
 )
 
@@ -74,20 +78,6 @@ class UnprocessedPrompt(NamedTuple):
     def is_long(self) -> bool:
         """Whether it takes less time to run it alone than beside others."""
         return runs_alone(self.n_left, len(self.tokens))
-
-
-class KVShape(NamedTuple):
-    """The shape of the KV of the rows that decode, in the layers that keep all of it.
-
-    Args:
-        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
-        end (int): Places that the tokens take, with the padding.
-        n_places (int): Places that there are. If all are taken, the arrays grow.
-    """
-
-    n_rows: int
-    end: int
-    n_places: int
 
 
 def pays_to_run_pairs(caches: List[Any]) -> bool:
@@ -179,17 +169,63 @@ class LeanGenerationBatch(GenerationBatch):
             batch.max_tokens,
         )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether its rows can move: all have taken part in a step, and are at its end."""
+        return not self.joining and self.sampled is None
+
+    @property
+    def kv_shape(self) -> KVShape:
+        layers = [c for c in segmented(self.prompt_cache) if c.keys is not None]
+        if not layers:
+            return KVShape(0, 0, 0)
+        # Of the layers with a window, only the last places are there.
+        longest = max(layers, key=lambda c: c.end)
+        # Spare rows are given up when arrays are copied, which is not in all layers at once.
+        n_rows = max(len(c.keys) for c in layers)
+        return KVShape(n_rows, longest.end, longest.keys.shape[2])
+
     def extend(self, batch: "LeanGenerationBatch") -> None:
+        """Add the rows of another batch: new ones, or, if both are settled, any."""
+        if batch.logits is not None:
+            mine = [] if self.logits is None else [self.logits]
+            self.logits = mx.concatenate([*mine, batch.logits])
+        self.sampling.extend(batch.sampling)
         self.joining.extend(batch.joining)
+        self.failed |= batch.failed
         super().extend(batch)
         mx.async_eval([c.state for c in self.prompt_cache])
+
+    def split(self, indices: List[int]) -> "LeanGenerationBatch":
+        """Take rows out of a batch that is settled, for another batch."""
+        go = self.with_few_moves(indices)
+        stay = self.with_few_moves([i for i in range(len(self)) if i not in set(go)])
+        batch = copy(self)
+        batch.sampling, batch.joining = self.sampling.copy(), self.joining.copy()
+        batch.failed = {}
+        taken, left = [], []
+        # One layer at a time: the arrays of it are freed before the next is copied.
+        for layer in self.prompt_cache:
+            of_go, of_stay = part([layer], go, stay)
+            taken += of_go
+            left += of_stay
+        # The rest of the rows.
+        self.prompt_cache, batch.prompt_cache = [], []
+        batch.filter(go)
+        self.filter(stay)
+        self.prompt_cache, batch.prompt_cache = left, taken
+        return batch
+
+    def with_few_moves(self, keep: List[int]) -> List[int]:
+        """These indices in the order in which the last rows take the places of those that
+        leave, so that few rows move."""
+        stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
+        return [i if i in stay else next(movers) for i in range(len(keep))]
 
     def filter(self, keep: List[int]) -> None:
         n = len(self.sampling)
         if not self.joining:
-            # The last rows take the places of those that leave, so that few rows move.
-            stay, movers = set(keep), iter([i for i in keep if i >= len(keep)])
-            keep = [i if i in stay else next(movers) for i in range(len(keep))]
+            keep = self.with_few_moves(keep)
         evaluate_staged(self.prompt_cache, keep)
         super().filter(keep)
         old = [i for i in keep if i < n]
@@ -359,12 +395,18 @@ class LeanGenerationBatch(GenerationBatch):
 
 class LeanBatchGenerator(BatchGenerator):
     """``BatchGenerator`` on lean batches, whose step has two parts: ``decode`` and
-    ``prefill``. Each sampler that it is given is a ``RowSampling``."""
+    ``prefill``. Each sampler that it is given is a ``RowSampling``.
 
-    def __init__(self, model: Any, **kwargs: Any):
+    Args:
+        model (nn.Module): The model.
+        grouping (Grouping): Which rows decode together.
+        **kwargs: See ``BatchGenerator``.
+    """
+
+    def __init__(self, model: Any, grouping: Grouping, **kwargs: Any):
         super().__init__(model, **kwargs)
         self.prompts = self._prompt_batch = PromptBatches()
-        self._generation_batch = LeanGenerationBatch.empty(self.model, self.sampler)
+        self._generation_batch = GenerationGroups(grouping)
         # Rows of the last ``decode``, and tokens of each chunk of the last ``prefill``,
         # padding included.
         self.n_decoded = 0
@@ -385,9 +427,13 @@ class LeanBatchGenerator(BatchGenerator):
             the tokens.
         """
         with mx.stream(self._stream):
+            has_moved = self._generation_batch.arrange()
             joined = self.start_generation()
             self.n_decoded = len(self._generation_batch)
-            responses = self._generation_batch.next()
+            responses = self._generation_batch.next(
+                is_timed=not (has_moved or joined or self.chunk_sizes)
+            )
+        self.chunk_sizes = []
         if responses:
             self._counters.generation_steps += 1
             if self._counters.generation_steps % 512 == 0:
@@ -475,19 +521,6 @@ class LeanBatchGenerator(BatchGenerator):
             n -= len(segment)
 
     @property
-    def kv_shape(self) -> KVShape:
-        """The shape of the KV of the rows that decode."""
-        layers = segmented(self._generation_batch.prompt_cache)
-        layers = [c for c in layers if c.keys is not None]
-        if not layers:
-            return KVShape(0, 0, 0)
-        # Of the layers with a window, only the last places are there.
-        longest = max(layers, key=lambda c: c.end)
-        # Spare rows are given up when arrays are copied, which is not in all layers at once.
-        n_rows = max(len(c.keys) for c in layers)
-        return KVShape(n_rows, longest.end, longest.keys.shape[2])
-
-    @property
-    def generation_batch(self) -> LeanGenerationBatch:
+    def generation_batch(self) -> GenerationGroups:
         """The rows that decode."""
         return self._generation_batch

@@ -11,7 +11,7 @@ Rules:
 import logging
 from bisect import bisect_right
 from functools import cached_property
-from typing import Any, Collection, Optional
+from typing import Any, Collection, Iterable, Optional, Tuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -99,9 +99,9 @@ class KVMemory:
             width += growth.STEP
         return self.nbytes(max(n_rows, growth.max_rows(len(requests))), width)
 
-    def fits(self, requests: Collection[RequestInfo], *shape: int) -> bool:
-        """Whether they fit into the limit; see ``needed``."""
-        return self.needed(requests, *shape) <= self.limit
+    def fits(self, groups: Iterable[Tuple[Collection[RequestInfo], int, int]]) -> bool:
+        """Whether groups of requests fit into the limit; for each of them see ``needed``."""
+        return sum(self.needed(*group) for group in groups) <= self.limit
 
     def fit(self, request: Request) -> None:
         """Lower the ``max_tokens`` of a request until it fits if it runs alone.

@@ -9,13 +9,13 @@ Rules:
    before are delivered, and the next decoding is prepared.
 """
 
-from copy import copy, deepcopy
+from copy import copy
 from typing import Any, Callable, List, NamedTuple, Tuple
 
 import mlx.core as mx
 from mlx_lm.generate import PromptProcessingBatch
 
-from ..cache.kinds import flatten, prepare_step
+from ..cache.kinds import flatten, prepare_step, take_rows
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed
 from .prefill import padded_width
@@ -58,6 +58,27 @@ def evaluate_staged(caches: List[Any], keep: List[int]) -> None:
         mx.eval([c.stage(keep) for c in segmented(caches)])
 
 
+def part(
+    caches: List[Any], go: List[int], stay: List[int]
+) -> Tuple[List[Any], List[Any]]:
+    """Part the rows of some layers.
+
+    Returns:
+        Tuple: The caches of the rows that go and of those that stay. If all go, they take the
+        arrays as they are.
+    """
+    if not stay:
+        return list(caches), []
+    taken = [take_rows(c, go) for c in caches]
+    # Until they are evaluated they hold the arrays of the others, and a write into those
+    # would copy them as a whole.
+    mx.eval([c.state for c in taken], [c.stage(stay) for c in segmented(caches)])
+    for c in caches:
+        c.filter(stay)
+    mx.async_eval([c.state for c in caches])
+    return taken, list(caches)
+
+
 class LeanPromptBatch(PromptProcessingBatch):
     """``PromptProcessingBatch`` that knows how far its prompts are.
 
@@ -88,15 +109,12 @@ class LeanPromptBatch(PromptProcessingBatch):
     def split(self, indices: List[int]) -> "LeanPromptBatch":
         batch = copy(self)
         stay = [i for i in range(len(self.uids)) if i not in indices]
-        if stay:
-            batch.prompt_cache = deepcopy(self.prompt_cache)
-            batch.filter(indices)
-            # Until they are evaluated they hold the arrays of this batch, and a write into
-            # those would copy them as a whole.
-            mx.eval([c.state for c in batch.prompt_cache])
-        else:
-            batch.prompt_cache = list(self.prompt_cache)
+        taken, left = part(self.prompt_cache, indices, stay)
+        # The rest of the rows.
+        self.prompt_cache, batch.prompt_cache = [], []
+        batch.filter(indices)
         self.filter(stay)
+        self.prompt_cache, batch.prompt_cache = left, taken
         return batch
 
     def run(self, width: int) -> Tuple[List[PromptProcessingBatch.Response], int]:

@@ -91,7 +91,7 @@ def main() -> None:
     # The interface itself: each method does nothing.
     policies: Any = without.policies
     policies.scheduler = SchedulerPolicy(args, time.monotonic)
-    without.generator.generation_batch.sampling.samplers = Greedy()  # type: ignore[assignment]
+    without.generator.generation_batch.groups[0].batch.sampling.samplers = Greedy()
     pairs = []
     for i in range(options.rounds):
         # The one that goes first is slower, so they take turns at that.

@@ -9,6 +9,7 @@ Rules:
 3. The arrays made here are lazy. Who keeps them evaluates them.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
@@ -287,6 +288,17 @@ def make_segmented_cache(model: Any) -> List[Any]:
         return SegmentedKVCache() if type(cache) is KVCache else cache
 
     return [segmented(cache) for cache in make_prompt_cache(model)]
+
+
+def take_rows(cache: Any, batch_indices: List[int]) -> Any:
+    """A copy of these rows of the cache of a batch, in this order. It is lazy."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(take_rows(c, batch_indices) for c in cache.caches))
+    if isinstance(cache, BatchSegmentedKVCache):
+        return cache.take(batch_indices)
+    taken = deepcopy(cache)
+    taken.filter(batch_indices)
+    return taken
 
 
 def prepare_step(caches: List[Any]) -> None:

@@ -9,6 +9,7 @@ Rules:
 """
 
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -404,22 +405,16 @@ class BatchSegmentedKVCache(BatchKVCache):
         Only the rows that move are copied, unless so few are left, or all have so much
         padding, that smaller arrays are worth a copy of all rows.
         """
-        row_starts = self.row_starts.filter(batch_indices)
-        if self.right_padding is not None:
-            self.right_padding = [self.right_padding[i] for i in batch_indices]
+        row_starts, padding = self.row_starts.filter(batch_indices), self.right_padding
+        if padding is not None:
+            padding = [padding[i] for i in batch_indices]
         if self.keys is None:
             self.row_starts = row_starts
             return
-        padding = min(row_starts.padding)
-        start = growth.excess(padding, self.end)
-        if start or growth.are_few(len(batch_indices), len(self.keys)):
-            self.staged = None
-            self.state = (
-                self.keys[batch_indices, :, start:],
-                self.values[batch_indices, :, start:],
-                row_starts.shift(-start),
-                self.end - start,
-            )
+        has_excess = growth.is_excess(min(row_starts.padding), self.end)
+        if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
+            self.staged, self.state = None, self.take(batch_indices).state
+            self.right_padding = padding
             return
         if self.staged is None:
             # While one of the copies is lazy, writing a row would copy all rows.
@@ -428,6 +423,24 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.keys[to : to + len(keys)] = keys
             self.values[to : to + len(values)] = values
         self.row_starts, self.staged = row_starts, None
+        self.right_padding = padding
+
+    def take(self, batch_indices: List[int]) -> "BatchSegmentedKVCache":
+        """A batch of copies of these rows, in this order, without padding that all have. The
+        copies are lazy: the caller evaluates them before the next step."""
+        batch = copy(self)
+        batch.staged, batch.row_starts = None, self.row_starts.filter(batch_indices)
+        if self.right_padding is not None:
+            batch.right_padding = [self.right_padding[i] for i in batch_indices]
+        if self.keys is not None:
+            start = growth.dropped(min(batch.row_starts.padding), self.end)
+            batch.state = (
+                self.keys[batch_indices, :, start:],
+                self.values[batch_indices, :, start:],
+                batch.row_starts.shift(-start),
+                self.end - start,
+            )
+        return batch
 
     def extract(self, idx: int) -> KVCache:
         """One row, as views of the batch's arrays: see rule 3 above."""

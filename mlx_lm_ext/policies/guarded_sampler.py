@@ -9,6 +9,7 @@ Rules:
 
 import argparse
 import time
+from copy import copy, deepcopy
 from typing import Any, Callable, List
 
 import mlx.core as mx
@@ -79,6 +80,17 @@ class GuardedSampler:
             self.attempt(lambda: self.sampler.filter(list(keep)))
         else:
             self.make()
+
+    def copy(self) -> "GuardedSampler":
+        other = copy(self)
+        other.requests = self.requests[:]
+        shared = [self.args, self.tokenizer, *self.requests]
+        try:
+            other.sampler = deepcopy(self.sampler, {id(x): x for x in shared})
+        except BaseException:
+            # What cannot be copied is made anew, as after a wait for memory.
+            other.make()
+        return other
 
     def __call__(self, logits: mx.array) -> mx.array:
         if not self.is_current:

@@ -8,6 +8,7 @@ Rules:
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from typing import Any, List, Optional, Protocol, Sequence
 
 import mlx.core as mx
@@ -72,6 +73,12 @@ class Constraints:
     def filter(self, keep: List[int]) -> None:
         """Keep only the rows of these indices, in this order."""
         self.rows = [self.rows[i] for i in keep]
+
+    def copy(self) -> "Constraints":
+        """The same rows for another batch. Both wait for the masks that are being filled."""
+        other = copy(self)
+        other.rows, other.pending = self.rows[:], self.pending[:]
+        return other
 
     def advance(self, tokens: Sequence[Sequence[int]]) -> None:
         """Tell the constraints the tokens that each row has got, and begin to fill the masks

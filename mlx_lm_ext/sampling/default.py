@@ -8,7 +8,8 @@ Rules:
 """
 
 import argparse
-from typing import Any, List, Protocol
+from copy import copy
+from typing import Any, Dict, List, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -101,6 +102,11 @@ class DefaultSampler(BatchSampler):
     def filter(self, keep: List[int]) -> None:
         self.rows = [self.rows[i] for i in keep]
         self.is_stale = True
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "DefaultSampler":
+        other = copy(self)
+        other.rows = [copy(row) for row in self.rows]
+        return other
 
     def __call__(self, logits: mx.array) -> mx.array:
         if self.is_stale:

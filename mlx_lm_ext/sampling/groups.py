@@ -22,6 +22,10 @@ class RowSampler(Protocol):
     def filter(self, keep: List[int]) -> None:
         """Keep only the rows of these indices, in this order."""
 
+    def copy(self) -> "RowSampler":
+        """One with the same rows in the same state. ``filter`` is called on both next, and
+        no row is left in both."""
+
     def __call__(self, logits: mx.array) -> mx.array:
         """Give token ids of shape (rows,) for logits of shape (rows, vocabulary)."""
 
@@ -70,6 +74,14 @@ class SamplerGroups:
                 self.samplers[group].filter(kept)
             self.rows[group] = [new_rows[rows[i]] for i in kept]
         self.n_rows = len(keep)
+
+    def copy(self) -> "SamplerGroups":
+        """The same rows for another batch, as ``RowSampler.copy``."""
+        other = SamplerGroups([])
+        other.samplers = {group: s.copy() for group, s in self.samplers.items()}
+        other.rows = {group: rows[:] for group, rows in self.rows.items()}
+        other.n_rows = self.n_rows
+        return other
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Sample all rows.

@@ -7,6 +7,7 @@ Rules:
    mlx-lm's logits processors.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, List, Optional, Tuple
 
@@ -100,6 +101,12 @@ class Penalties:
         """Keep only the rows of these indices, in this order."""
         self.rows = [self.rows[i] for i in keep]
         self.make_arrays()
+
+    def copy(self) -> "Penalties":
+        """The same rows for another batch."""
+        other = copy(self)
+        other.rows = self.rows[:]
+        return other
 
     def __call__(self, tokens: List[List[int]], logits: mx.array) -> mx.array:
         """Apply bias and penalties.

@@ -1,0 +1,277 @@
+"""The rows that decode, in a few groups of like length: a row takes as many places of the KV
+as the longest row of its group, and each step reads them all.
+
+Rules:
+1. ``BatchGenerator`` uses the groups as if they were one ``GenerationBatch``, whose rows are
+   those of the first group, then those of the second, and so on.
+2. Which rows make a group is decided in ``grouping.py``. Here they are moved and run.
+3. As long as no row is long, a step compares two numbers for all of this.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from mlx_lm.generate import GenerationBatch
+
+from .grouping import Grouping
+
+# The groups beside the largest may add this share to the time of its steps, if they have few
+# rows.
+SIDE_SHARE = 0.3
+# A group takes part in one of so many steps at least.
+MAX_WAIT = 4
+# After so many steps it is looked at again whether the groups are as they should be.
+INTERVAL = 64
+
+
+class KVShape(NamedTuple):
+    """The shape of the KV of a group of rows, in the layers that keep all of it.
+
+    Args:
+        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
+        end (int): Places that the tokens take, with the padding.
+        n_places (int): Places that there are. If all are taken, the arrays grow.
+    """
+
+    n_rows: int
+    end: int
+    n_places: int
+
+
+@dataclass(eq=False)
+class Group:
+    """Rows that decode together.
+
+    Args:
+        batch (LeanGenerationBatch): The rows.
+        longest (int): Tokens that the longest row has, or had if it has just left.
+        seconds (float): What its last step has taken; 0 if that is not known yet.
+        n_waited (int): Steps since it last took part in one.
+    """
+
+    batch: Any
+    longest: int = field(init=False)
+    seconds: float = 0.0
+    n_waited: int = 0
+
+    def __post_init__(self) -> None:
+        self.longest = max(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def lengths(self) -> List[int]:
+        """Tokens of each row."""
+        return [len(tokens) for tokens in self.batch.tokens]
+
+
+class GenerationGroups:
+    """The groups of rows that decode.
+
+    The group with the most rows runs in each step; of two that have equally many, the one
+    whose steps are shorter. The others together may add ``SIDE_SHARE`` to its time, or, if
+    they have more rows than this share of its rows, as much as their share of the rows is: of
+    two users, one with a long conversation and one with a short one, each gets half of the
+    time, and as many rows as the largest group has wait no more than these do. A group runs
+    as soon as this time is enough for its step, after ``MAX_WAIT`` steps in any case, and at
+    once if it has new rows, whose users wait for a first token.
+
+    Args:
+        grouping (Grouping): Decides which rows make a group.
+    """
+
+    def __init__(self, grouping: Grouping):
+        self.grouping = grouping
+        self.groups: List[Group] = []
+        # Seconds that the others may take.
+        self.credit = 0.0
+        self.n_steps = 0
+        # The step in which the rows are next looked at.
+        self.plan_at = 0
+
+    # As one batch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def uids(self) -> List[int]:
+        return [uid for group in self.groups for uid in group.batch.uids]
+
+    @property
+    def tokens(self) -> List[List[int]]:
+        return [tokens for group in self.groups for tokens in group.batch.tokens]
+
+    @property
+    def prompt_cache(self) -> List[Any]:
+        """The caches of all groups."""
+        return [c for group in self.groups for c in group.batch.prompt_cache]
+
+    @property
+    def rows(self) -> Iterator[Tuple[Group, int]]:
+        """The group of each row, and its index there."""
+        for group in self.groups:
+            for i in range(len(group)):
+                yield group, i
+
+    def extract_cache(self, idx: int) -> List[Any]:
+        group, i = [*self.rows][idx]
+        return group.batch.extract_cache(i)
+
+    def pending(self, uid: int) -> Optional[GenerationBatch.Response]:
+        """See ``LeanGenerationBatch``."""
+        (batch,) = (g.batch for g in self.groups if uid in g.batch.uids)
+        return batch.pending(uid)
+
+    def take_failed(self) -> Dict[int, BaseException]:
+        """See ``LeanGenerationBatch``."""
+        failed: Dict[int, BaseException] = {}
+        for group in self.groups:
+            failed |= group.batch.take_failed()
+        return failed
+
+    def filter(self, keep: List[int]) -> None:
+        rows = [*self.rows]
+        kept: Dict[Group, List[int]] = {group: [] for group in self.groups}
+        for group, i in (rows[idx] for idx in keep):
+            kept[group].append(i)
+        for group, indices in kept.items():
+            if 0 < len(indices) < len(group):
+                group.batch.filter(indices)
+        self.groups = [group for group in self.groups if kept[group]]
+        self.plan_at = self.n_steps
+
+    def next(self, is_timed: bool = True) -> List[GenerationBatch.Response]:
+        """Run a step of the groups whose turn it is.
+
+        Args:
+            is_timed (bool): Whether the step does nothing else than other steps.
+        """
+        responses: List[GenerationBatch.Response] = []
+        n_before = len(self)
+        for group in self.due() if len(self.groups) > 1 else self.groups:
+            n_rows, start = len(group), time.perf_counter()
+            responses += group.batch.next()
+            group.longest += 1
+            if is_timed:
+                group.seconds = time.perf_counter() - start
+                self.grouping.costs.note(n_rows, group.longest, group.seconds)
+        self.n_steps += 1
+        if len(self) < n_before:
+            self.groups = [group for group in self.groups if len(group)]
+            self.plan_at = self.n_steps
+        return responses
+
+    def due(self) -> List[Group]:
+        """The groups that take part in the next step."""
+        main = max(self.groups, key=lambda group: (len(group), -group.seconds))
+        others = [group for group in self.groups if group is not main]
+        others.sort(key=lambda group: -group.n_waited)
+        self.credit += main.seconds * max(SIDE_SHARE, sum(map(len, others)) / len(main))
+        due = [main]
+        for group in others:
+            group.n_waited += 1
+            is_paid = group.seconds <= self.credit
+            if is_paid or group.n_waited >= MAX_WAIT or group.batch.joining:
+                self.credit = max(0.0, self.credit - group.seconds)
+                due.append(group)
+        for group in due:
+            group.n_waited = 0
+        return due
+
+    # Which rows make a group
+
+    def places_for(self, lengths: List[int]) -> List[int]:
+        """Which group new rows of these lengths would join; see ``Grouping.place``."""
+        return self.grouping.place([group.lengths for group in self.groups], lengths)
+
+    def extend(self, batch: Any) -> None:
+        """Add the rows of a ``LeanGenerationBatch``, all of them new, to the groups where
+        they belong. Those of a new group keep their arrays, if they are all."""
+        self.plan_at = self.n_steps
+        places = self.places_for([len(tokens) for tokens in batch.tokens])
+        uids: Dict[int, List[int]] = {}
+        for uid, place in zip(batch.uids, places):
+            uids.setdefault(place, []).append(uid)
+        groups = self.groups[:]
+        for place, rows in sorted(uids.items()):
+            piece = take(batch, rows)
+            if place < len(groups):
+                groups[place].batch.extend(piece)
+            else:
+                self.groups.append(Group(piece))
+
+    def arrange(self) -> bool:
+        """Let the rows change their groups, if that is worth it. Called between two steps,
+        when the tokens of the last one have been given to their requests.
+
+        Returns:
+            bool: Whether they have changed them.
+        """
+        if self.n_steps < self.plan_at:
+            return False
+        for group in self.groups:
+            group.longest = max(group.lengths)
+        longest = max((group.longest for group in self.groups), default=0)
+        n_left = self.grouping.min_length - longest
+        if len(self.groups) < 2 and n_left > 0:
+            self.plan_at = self.n_steps + n_left
+            self.credit = 0.0
+            return False
+        if not all(group.batch.is_settled for group in self.groups):
+            return False
+        self.plan_at = self.n_steps + INTERVAL
+        parts = self.grouping.plan([group.lengths for group in self.groups])
+        if parts is None:
+            return False
+        self.move(parts)
+        return True
+
+    def move(self, parts: List[List[int]]) -> None:
+        """Make these groups.
+
+        Args:
+            parts (List[List[int]]): The rows of each group. All rows are in one of them.
+        """
+        uids, rows = self.uids, [*self.rows]
+        # A part stays in the arrays in which it has the most tokens.
+        shared: Dict[Tuple[int, int], int] = {}
+        for i, part in enumerate(parts):
+            for group, row in (rows[idx] for idx in part):
+                key = i, self.groups.index(group)
+                shared[key] = shared.get(key, 0) + len(group.batch.tokens[row])
+        homes: Dict[int, int] = {}
+        for i, j in sorted(shared, key=lambda key: -shared[key]):
+            if i not in homes and j not in homes.values():
+                homes[i] = j
+        pieces: Dict[int, List[Any]] = {i: [] for i in range(len(parts))}
+        for i, j in shared:
+            if homes.get(i) != j:
+                wanted = {uids[idx] for idx in parts[i]}
+                batch = self.groups[j].batch
+                pieces[i].append(take(batch, [u for u in batch.uids if u in wanted]))
+        groups = [self.groups[homes[i]] if i in homes else None for i in pieces]
+        for i, group in enumerate(groups):
+            # The arrays of the longest rows need not grow for the others.
+            first, *others = sorted(pieces[i], key=longest_of, reverse=True) or [None]
+            if group is None:
+                group = groups[i] = Group(first)
+            elif first is not None:
+                others = [first, *others]
+            for piece in others:
+                group.batch.extend(piece)
+            group.longest = max(group.lengths)
+        self.groups = groups
+
+
+def longest_of(batch: Any) -> int:
+    return max(map(len, batch.tokens))
+
+
+def take(batch: Any, uids: List[int]) -> Any:
+    """Take these rows out of a batch. If they are all, they are the batch."""
+    if len(uids) == len(batch):
+        return batch
+    return batch.split([batch.uids.index(uid) for uid in uids])
