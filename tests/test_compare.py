@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -124,6 +125,12 @@ def test_figures_of_short_rows_beside_a_long_one():
     ours = Outcome(run)
     assert [f.of(ours) for f in (alone, beside, ratio)] == [1000, 2000, 2]
     assert values(figures, ours)["all 32 rows: longest gap"] == 6000
+
+
+def test_the_readme_lists_all_workloads():
+    table = Path(compare.__file__).with_name("README.md").read_text()
+    table = table.partition("| workload |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.M) == [*WORKLOADS]
 
 
 def test_by_default_no_workload_runs_for_hours():

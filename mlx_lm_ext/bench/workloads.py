@@ -288,8 +288,8 @@ async def mixed_lengths(
 ) -> Outcome:
     """``n`` short rows decode, without a long one and then beside it.
 
-    They come when the long prompt has its first token, and its answer is twice as long as
-    theirs, so that all decode together. All of it is done once before, to warm up.
+    They come when the long prompt has its first token, and its answer is longer than theirs,
+    so that all decode together. Before that, they do so for a few tokens to warm up.
 
     Raises:
         RuntimeError: If the model takes no prompt that is much longer than the short ones.
@@ -299,20 +299,21 @@ async def mixed_lengths(
             f"the model takes {plan.context_length:,} tokens, too few for a long prompt"
         )
 
-    def short_rows(label):
+    def short_rows(label, max_tokens):
         chats = [plan.question(rng, n_tokens) for _ in range(n)]
-        return at_once(client, chats, plan.max_tokens, label)
+        return at_once(client, chats, max_tokens, label)
 
-    async def all_rows():
+    async def all_rows(max_tokens):
         long = Timing("long")
         chat = plan.question(rng, long_row(plan))
-        request = asyncio.ensure_future(client.chat(chat, 2 * plan.max_tokens, long))
+        request = asyncio.ensure_future(client.chat(chat, max_tokens + 64, long))
         while not (long.arrivals or long.end):
             await asyncio.sleep(0.01)
-        return [*(await short_rows("beside")), await request]
+        return [*(await short_rows("beside", max_tokens)), await request]
 
-    await all_rows()
-    return Outcome([*(await short_rows("alone")), *(await all_rows())])
+    await all_rows(4)
+    alone = await short_rows("alone", plan.max_tokens)
+    return Outcome([*alone, *(await all_rows(plan.max_tokens))])
 
 
 def mixed_lengths_figures(plan: Plan) -> List[Figure]:
