@@ -11,11 +11,12 @@ from test_timings import FAILED, FIRST, RUN, SECOND
 
 from mlx_lm_ext.bench import compare, plots, servers
 from mlx_lm_ext.bench import timings as figures
+from mlx_lm_ext.bench import tradeoff
 from mlx_lm_ext.examples import benchmark_client, test_prompt_cache
 
 TOOLS = {
     tool.__name__.rpartition(".")[-1]: Path(tool.__file__)
-    for tool in (benchmark_client, test_prompt_cache, compare)
+    for tool in (benchmark_client, test_prompt_cache, compare, tradeoff)
 }
 DEFAULTS = {
     "base_url": "http://localhost:8080/v1",

@@ -2,30 +2,34 @@
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
 from mlx_lm.utils import load_tokenizer
 from test_timings import FAILED, FIRST, SECOND, stream
 
-from mlx_lm_ext.bench import compare, servers
+from mlx_lm_ext.bench import compare, contenders, servers
 from mlx_lm_ext.bench.chat_client import Client
+from mlx_lm_ext.bench.outcomes import Figure, Outcome, pace_figures
 from mlx_lm_ext.bench.prefixes import Prefixes
 from mlx_lm_ext.bench.servers import Server
 from mlx_lm_ext.bench.workloads import (
     SWEEPS,
     WORKLOADS,
-    Figure,
-    Outcome,
     Plan,
     Sweep,
     Workload,
     conversations,
     late_prompt,
+    long_questions,
+    mixed_lengths,
     short_chats,
     short_figures,
     wave,
@@ -70,8 +74,75 @@ def test_figures_of_the_cache():
     assert [figure.of(ours) for figure in figures] == [0.75, 1.5]
     ours.cache_bytes = None
     assert figures[1].of(ours) is None
-    (median_ttft,) = WORKLOADS["prefix"].figures(PLAN)
-    assert median_ttft.of(ours) == 1.5
+
+
+def values(figures, outcome):
+    return {figure.name: figure.of(outcome) for figure in figures}
+
+
+def test_figures_of_the_pace():
+    run = [stream(0.0, 1.0, 1.25, 1.5, 2.5), stream(0.0, 2.0, 2.25), FAILED]
+    ours = values(
+        WORKLOADS["prefix"].figures(PLAN), Outcome(run, peak_memory=7_000_000)
+    )
+    assert ours.pop("p99 gap") == pytest.approx(977.5)
+    assert ours.pop("p99 gap / median gap") == pytest.approx(3.91)
+    assert ours == {
+        "throughput": 0.3,
+        "median TTFT": 1.5,
+        "mean gap": 437.5,
+        "median gap": 250,
+        "longest gap": 1000,
+        "peak memory": 7,
+    }
+
+
+def test_no_pace_of_answers_in_one_piece():
+    ours = values(pace_figures(), Outcome([stream(0.0, 1.0, tokens=4)]))
+    assert [ours[name] for name in ours if "gap" in name] == [None] * 5
+    assert ours["median TTFT"] == 1.0
+
+
+def test_each_number_of_many_clients_has_its_own_pace():
+    run = [
+        stream(0.0, ttft, ttft + 1, label=label)
+        for label, ttft in (("64", 1.0), ("128", 2.0), ("256", 3.0))
+    ]
+    ours = values(WORKLOADS["many-clients"].figures(PLAN), Outcome(run))
+    assert [ours[f"{n} at a time, median TTFT"] for n in (64, 128, 256)] == [1, 2, 3]
+
+
+def test_figures_of_short_rows_beside_a_long_one():
+    run = [
+        stream(0.0, 1.0, 2.0, 3.0, label="alone"),
+        # Before the long row and after it, the gap is another.
+        stream(4.0, 5.0, 9.0, 11.0, 13.0, 19.0, label="beside"),
+        stream(4.0, 9.0, 11.0, 13.0, label="long"),
+    ]
+    figures = WORKLOADS["mixed-lengths"].figures(replace(PLAN, context_length=8192))
+    alone, beside, ratio, *_ = figures
+    assert beside.name == "mean gap beside one of 6,144 tokens"
+    ours = Outcome(run)
+    assert [f.of(ours) for f in (alone, beside, ratio)] == [1000, 2000, 2]
+    assert values(figures, ours)["all 32 rows: longest gap"] == 6000
+
+
+def test_the_readme_lists_all_workloads():
+    table = Path(compare.__file__).with_name("README.md").read_text()
+    table = table.partition("| workload |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.M) == [*WORKLOADS]
+
+
+def test_by_default_no_workload_runs_for_hours():
+    chosen = compare.make_parser().parse_args([]).workloads
+    assert set(WORKLOADS) - set(chosen) == {
+        "mixed-lengths",
+        "long-prompts",
+        "many-clients",
+    }
+    assert compare.make_parser().parse_args(["--workloads", "all"]).workloads == [
+        *WORKLOADS
+    ]
 
 
 def test_prefixes_know_what_is_computed():
@@ -86,15 +157,17 @@ def test_prefixes_know_what_is_computed():
 
 
 def test_failures_are_not_compared():
-    reason = compare.objection(["A", "B"], [Outcome([FIRST]), Outcome([FIRST, FAILED])])
+    reason = contenders.objection(
+        ["A", "B"], [Outcome([FIRST]), Outcome([FIRST, FAILED])]
+    )
     assert reason == "1 of 2 requests to B failed: HTTP 429: busy"
 
 
 def test_answers_of_other_lengths_are_not_compared():
     both = [Outcome([FIRST]), Outcome([SECOND])]
-    reason = compare.objection(["A", "B"], both)
+    reason = contenders.objection(["A", "B"], both)
     assert reason == "different numbers of tokens: 3 from A and 5 from B"
-    assert compare.objection(["A", "B"], [both[0], both[0]]) is None
+    assert contenders.objection(["A", "B"], [both[0], both[0]]) is None
 
 
 SPEED = Figure("speed", "tok/s", lambda o: o.throughput("x"), bare="x")
@@ -147,19 +220,46 @@ def test_bytes_of_the_cache_are_the_last_that_was_logged(tmp_path):
     assert Server("").cache_bytes() is None
 
 
+def test_peak_memory_of_a_process():
+    held = b"x" * 50_000_000
+    before = Server("", pid=os.getpid()).peak_memory()
+    assert before > len(held)
+    assert Server("").peak_memory() is None
+
+
+def test_gpu_memory_of_a_process():
+    table = "12, 100\n7, [N/A]\n34, 1\n12, 50\n"
+    assert servers.gpu_memory(12, table) == 150 << 20
+    assert servers.gpu_memory(7, table) is None
+    # A container gives processes other numbers.
+    assert servers.gpu_memory(1, "12, 100\n") == 100 << 20
+    assert servers.gpu_memory(1, "") is None
+
+
+def test_the_most_gpu_memory_is_noted(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 12, 100\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    server = Server("", pid=12)
+    with servers.watch_gpu(server, 12):
+        pass
+    assert server.peak_memory() == 100 << 20
+
+
 def test_short_chats_share_nothing_and_follow_the_seed():
     chats = short_chats(Random("a"), 16)
     assert chats == short_chats(Random("a"), 16) != short_chats(Random("b"), 16)
     assert len({chat[1]["content"] for chat in chats}) == 16
 
 
-def ask(port, folder, workload, **sizes):
+def ask(port, folder, workload, context_length=None, **sizes):
     """Run a workload on a server of this process."""
 
     async def run():
-        async with compare.session("EMPTY") as session:
+        async with contenders.session("EMPTY") as session:
             client = Client(session, f"http://127.0.0.1:{port}/v1", "default_model")
-            plan = Plan([1], 4, load_tokenizer(str(folder)), 1.0)
+            plan = Plan([1], 4, load_tokenizer(str(folder)), 1.0, context_length)
             return await workload(plan, client, Random(0), **sizes)
 
     return asyncio.run(run())
@@ -188,6 +288,37 @@ def test_a_late_prompt_comes_while_streams_run(start_server, model_folder):
     assert len(streams) == 4
     assert late.error is None and late.prompt_tokens > 100
     assert all(t.start < late.start for t in streams)
+
+
+def test_a_long_row_decodes_beside_short_ones(start_server, model_folder):
+    engine, port = start_server()
+    done = ask(
+        port, model_folder(), mixed_lengths, context_length=2000, n=3, n_tokens=120
+    )
+    (long,) = done.part("long")
+    beside = done.part("beside")
+    assert not any(t.error for t in done.timings)
+    assert len(beside) == len(done.part("alone")) == 3
+    assert 1350 < long.prompt_tokens < 1650
+    assert all(90 < t.prompt_tokens < 150 for t in beside)
+    assert all(long.arrivals[0] < t.start for t in beside)
+    assert all(t.end < min(t.start for t in beside) for t in done.part("alone"))
+
+
+def test_a_model_that_takes_no_long_prompt_is_not_measured_with_one(model_folder):
+    with pytest.raises(
+        RuntimeError, match="takes 512 tokens, too few for a long prompt"
+    ):
+        ask(0, model_folder(), mixed_lengths, context_length=512)
+
+
+def test_clients_ask_at_once(start_server, model_folder):
+    engine, port = start_server()
+    chats = partial(long_questions, n_words=20)
+    done = ask(port, model_folder(), wave, n=3, make_chats=chats)
+    assert not any(t.error for t in done.timings)
+    assert max(t.start for t in done.timings) < min(t.end for t in done.timings)
+    assert all(t.prompt_tokens > 100 for t in done.timings)
 
 
 def run_compare(folder, *argv):

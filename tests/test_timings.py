@@ -53,6 +53,37 @@ def test_longest_gap_counts_what_ends_after_a_moment():
     assert gaps.longest_gap(since=6.5) == 0.0
 
 
+def test_gaps_within_a_time():
+    gaps = stream(0.0, 1.0, 4.0, 6.0, 6.5)
+    assert gaps.gaps() == [3.0, 2.0, 0.5]
+    # A gap that is not all within the time is in no figure of it.
+    assert gaps.gaps(since=1.5) == [2.0, 0.5]
+    assert gaps.gaps(until=6.2) == [3.0, 2.0]
+    assert gaps.gaps(since=7.0) == []
+
+
+def test_mean_gap_is_that_of_tokens():
+    # Two gaps, each with two tokens, and one with one.
+    run = [stream(0.0, 1.0, 3.0, 5.0, tokens=6), stream(0.0, 1.0, 2.0), FAILED]
+    assert timings.mean_gap(run) == 1.0
+    assert timings.mean_gap(run, since=3.0) == 1.0
+    assert timings.mean_gap(run, since=4.0) is None
+
+
+def test_mean_gap_while_all_streams_run():
+    steady = stream(0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 8.0)
+    assert timings.mean_gap_together([steady]) == 1.4
+    assert timings.mean_gap_together([steady], beside=[stream(0.0, 3.0, 7.0)]) == 2.0
+    assert timings.mean_gap_together([steady], beside=[stream(0.0, 9.0, 9.5)]) is None
+
+
+def test_percentiles_of_the_gaps_of_all_streams():
+    run = [stream(0.0, 1.0, 2.0, 4.0), FAILED, stream(0.0, 7.0, 10.0)]
+    assert timings.gap_percentile(run, 50) == 2.0
+    assert timings.gap_percentile(run, 100) == 3.0
+    assert timings.gap_percentile([stream(0.0, 1.0)], 50) is None
+
+
 def test_summary_of_a_run():
     summary = timings.summarize(RUN)
     assert summary["requests"] == 3

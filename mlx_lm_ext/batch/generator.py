@@ -411,8 +411,6 @@ class LeanBatchGenerator(BatchGenerator):
         # padding included.
         self.n_decoded = 0
         self.chunk_sizes: List[int] = []
-        # Whether the device may still be at them.
-        self.has_run_prompts = False
 
     @property
     def unprocessed_prompts(self) -> List[UnprocessedPrompt]:
@@ -433,9 +431,9 @@ class LeanBatchGenerator(BatchGenerator):
             joined = self.start_generation()
             self.n_decoded = len(self._generation_batch)
             responses = self._generation_batch.next(
-                is_timed=not (has_moved or joined or self.has_run_prompts)
+                is_timed=not (has_moved or joined or self.chunk_sizes)
             )
-        self.has_run_prompts = False
+        self.chunk_sizes = []
         if responses:
             self._counters.generation_steps += 1
             if self._counters.generation_steps % 512 == 0:
@@ -454,7 +452,6 @@ class LeanBatchGenerator(BatchGenerator):
             self.begin_prompts(budget)
             joined = self.start_generation()
             responses, self.chunk_sizes = self.prompts.run(budget, chunk_width, cost)
-        self.has_run_prompts = bool(self.chunk_sizes)
         return joined + responses
 
     def begin_prompts(self, budget: int) -> None:

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_lm_ext.bench.workloads import SAMPLED, short_chats
+from mlx_lm_ext.engine.context_length import find_context_length
 
 SAMPLERS = {
     "greedy": None,
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", default="")
     args = parser.parse_args()
 
-    model, tokenizer = load(args.model)
+    model, tokenizer, config = load(args.model, return_config=True)
     rng = Random(args.seed)
     speeds: Dict[str, float] = {}
     for n in args.clients:
@@ -95,6 +96,7 @@ def main() -> None:
     result = {
         "throughput": speeds,
         "bytes_per_token": bytes_per_token(model),
+        "context_length": find_context_length(config),
         "device": describe_device(),
         "blas": BLAS,
         "versions": {"python": platform.python_version()}

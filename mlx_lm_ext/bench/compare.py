@@ -3,56 +3,37 @@
     mlx_lm.batch_compare --plot comparison.svg
 
 Rules:
-1. The servers take turns with the same requests, A B A B, so that a change of the
-   machine's speed affects both. Each is started anew for each workload.
+1. The servers take turns, A B A B, so that a change of the machine's speed affects both.
 2. The result is the ratio within a turn. It is printed with its spread.
-3. A workload has no figures if a request failed or the answers differed in length.
 """
 
 import argparse
-import asyncio
 import json
 import shlex
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from random import Random
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
-from mlx_lm_ext import demo_model
 from mlx_lm_ext.arguments import ArgumentParser, number
-from mlx_lm_ext.bench import servers, timings
+from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.arguments import counts, output_file, plot_file, some_of
-from mlx_lm_ext.bench.chat_client import Client
-from mlx_lm_ext.bench.servers import Server
-from mlx_lm_ext.bench.workloads import (
-    SWEEP_FIGURES,
-    SWEEPS,
-    WORKLOADS,
-    Figure,
-    Outcome,
-    Plan,
-    Run,
+from mlx_lm_ext.bench.contenders import (
+    Contender,
+    add_contender_arguments,
+    make_contenders,
+    take_turns,
 )
+from mlx_lm_ext.bench.outcomes import Figure, Outcome
+from mlx_lm_ext.bench.workloads import SWEEP_FIGURES, SWEEPS, WORKLOADS, Plan, Run
 from mlx_lm_ext.descriptors import limit_kept
 
 try:
-    import aiohttp
     from tqdm import tqdm
 except ImportError as e:
     raise SystemExit(f"error: {e}; pip install 'mlx-lm-ext[bench]'")
-
-
-class Contender(NamedTuple):
-    """A server to compare: its name, how to run it, and the model it is asked for."""
-
-    name: str
-    serve: Callable[[], ContextManager[Server]]
-    model: str = "default_model"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,32 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
         description="Compare mlx_lm.batch_server with another OpenAI-compatible server.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_contender_arguments(parser)
     add = parser.add_argument
-    add("--model", help=f"path of the model; without it, {demo_model.NAME}")
-    add(
-        "--server",
-        default=servers.OURS,
-        metavar="COMMAND",
-        help="command of this server; --model and --port are added to it",
-    )
-    add(
-        "--other",
-        default=servers.THEIRS,
-        metavar="COMMAND",
-        help="command of the other server; --model and --port are added to it, unless "
-        "{model} and {port} in it are their places",
-    )
-    add(
-        "--against",
-        metavar="URL",
-        help="compare with a server that runs already at this base URL",
-    )
-    add("--other-model", default="default_model", help="model to ask the other for")
-    add("--api-key", default="EMPTY", help="key that the other server asks for")
     add(
         "--workloads",
         type=some_of(WORKLOADS),
-        default="all",
+        default=",".join(name for name, w in WORKLOADS.items() if not w.heavy),
         help=f"all, none, or some of {','.join(WORKLOADS)}",
     )
     add(
@@ -108,8 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="1,8,32",
         help="numbers of clients that send short chats",
     )
-    add("--max-tokens", type=number(int, 2), default=64, help="length of their answers")
-    add("--seed", type=int, default=0, help="determines all prompts")
+    add("--max-tokens", type=number(int, 2), default=64, help="length of the answers")
     add(
         "--markdown",
         type=output_file,
@@ -129,73 +89,6 @@ def make_parser() -> argparse.ArgumentParser:
 # Measuring
 
 
-async def check(url: str, key: str) -> None:
-    """Exit with one line if no server answers at ``url``."""
-    try:
-        async with session(key) as s, s.get(f"{url}/models") as response:
-            if response.status in (401, 403):
-                raise SystemExit(
-                    f"error: {url} refuses the key: HTTP {response.status}"
-                )
-    except (aiohttp.ClientError, OSError) as e:
-        raise SystemExit(f"error: no server answers at {url} ({e})")
-
-
-def session(key: str) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {key}"},
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(None),
-    )
-
-
-async def measure(
-    server: Server, model: str, key: str, plan: Plan, run: Run, seed: str
-) -> Outcome:
-    """Run one workload on a server that is ready."""
-    async with session(key) as s:
-        client = Client(s, server.url, model)
-        hello = [{"role": "user", "content": "Hello"}]
-        await client.chat(hello, 2)  # the model may still be loading
-        outcome = await run(plan, client, Random(seed))
-        # mlx_lm.server logs the size of its cache when a request arrives.
-        await client.chat(hello, 2)
-        outcome.cache_bytes = server.cache_bytes()
-        return outcome
-
-
-def take_turns(
-    contenders: List[Contender], key: str, plan: Plan, run: Run, seed: str
-) -> List[Outcome]:
-    """Run one workload on each contender, which is started for it.
-
-    Raises:
-        RuntimeError: If the outcomes cannot be compared.
-    """
-    outcomes = []
-    for contender in contenders:
-        with contender.serve() as server:
-            outcomes.append(
-                asyncio.run(measure(server, contender.model, key, plan, run, seed))
-            )
-    if reason := objection([c.name for c in contenders], outcomes):
-        raise RuntimeError(reason)
-    return outcomes
-
-
-def objection(names: List[str], outcomes: List[Outcome]) -> Optional[str]:
-    """Why the outcomes of one turn cannot be compared, or ``None`` if they can."""
-    for name, outcome in zip(names, outcomes):
-        if errors := [t.error for t in outcome.timings if t.error is not None]:
-            n = len(outcome.timings)
-            return f"{len(errors)} of {n} requests to {name} failed: {errors[0]}"
-    lengths = [timings.generated_tokens(o.timings) for o in outcomes]
-    if len(set(lengths)) > 1:
-        told = " and ".join(f"{n} from {name}" for name, n in zip(names, lengths))
-        return f"different numbers of tokens: {told}"
-    return None
-
-
 def run_bare(model: str, clients: List[int], max_tokens: int, seed: str) -> Dict:
     """Run ``bare_engine.py`` in a process of its own."""
     command = [sys.executable, "-m", "mlx_lm_ext.bench.bare_engine"]
@@ -208,8 +101,10 @@ def run_bare(model: str, clients: List[int], max_tokens: int, seed: str) -> Dict
     return json.loads(process.stdout)
 
 
-def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Contender):
-    """Run the chosen workloads and sweeps, and return the report as plain values for JSON.
+def make_plan(
+    model: str, clients: List[int], max_tokens: int
+) -> Tuple[Plan, Dict[str, Any]]:
+    """The plan for a model, and what the bare engine says of it and of the machine.
 
     Raises:
         RuntimeError: If the model cannot be run.
@@ -219,14 +114,20 @@ def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Conte
         from mlx_lm.utils import load_tokenizer
 
     about = run_bare(model, [], 2, "")
-    plan = Plan(
-        args.clients,
-        args.max_tokens,
-        load_tokenizer(model),
-        about["bytes_per_token"],
-    )
+    sizes = (about["bytes_per_token"], about["context_length"])
+    plan = Plan(clients, max_tokens, load_tokenizer(model), *sizes)
     if plan.tokenizer.chat_template is None:
         raise RuntimeError(f"{model} has no chat template")
+    return plan, about
+
+
+def compare(args: argparse.Namespace, model: str, ours: Contender, theirs: Contender):
+    """Run the chosen workloads and sweeps, and return the report as plain values for JSON.
+
+    Raises:
+        RuntimeError: If the model cannot be run.
+    """
+    plan, about = make_plan(model, args.clients, args.max_tokens)
     report = {
         "servers": {"ours": ours.name, "theirs": theirs.name},
         "model": Path(model).name,
@@ -367,26 +268,7 @@ def digits(values: List[Optional[float]]) -> str:
 def main(argv: Optional[List[str]] = None) -> None:
     """Compare, and exit with 1 if something could not be compared."""
     args = make_parser().parse_args(argv)
-    model = args.model
-    if model is None:
-        import mlx.core as mx
-
-        model = str(demo_model.ensure(mx.default_device() != mx.cpu))
-    ours = Contender(
-        f"mlx_lm.batch_server {version('mlx-lm-ext')}",
-        partial(servers.start, args.server, model),
-    )
-    theirs = Contender(
-        f"mlx_lm.server {version('mlx-lm')}",
-        partial(servers.start, args.other, model),
-        args.other_model,
-    )
-    if args.against:
-        asyncio.run(check(args.against, args.api_key))
-        running = Server(args.against)
-        theirs = theirs._replace(name=args.against, serve=lambda: nullcontext(running))
-    elif args.other != servers.THEIRS:
-        theirs = theirs._replace(name=shlex.split(args.other)[0])
+    model, ours, theirs = make_contenders(args)
     try:
         report = compare(args, model, ours, theirs)
     except (RuntimeError, OSError) as e:

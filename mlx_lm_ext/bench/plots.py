@@ -5,6 +5,7 @@ from textwrap import fill
 from typing import Any, Dict, List
 
 from mlx_lm_ext.bench import timings
+from mlx_lm_ext.bench.outcomes import Figure
 from mlx_lm_ext.bench.timings import Timing
 
 try:
@@ -75,6 +76,43 @@ def save_comparison(report: Dict[str, Any], path: Path) -> None:
         draw_gains(parts.pop(0).subplots(), rows, report["servers"])
     if sweeps:
         draw_sweeps(parts.pop(0), sweeps, report["servers"])
+    save(figure, path)
+
+
+def save_tradeoff(
+    points: List[Dict[str, Any]], title: str, x: Figure, y: Figure, path: Path
+) -> None:
+    """Plot one figure against another: a point for each server, with the spread of its turns.
+
+    Args:
+        points (List[Dict[str, Any]]): Of each server the ``name``, whether it is ``ours``, and
+          its ``figures``: by their names, the values in all turns.
+    """
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    for point in points:
+        values = [point["figures"][f.name] for f in (x, y)]
+        # What is not known has no place.
+        if None in values[0] + values[1]:
+            continue
+        spreads = [timings.spread(v) for v in values]
+        at = [median for median, _, _ in spreads]
+        x_error, y_error = (
+            [[median - low], [high - median]] for median, low, high in spreads
+        )
+        color = OURS if point["ours"] else THEIRS
+        axis.errorbar(*at, y_error, x_error, fmt="o", color=color, elinewidth=0.5)
+        axis.annotate(point["name"], at, (5, 5), textcoords="offset points")
+    axis.set(
+        title=title,
+        xscale="log",
+        yscale="log",
+        xlabel=f"{x.name} ({x.unit})",
+        ylabel=f"{y.name} ({y.unit})",
+    )
+    axis.margins(0.2)
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
+        one.set_minor_formatter("{x:g}")
     save(figure, path)
 
 

@@ -3,17 +3,19 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Dict, Iterator, Optional
 
 from mlx_lm_ext import blas
 
@@ -26,6 +28,12 @@ THEIRS = f"{shlex.quote(sys.executable)} -m mlx_lm server"
 CACHE_LINE = re.compile(r"Prompt Cache: .*?([\d.]+) (GB|MB)")
 UNITS = {"GB": 1e9, "MB": 1e6}
 
+NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-compute-apps=pid,used_memory",
+    "--format=csv,noheader,nounits",
+)
+
 
 @dataclass
 class Server:
@@ -34,15 +42,83 @@ class Server:
     Args:
         url (str): Its base URL, with ``/v1``.
         log (Optional[Path]): The file with its output, if it was started here.
+        pid (Optional[int]): Its process, if it was started here.
+        gpu_bytes (Optional[int]): The most GPU memory that it was seen to have.
     """
 
     url: str
     log: Optional[Path] = None
+    pid: Optional[int] = None
+    gpu_bytes: Optional[int] = None
 
     def cache_bytes(self) -> Optional[int]:
         """Bytes in its prompt cache by its log, or ``None`` if the log does not say."""
         found = CACHE_LINE.findall(self.log.read_text()) if self.log else []
         return round(float(found[-1][0]) * UNITS[found[-1][1]]) if found else None
+
+    def peak_memory(self) -> Optional[int]:
+        """The most bytes that it had, of a GPU if it uses one and else of the machine; ``None``
+        if that is not known."""
+        if self.gpu_bytes is None and self.pid is not None:
+            return resident_memory(self.pid)
+        return self.gpu_bytes
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; nothing if it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+def resident_memory(pid: int) -> Optional[int]:
+    """The most bytes of memory that a process has had, or where only ``ps`` tells it, what it
+    has now."""
+    try:
+        found = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())
+        kilobytes = found[1] if found else ""
+    except OSError:
+        kilobytes = output_of("ps", "-o", "rss=", "-p", str(pid)).strip()
+    return int(kilobytes) << 10 if kilobytes else None
+
+
+def gpu_memory(pid: int, table: str) -> Optional[int]:
+    """Bytes that a process has of all GPUs.
+
+    Args:
+        table (str): Processes and their MiB, as ``nvidia-smi`` prints them.
+    """
+    used: Dict[int, int] = {}
+    for process, mebibytes in re.findall(r"(\d+), *(\d+)", table):
+        used[int(process)] = used.get(int(process), 0) + (int(mebibytes) << 20)
+    # In a container, nvidia-smi knows its only process by another number.
+    return next(iter(used.values())) if len(used) == 1 else used.get(pid)
+
+
+@contextmanager
+def watch_gpu(server: Server, pid: int) -> Iterator[None]:
+    """Note the most GPU memory that a server has, until the block ends."""
+    if shutil.which(NVIDIA_SMI[0]) is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch():
+        while True:
+            used = gpu_memory(pid, output_of(*NVIDIA_SMI))
+            if used is not None:
+                server.gpu_bytes = max(used, server.gpu_bytes or 0)
+            if ended.wait(0.5):
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def free_port() -> int:
@@ -110,7 +186,9 @@ def start(command: str, model: str) -> Iterator[Server]:
                         f"{shlex.join(words)} did not start: {lines[-1]}"
                     )
                 time.sleep(0.2)
-            yield Server(f"http://127.0.0.1:{port}/v1", log)
+            server = Server(f"http://127.0.0.1:{port}/v1", log, process.pid)
+            with watch_gpu(server, process.pid):
+                yield server
         finally:
             process.terminate()
             try:

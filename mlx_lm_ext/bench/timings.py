@@ -6,10 +6,11 @@ Rules:
 3. A request that failed is counted as a failure and is in no other figure.
 """
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
@@ -91,6 +92,11 @@ class Timing:
             return None
         return (self.arrivals[-1] - self.arrivals[0]) / (self.completion_tokens - 1)
 
+    def gaps(self, since: float = 0.0, until: float = math.inf) -> List[float]:
+        """The times between the pieces that came from ``since`` to ``until``."""
+        inside = [a for a in self.arrivals if since <= a <= until]
+        return [b - a for a, b in zip(inside, inside[1:])]
+
     def longest_gap(self, since: float = 0.0) -> float:
         """The longest time between two pieces, of which the second came after ``since``."""
         gaps = zip(self.arrivals, self.arrivals[1:])
@@ -115,6 +121,32 @@ def throughput(timings: List[Timing]) -> float:
     return generated_tokens(timings) / duration(timings)
 
 
+def mean_gap(
+    timings: Iterable[Timing], since: float = 0.0, until: float = math.inf
+) -> Optional[float]:
+    """The mean time between two tokens from ``since`` to ``until``; ``None`` if none came.
+
+    The pieces of an answer share its tokens equally.
+    """
+    seconds = tokens = 0.0
+    for t in succeeded(timings):
+        gaps = t.gaps(since, until)
+        seconds += sum(gaps)
+        tokens += len(gaps) * t.completion_tokens / len(t.arrivals)
+    return seconds / tokens if tokens else None
+
+
+def mean_gap_together(
+    timings: List[Timing], beside: Iterable[Timing] = ()
+) -> Optional[float]:
+    """The mean time between two tokens of ``timings`` while all of them, and those
+    ``beside`` them, have begun and none has ended."""
+    done = succeeded([*timings, *beside])
+    since = max((t.arrivals[0] for t in done), default=0.0)
+    until = min((t.arrivals[-1] for t in done), default=0.0)
+    return mean_gap(timings, since, until)
+
+
 def distribution(values: Iterable[Optional[float]]) -> Optional[Dict[str, float]]:
     """The mean and percentiles of the known values; ``None`` if there are none."""
     known = [v for v in values if v is not None]
@@ -124,8 +156,14 @@ def distribution(values: Iterable[Optional[float]]) -> Optional[Dict[str, float]
     return {"mean": float(np.mean(known)), "p50": p50, "p95": p95, "p99": p99}
 
 
-def median(timings: List[Timing], of: Callable[[Timing], Optional[float]]) -> float:
-    return float(np.median([of(t) for t in succeeded(timings)]))
+def median_ttft(timings: Iterable[Timing]) -> float:
+    return float(np.median([t.ttft for t in succeeded(timings)]))
+
+
+def gap_percentile(timings: Iterable[Timing], percent: float) -> Optional[float]:
+    """Of the gaps between the pieces of all streams; ``None`` if there are none."""
+    gaps = [gap for t in succeeded(timings) for gap in t.gaps()]
+    return float(np.percentile(gaps, percent)) if gaps else None
 
 
 def summarize(timings: List[Timing]) -> Dict[str, Any]:
@@ -176,12 +214,13 @@ def throughput_over_time(
 def gain(
     ours: Optional[float], theirs: Optional[float], higher_is_better: bool
 ) -> Optional[float]:
-    """How many times better ``ours`` is; below 1 it is worse.
+    """How many times better ``ours`` is; below 1 it is worse; ``None`` as for a quotient."""
+    return quotient(ours, theirs) if higher_is_better else quotient(theirs, ours)
 
-    ``None`` if one of them is unknown, or the ratio would have a divisor of 0.
-    """
-    better, base = (ours, theirs) if higher_is_better else (theirs, ours)
-    return None if better is None or not base else better / base
+
+def quotient(a: Optional[float], b: Optional[float]) -> Optional[float]:
+    """``None`` if one of them is unknown, or the divisor is 0."""
+    return None if a is None or not b else a / b
 
 
 def spread(values: List[float]) -> Tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The workloads of a comparison, and the figures computed from their outcomes.
+"""The workloads of a comparison.
 
 Rules:
 1. All servers get the same requests, which depend on the random generator only.
@@ -6,71 +6,30 @@ Rules:
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from random import Random
 from typing import Any, Awaitable, Callable, Dict, Iterable, List, Optional
 
 from mlx_lm_ext.bench import timings, words
 from mlx_lm_ext.bench.chat_client import GREEDY, Client, Messages
+from mlx_lm_ext.bench.outcomes import (
+    PEAK_MEMORY,
+    Figure,
+    Outcome,
+    in_milliseconds,
+    pace_figures,
+)
 from mlx_lm_ext.bench.prefixes import Prefixes
 from mlx_lm_ext.bench.timings import Timing
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 SAMPLING = {"greedy": GREEDY, "sampled": SAMPLED}
-
-
-@dataclass
-class Outcome:
-    """The outcome of a workload on one server.
-
-    Args:
-        timings (List[Timing]): Its measured requests.
-        ideal_cached_tokens (int): Prompt tokens that an ideal cache would have had.
-        distinct_tokens (int): Tokens that an ideal cache would hold at the end.
-        cache_bytes (Optional[int]): Bytes in the server's prompt cache at the end.
-    """
-
-    timings: List[Timing] = field(default_factory=list)
-    ideal_cached_tokens: int = 0
-    distinct_tokens: int = 0
-    cache_bytes: Optional[int] = None
-
-    def part(self, label: str) -> List[Timing]:
-        return [t for t in self.timings if t.label == label]
-
-    def throughput(self, label: str) -> float:
-        return timings.throughput(self.part(label))
-
-    @property
-    def cache_megabytes(self) -> Optional[float]:
-        return None if self.cache_bytes is None else self.cache_bytes / 1e6
-
-    @property
-    def cached_share(self) -> float:
-        """Prompt tokens from the cache / those that an ideal cache would have had."""
-        cached = sum(t.cached_tokens for t in timings.succeeded(self.timings))
-        return cached / self.ideal_cached_tokens
-
-    @property
-    def median_ttft(self) -> float:
-        return timings.median(self.timings, lambda t: t.ttft)
-
-    @property
-    def ttft_gain(self) -> float:
-        """The first turn's TTFT / the second's."""
-        (first,), (second,) = self.part("first"), self.part("second")
-        return first.ttft / second.ttft
-
-    @property
-    def stall(self) -> float:
-        """The longest gap in a running stream after the late request was sent."""
-        (late,) = self.part("late")
-        return max(t.longest_gap(late.start) for t in self.part("stream"))
-
-    @property
-    def late_ttft(self) -> float:
-        return self.part("late")[0].ttft
+# Numbers of clients that are more than a batch has rows.
+MANY = (64, 128, 256)
+# Tokens of the long prompt beside short ones, if the model takes so many.
+LONG = 16_000
 
 
 @dataclass(frozen=True)
@@ -79,15 +38,17 @@ class Plan:
 
     Args:
         clients (List[int]): How many clients send short chats, for each run.
-        max_tokens (int): The length of the answers to short chats.
+        max_tokens (int): The length of the answers, but for workloads that need another.
         tokenizer (Any): The model's Hugging Face tokenizer.
         bytes_per_token (float): KV bytes of one token.
+        context_length (Optional[int]): The most tokens that the model takes, if that is known.
     """
 
     clients: List[int]
     max_tokens: int
     tokenizer: Any
     bytes_per_token: float
+    context_length: Optional[int] = None
 
     def tokens(self, messages: Messages) -> List[int]:
         """The tokens of a prompt."""
@@ -97,21 +58,10 @@ class Plan:
             )
         )
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of a workload's outcome.
-
-    Args:
-        of (Callable): Computes it, in ``unit``; ``None`` if it is not known.
-        bare (Optional[str]): The run of the bare engine to compare it with.
-    """
-
-    name: str
-    unit: str
-    of: Callable[[Outcome], Optional[float]]
-    higher_is_better: bool = True
-    bare: Optional[str] = None
+    def question(self, rng: Random, n_tokens: int) -> Messages:
+        """A prompt of about ``n_tokens`` tokens."""
+        least, more = (len(self.tokens(question(rng, n))) for n in (0, 100))
+        return question(rng, max(0, 100 * (n_tokens - least) // (more - least)))
 
 
 Run = Callable[[Plan, Client, Random], Awaitable[Outcome]]
@@ -119,11 +69,16 @@ Run = Callable[[Plan, Client, Random], Awaitable[Outcome]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests to send to a server, and the figures to compute from the answers."""
+    """Requests to send to a server, and the figures to compute from the answers.
+
+    Args:
+        heavy (bool): Whether it takes too long on a CPU to run without being asked for.
+    """
 
     title: str
     run: Run
     figures: Callable[[Plan], List[Figure]]
+    heavy: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +112,33 @@ def short_chats(rng: Random, n: int) -> List[Messages]:
     ]
 
 
+def question(rng: Random, n_words: int) -> Messages:
+    """A question after ``n_words`` words."""
+    content = f"{words.text(rng, n_words)} {words.story(rng)}"
+    return [{"role": "user", "content": content}]
+
+
+def long_questions(rng: Random, n: int, n_words: int = 3000) -> List[Messages]:
+    return [question(rng, n_words) for _ in range(n)]
+
+
+async def at_once(
+    client: Client,
+    chats: List[Messages],
+    max_tokens: int,
+    label: str = "",
+    sampling: Dict[str, float] = GREEDY,
+) -> List[Timing]:
+    """Send all chats at the same time."""
+
+    async def ask(i, chat):
+        # mlx_lm.server resets some of many connections that open at the same moment.
+        await asyncio.sleep(i * 0.002)
+        return await client.chat(chat, max_tokens, Timing(label), **sampling)
+
+    return await asyncio.gather(*(ask(i, chat) for i, chat in enumerate(chats)))
+
+
 async def wave(
     plan: Plan,
     client: Client,
@@ -164,22 +146,12 @@ async def wave(
     n: int,
     label: str = "",
     sampling: Dict[str, float] = GREEDY,
+    make_chats: Callable[[Random, int], List[Messages]] = short_chats,
 ) -> Outcome:
     """``n`` clients ask at the same time, once to warm up and once to measure."""
-
-    async def ask(i, chat, max_tokens):
-        # mlx_lm.server resets some of many connections that open at the same moment.
-        await asyncio.sleep(i * 0.002)
-        return await client.chat(chat, max_tokens, Timing(label), **sampling)
-
-    async def send(max_tokens):
-        chats = short_chats(rng, n)
-        return await asyncio.gather(
-            *(ask(i, chat, max_tokens) for i, chat in enumerate(chats))
-        )
-
-    await send(2)
-    return Outcome(await send(plan.max_tokens))
+    await at_once(client, make_chats(rng, n), 2, label, sampling)
+    chats = make_chats(rng, n)
+    return Outcome(await at_once(client, chats, plan.max_tokens, label, sampling))
 
 
 async def short(plan: Plan, client: Client, rng: Random) -> Outcome:
@@ -223,6 +195,14 @@ def short_figures(plan: Plan) -> List[Figure]:
     return figures
 
 
+async def many_clients(plan: Plan, client: Client, rng: Random) -> Outcome:
+    """Each number of clients in turn."""
+    outcome = Outcome()
+    for n in MANY:
+        outcome.timings += (await wave(plan, client, rng, n, str(n))).timings
+    return outcome
+
+
 async def shared_prefix(
     plan: Plan, client: Client, rng: Random, n: int = 400
 ) -> Outcome:
@@ -239,11 +219,15 @@ async def conversations(
     n: int,
     turns: int = 2,
     system_words: int = 100,
+    max_tokens: Optional[int] = 16,
 ) -> Outcome:
     """``n`` chats with the same system prompt, 8 requests at a time.
 
     All chats have their first turn, then all have their second, and so on. Each turn sends
     the whole chat again.
+
+    Args:
+        max_tokens (Optional[int]): The length of the answers; that of the plan if ``None``.
     """
     known, outcome = Prefixes(), Outcome()
     system = {"role": "system", "content": words.text(rng, system_words)}
@@ -253,7 +237,7 @@ async def conversations(
         chat.append({"role": "user", "content": question})
         prompt = plan.tokens(chat)
         outcome.ideal_cached_tokens += known.match(prompt)
-        timing = await client.chat(chat, 16)
+        timing = await client.chat(chat, max_tokens or plan.max_tokens)
         outcome.timings.append(timing)
         answer = plan.tokenizer.encode(timing.text, add_special_tokens=False)
         # The model never processes the last token of an answer.
@@ -273,8 +257,7 @@ async def turns(
     plan: Plan, client: Client, rng: Random, n_words: int = 1250
 ) -> Outcome:
     """A chat that begins with a long question, and its second turn."""
-    question = f"{words.text(rng, n_words)} {words.story(rng)}"
-    chat, outcome = [{"role": "user", "content": question}], Outcome()
+    chat, outcome = question(rng, n_words), Outcome()
     for label in ("first", "second"):
         outcome.timings.append(await client.chat(chat, 16, Timing(label)))
         chat.append({"role": "assistant", "content": outcome.timings[-1].text})
@@ -287,13 +270,72 @@ async def mixed(plan: Plan, client: Client, rng: Random, n: int = 32) -> Outcome
     are spread evenly on a logarithmic scale."""
     sizes = [round(20 * 100 ** (i / (n - 1))) for i in range(n)]
     rng.shuffle(sizes)
-    chats = [
-        [{"role": "user", "content": f"{words.text(rng, size)} {words.story(rng)}"}]
-        for size in sizes
-    ]
+    chats = [question(rng, size) for size in sizes]
     return Outcome(
         await at_most(n, (client.chat(chat, plan.max_tokens) for chat in chats))
     )
+
+
+def long_row(plan: Plan) -> int:
+    """Tokens of the long prompt beside short ones."""
+    if plan.context_length is None:
+        return LONG
+    return min(LONG, plan.context_length * 3 // 4)
+
+
+async def mixed_lengths(
+    plan: Plan, client: Client, rng: Random, n: int = 31, n_tokens: int = 100
+) -> Outcome:
+    """``n`` short rows decode, without a long one and then beside it.
+
+    They come when the long prompt has its first token, and its answer is longer than theirs,
+    so that all decode together. Before that, they do so for a few tokens to warm up.
+
+    Raises:
+        RuntimeError: If the model takes no prompt that is much longer than the short ones.
+    """
+    if long_row(plan) < 8 * n_tokens:
+        raise RuntimeError(
+            f"the model takes {plan.context_length:,} tokens, too few for a long prompt"
+        )
+
+    def short_rows(label, max_tokens):
+        chats = [plan.question(rng, n_tokens) for _ in range(n)]
+        return at_once(client, chats, max_tokens, label)
+
+    async def all_rows(max_tokens):
+        long = Timing("long")
+        chat = plan.question(rng, long_row(plan))
+        request = asyncio.ensure_future(client.chat(chat, max_tokens + 64, long))
+        while not (long.arrivals or long.end):
+            await asyncio.sleep(0.01)
+        return [*(await short_rows("beside", max_tokens)), await request]
+
+    await all_rows(4)
+    alone = await short_rows("alone", plan.max_tokens)
+    return Outcome([*alone, *(await all_rows(plan.max_tokens))])
+
+
+def mixed_lengths_figures(plan: Plan) -> List[Figure]:
+    def alone(outcome):
+        return timings.mean_gap_together(outcome.part("alone"))
+
+    def beside(outcome):
+        return timings.mean_gap_together(outcome.part("beside"), outcome.part("long"))
+
+    long = f"mean gap beside one of {long_row(plan):,} tokens"
+    return [
+        Figure("mean gap alone", "ms", lambda o: in_milliseconds(alone(o)), False),
+        Figure(long, "ms", lambda o: in_milliseconds(beside(o)), False),
+        Figure(
+            f"{long} / alone",
+            "",
+            lambda o: timings.quotient(beside(o), alone(o)),
+            False,
+        ),
+        *pace_figures("beside", "long", title="all 32 rows: "),
+        PEAK_MEMORY,
+    ]
 
 
 async def late_prompt(
@@ -307,13 +349,18 @@ async def late_prompt(
     ]
     while any(len(t.arrivals) < 8 and not t.end for t in streams):
         await asyncio.sleep(0.01)
-    question = f"{words.text(rng, n_words)} {words.story(rng)}"
     late = Timing("late")
-    await client.chat([{"role": "user", "content": question}], 8, late)
+    await client.chat(question(rng, n_words), 8, late)
     await asyncio.gather(*running)
     return Outcome([*streams, late])
 
 
+def many_figures(plan: Plan) -> List[Figure]:
+    each = [pace_figures(str(n), title=f"{n} at a time, ") for n in MANY]
+    return [*chain.from_iterable(each), PEAK_MEMORY]
+
+
+THROUGHPUT, MEDIAN_TTFT, *_ = pace_figures()
 CACHED = Figure("cached / ideal tokens", "", lambda o: o.cached_share)
 
 
@@ -331,7 +378,12 @@ WORKLOADS = {
     "prefix": Workload(
         "16 requests share a 400-word prefix",
         shared_prefix,
-        lambda plan: [Figure("median TTFT", "s", lambda o: o.median_ttft, False)],
+        lambda plan: [*pace_figures(), PEAK_MEMORY],
+    ),
+    "chats": Workload(
+        "8 chats of 3 turns",
+        partial(conversations, n=8, turns=3, max_tokens=None),
+        lambda plan: [*pace_figures(), PEAK_MEMORY],
     ),
     "conversations": Workload(
         "32 conversations of 4 turns",
@@ -354,15 +406,24 @@ WORKLOADS = {
     "mixed": Workload(
         "32 clients with prompts of 20 to 2,000 words",
         mixed,
-        lambda plan: [
-            Figure("throughput", "tok/s", lambda o: timings.throughput(o.timings)),
-            Figure("median TTFT", "s", lambda o: o.median_ttft, False),
-        ],
+        lambda plan: [*pace_figures(), PEAK_MEMORY],
     ),
     "bytes": Workload(
         "64 conversations on a system prompt of 1,000 tokens",
         partial(conversations, n=64, system_words=830),
         bytes_figures,
+    ),
+    "mixed-lengths": Workload(
+        "31 rows of 100 tokens", mixed_lengths, mixed_lengths_figures, heavy=True
+    ),
+    "long-prompts": Workload(
+        "16 clients with prompts of 3,000 words",
+        partial(wave, n=16, make_chats=long_questions),
+        lambda plan: [*pace_figures(), PEAK_MEMORY],
+        heavy=True,
+    ),
+    "many-clients": Workload(
+        "short chats of many clients", many_clients, many_figures, heavy=True
     ),
 }
 
@@ -373,7 +434,7 @@ SWEEPS = {
 }
 
 SWEEP_FIGURES = [
-    Figure("throughput", "tok/s", lambda o: timings.throughput(o.timings)),
-    Figure("median TTFT", "s", lambda o: o.median_ttft, False),
+    THROUGHPUT,
+    MEDIAN_TTFT,
     Figure("cache", "MB", lambda o: o.cache_megabytes, False),
 ]

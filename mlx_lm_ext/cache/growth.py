@@ -60,13 +60,11 @@ def is_excess(padding: int, width: int) -> bool:
     return padding >= max(MIN_PADDING, width // 4)
 
 
-def excess(padding: int, width: int) -> int:
-    """How much of the padding is given up. Long arrays go on having room for a multiple of
-    ``STEP`` tokens: with CUDA, attention is planned for each size."""
-    if not is_excess(padding, width):
-        return 0
-    n = padding // STEP * STEP
-    return padding if is_excess(padding - n, width - n) else n
+def dropped(padding: int, width: int) -> int:
+    """How much of the padding that all rows have a copy of them goes without. Long arrays go on
+    having room for a multiple of ``STEP`` tokens: with CUDA, attention is planned for each
+    size."""
+    return padding if width - padding < 4 * STEP else padding // STEP * STEP
 
 
 def max_width(n_tokens: int) -> int:

@@ -405,19 +405,16 @@ class BatchSegmentedKVCache(BatchKVCache):
         Only the rows that move are copied, unless so few are left, or all have so much
         padding, that smaller arrays are worth a copy of all rows.
         """
-        row_starts = self.row_starts.filter(batch_indices)
-        has_excess = growth.excess(min(row_starts.padding), self.end)
-        if self.keys is not None and (
-            has_excess or growth.are_few(len(batch_indices), len(self.keys))
-        ):
-            taken = self.take(batch_indices)
-            self.staged, self.state = None, taken.state
-            self.right_padding = taken.right_padding
-            return
-        if self.right_padding is not None:
-            self.right_padding = [self.right_padding[i] for i in batch_indices]
+        row_starts, padding = self.row_starts.filter(batch_indices), self.right_padding
+        if padding is not None:
+            padding = [padding[i] for i in batch_indices]
         if self.keys is None:
             self.row_starts = row_starts
+            return
+        has_excess = growth.is_excess(min(row_starts.padding), self.end)
+        if has_excess or growth.are_few(len(batch_indices), len(self.keys)):
+            self.staged, self.state = None, self.take(batch_indices).state
+            self.right_padding = padding
             return
         if self.staged is None:
             # While one of the copies is lazy, writing a row would copy all rows.
@@ -426,17 +423,17 @@ class BatchSegmentedKVCache(BatchKVCache):
             self.keys[to : to + len(keys)] = keys
             self.values[to : to + len(values)] = values
         self.row_starts, self.staged = row_starts, None
+        self.right_padding = padding
 
     def take(self, batch_indices: List[int]) -> "BatchSegmentedKVCache":
-        """A batch of copies of these rows, in this order, without much padding that all have.
-        The copies are lazy: the caller evaluates them before the next step."""
+        """A batch of copies of these rows, in this order, without padding that all have. The
+        copies are lazy: the caller evaluates them before the next step."""
         batch = copy(self)
-        batch.staged, batch.n_to_join = None, 0
-        batch.row_starts = self.row_starts.filter(batch_indices)
+        batch.staged, batch.row_starts = None, self.row_starts.filter(batch_indices)
         if self.right_padding is not None:
             batch.right_padding = [self.right_padding[i] for i in batch_indices]
         if self.keys is not None:
-            start = growth.excess(min(batch.row_starts.padding), self.end)
+            start = growth.dropped(min(batch.row_starts.padding), self.end)
             batch.state = (
                 self.keys[batch_indices, :, start:],
                 self.values[batch_indices, :, start:],

@@ -60,7 +60,7 @@ def report(rounds: List[List[Timing]]) -> str:
     ]
     for name, done, speed_up in zip(ROUNDS, rounds, speed_ups(rounds)):
         cached, prompt = token_counts(done)
-        ttft = timings.median(done, lambda t: t.ttft)
+        ttft = timings.median_ttft(done)
         lines.append(
             f"{name:<26}{ttft:>10.2f} s{f'{cached} / {prompt}':>26}{speed_up:>8.2f}x"
         )
@@ -74,7 +74,7 @@ def token_counts(done: List[Timing]) -> Tuple[int, int]:
 
 def speed_ups(rounds: List[List[Timing]]) -> List[float]:
     """How many times shorter the median TTFT is than in the first round."""
-    ttfts = [timings.median(done, lambda t: t.ttft) for done in rounds]
+    ttfts = [timings.median_ttft(done) for done in rounds]
     return [ttfts[0] / ttft for ttft in ttfts]
 
 
