@@ -16,6 +16,7 @@ except ImportError as e:
 matplotlib.use("agg")  # works without a screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 OURS, THEIRS = "tab:blue", "tab:orange"
 
@@ -110,9 +111,10 @@ def save_tradeoff(
         ylabel=f"{y.name} ({y.unit})",
     )
     axis.margins(0.2)
+    axis.minorticks_off()
     for one in (axis.xaxis, axis.yaxis):
+        one.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.set_major_formatter("{x:g}")
-        one.set_minor_formatter("{x:g}")
     save(figure, path)
 
 
