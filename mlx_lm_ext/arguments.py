@@ -241,7 +241,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-step-size",
         type=number(int, 1),
         default=2048,
-        help="tokens of all prompts to process in one step; on a CPU, which is slower with "
+        help="tokens of all prompts to process at a time; on a CPU, which is slower with "
         "more, 256 at most",
     )
     add(

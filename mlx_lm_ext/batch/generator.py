@@ -451,8 +451,12 @@ class LeanBatchGenerator(BatchGenerator):
         with mx.stream(self._stream):
             self.begin_prompts(budget)
             joined = self.start_generation()
-            responses, self.chunk_sizes = self.prompts.run(budget, chunk_width, cost)
+            responses, self.chunk_sizes = self.prompts.run(budget, self.width, cost)
         return joined + responses
+
+    def width(self, lengths: List[int], budget: int) -> int:
+        """How many tokens of each prompt a chunk runs, see ``chunk_width``."""
+        return chunk_width(lengths, min(budget, self.prefill_step_size))
 
     def begin_prompts(self, budget: int) -> None:
         """Make batches of the prompts that have not begun: of those that run side by side, as

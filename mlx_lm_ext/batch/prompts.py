@@ -247,17 +247,17 @@ class PromptBatches:
         width: Callable[[List[int], int], int],
         cost: Callable[[int], int],
     ) -> Tuple[List[PromptProcessingBatch.Response], List[int]]:
-        """Run a chunk of one or several batches.
+        """Run chunks of one or several batches.
 
         Args:
-            budget (int): Tokens that may be run in all. At least one batch is run.
+            budget (int): Tokens that may be run in all. At least one chunk is run.
             width (Callable): How many tokens of each prompt a chunk runs. It is given the
               tokens that are left of each, and those that are left of the budget.
             cost (Callable): How many tokens of the budget a chunk of so many tokens takes.
 
         Returns:
-            Tuple: How far the prompts are then that were run, and how many tokens the model
-            runs in each chunk, padding included.
+            Tuple: How far the prompts that were run are after each chunk, and how many tokens
+            the model runs in each, padding included.
         """
         responses: List[PromptProcessingBatch.Response] = []
         sizes: List[int] = []
@@ -268,11 +268,16 @@ class PromptBatches:
             order = oldest + order
         self.last = []
         for batch in order:
-            if sizes and cost(min(batch.segment_lengths)) > budget:
-                break
-            self.last.append(batch)
-            more, size = batch.run(width(batch.segment_lengths, max(1, budget)))
-            responses += more
-            sizes.append(size)
-            budget -= cost(size)
+            has_ended = False
+            while not has_ended:
+                n = width(batch.segment_lengths, max(1, budget))
+                if sizes and cost(n * len(batch)) > budget:
+                    return responses, sizes
+                more, size = batch.run(n)
+                self.last.append(batch)
+                responses += more
+                sizes.append(size)
+                budget -= cost(size)
+                # What the rows have then may be stored before they go on.
+                has_ended = any(r.end_of_segment for r in more)
         return responses, sizes
