@@ -19,7 +19,7 @@ def pace(max_gap=1.0, decode=0.1, chunk=0.0, token=0.01, n_steps=30):
     return known
 
 
-@pytest.mark.parametrize("token, n", [(0.01, 80), (0.001, 800), (0.0001, LIMIT)])
+@pytest.mark.parametrize("token, n", [(0.01, 70), (0.001, 700), (0.0001, LIMIT)])
 def test_prompts_fit_into_what_the_decoding_leaves_of_the_gap(token, n):
     assert pace(token=token).gap_tokens(4) == pytest.approx(n, rel=0.01)
 
@@ -27,14 +27,14 @@ def test_prompts_fit_into_what_the_decoding_leaves_of_the_gap(token, n):
 def test_a_chunk_has_a_fixed_cost():
     known = pace(chunk=0.3, token=0.01)
     # Chunks of 32 to 63 tokens were seen with 32 of them.
-    assert 32 <= known.gap_tokens(4) < 50
+    assert 31 <= known.gap_tokens(4) < 45
     assert known.cost(40, 8) > 8
 
 
 def test_gap_is_four_decode_steps_if_no_other_is_given():
-    assert pace(None, decode=1.0).gap_tokens(4) == pytest.approx(260, rel=0.01)
+    assert pace(None, decode=1.0).gap_tokens(4) == pytest.approx(220, rel=0.01)
     # Nobody reads faster than that.
-    assert pace(None, decode=0.01).gap_tokens(4) == pytest.approx(8, rel=0.01)
+    assert pace(None, decode=0.01).gap_tokens(4) == pytest.approx(7, rel=0.01)
 
 
 def test_prompts_get_a_share_however_slow_the_decoding_is():
@@ -46,7 +46,7 @@ def test_estimates_follow_the_steps():
     for _ in range(30):
         n = known.gap_tokens(4)
         known.note(4, [n], 0.1 + n * 0.02)
-    assert known.gap_tokens(4) == pytest.approx(40, rel=0.02)
+    assert known.gap_tokens(4) == pytest.approx(35, rel=0.02)
 
 
 def test_one_slow_step_changes_little():
@@ -61,7 +61,7 @@ def test_a_slow_first_step_is_forgotten_soon():
     known.note(0, [64], 30.0)
     for _ in range(3):
         known.note(0, [64], 0.64)
-    assert known.gap_tokens(0) > 60
+    assert known.gap_tokens(0) > 50
 
 
 def test_decoding_is_measured_where_it_is_not_known():

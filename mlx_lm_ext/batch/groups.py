@@ -21,7 +21,7 @@ from .prompts import segmented
 # rows.
 SIDE_SHARE = 0.3
 # A group takes part in one of so many steps at least.
-MAX_WAIT = 4
+MAX_WAIT = 6
 # After so many steps it is looked at again whether the groups are as they should be.
 INTERVAL = 64
 

@@ -16,7 +16,7 @@ from typing import Dict, List, Optional
 GAP_STEPS = 4
 MIN_GAP = 0.1
 # The part of the gap that is planned: steps take more and less time than the ones before.
-PLANNED = 0.9
+PLANNED = 0.8
 # Prompts get at least so much of the time that the decoding takes, however short the gap is to
 # be.
 MIN_SHARE = 0.5
