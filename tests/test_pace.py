@@ -34,11 +34,13 @@ def test_a_chunk_has_a_fixed_cost():
 def test_gap_is_four_decode_steps_if_no_other_is_given():
     assert pace(None, decode=1.0).gap_tokens(4) == pytest.approx(220, rel=0.01)
     # Nobody reads faster than that.
-    assert pace(None, decode=0.01).gap_tokens(4) == pytest.approx(7, rel=0.01)
+    known = pace(None, decode=0.01, token=0.001)
+    assert known.gap_tokens(4) == pytest.approx(70, rel=0.02)
 
 
 def test_prompts_get_a_share_however_slow_the_decoding_is():
-    assert pace(0.0, decode=1.0).gap_tokens(4) == pytest.approx(50, rel=0.01)
+    assert pace(0.0, decode=1.0).gap_tokens(4) == pytest.approx(100, rel=0.01)
+    assert pace(0.0, decode=0.01).gap_tokens(4) == 16
 
 
 def test_estimates_follow_the_steps():

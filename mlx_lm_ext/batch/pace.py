@@ -17,9 +17,9 @@ GAP_STEPS = 4
 MIN_GAP = 0.1
 # The part of the gap that is planned: steps take more and less time than the ones before.
 PLANNED = 0.8
-# Prompts get at least so much of the time that the decoding takes, however short the gap is to
-# be.
-MIN_SHARE = 0.5
+# However short the gap is to be, prompts get as much time as the decoding, and so many tokens:
+# fewer take hardly less time.
+MIN_CHUNK = 16
 # Tokens of the first chunk, of which nothing is known.
 FIRST_CHUNK = 64
 # How many steps with prompts follow each other before one without.
@@ -76,7 +76,8 @@ class Pace:
         gap = self.max_gap
         if gap is None:
             gap = max(GAP_STEPS * decoding, MIN_GAP)
-        return self.n_within(max(PLANNED * gap - decoding, MIN_SHARE * decoding))
+        n = self.n_within(max(PLANNED * gap - decoding, decoding))
+        return max(n, min(MIN_CHUNK, self.limit))
 
     def n_within(self, seconds: float) -> int:
         """How many tokens of prompts take so long, at least one. A token of a long chunk takes
