@@ -31,6 +31,7 @@ import numpy as np
 
 from ..errors import RequestError, one_line
 from ..interfaces import Constraint, RequestInfo
+from ..request.fields import check_depth
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -39,9 +40,8 @@ if TYPE_CHECKING:
 # make llguidance recurse.
 MAX_BYTES = 256 << 10
 MAX_LINES = 1000
-# Objects and arrays in each other, of which llguidance takes 128, and properties in all. The
-# time for those that an object need not have grows with their square.
-MAX_DEPTH = 100
+# Properties of a schema. The time for those that an object need not have grows with their
+# square.
 MAX_PROPERTIES = 2000
 # Seconds to compile a grammar, with the wait for others.
 MAX_SECONDS = 1.0
@@ -291,22 +291,15 @@ def check_bytes(field: str, grammar: str) -> None:
 
 def check_schema(field: str, schema: Dict[str, Any]) -> None:
     """Refuse a schema that is nested too deeply, or has too many properties."""
-    n_properties, level = 0, [cast(Any, schema)]
-    for _ in range(MAX_DEPTH):
-        below: List[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                properties = value.get("properties")
-                n_properties += len(properties) if isinstance(properties, dict) else 0
-                below += [v for v in value.values() if isinstance(v, (dict, list))]
-            else:
-                below += [v for v in value if isinstance(v, (dict, list))]
-        level = below
-        if not level:
-            break
-    if level:
-        message = f"{field} may have {MAX_DEPTH} objects and arrays in each other"
-        raise RequestError(400, message, field)
+    check_depth(field, schema)
+    n_properties, parts = 0, [cast(Any, schema)]
+    for part in parts:
+        if isinstance(part, dict):
+            properties = part.get("properties")
+            n_properties += len(properties) if isinstance(properties, dict) else 0
+            part = part.values()
+        # They are looked at in their turn.
+        parts += [value for value in part if isinstance(value, (dict, list))]
     if n_properties > MAX_PROPERTIES:
         message = f"{field} may have {MAX_PROPERTIES} properties, not {n_properties}"
         raise RequestError(400, message, field)
