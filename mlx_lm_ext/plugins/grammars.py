@@ -50,6 +50,7 @@ MAX_COMPILING = 4
 MAX_START = 0.05
 # With half of it, no grammar within these limits was seen to overflow.
 STACK_BYTES = 128 << 20
+TOO_COMPLEX = "it is too complex"
 # Compiled grammars that are kept for each tokenizer.
 MAX_KEPT = 64
 # The slowest masks of hostile grammars then take some 10 ms, and a matcher some 20 MB.
@@ -243,6 +244,9 @@ class Grammars:
             slots.release()
             raise RequestError(503, "there is no memory to compile a grammar")
         thread.join(MAX_SECONDS)
+        if not made and not thread.is_alive():
+            # It has raised something.
+            raise RequestError(400, f"{field} cannot be used: {TOO_COMPLEX}", field)
         if not made:
             message = f"{field} takes longer than {MAX_SECONDS:g} s to compile"
             raise RequestError(400, f"{message}; make it simpler", field)
@@ -274,7 +278,7 @@ def reason(matcher: "LLMatcher") -> str:
     """Why a matcher has failed, in one line."""
     text: str = matcher.get_error()
     if "panic" in text:
-        return "it is too complex"
+        return TOO_COMPLEX
     if text.startswith("NoExtension"):
         return "nothing fits it"
     # What follows is the state of the matcher, or an option that no client can set.
