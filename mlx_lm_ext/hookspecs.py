@@ -161,14 +161,15 @@ def mlx_lm_make_constraint(
 ) -> Optional[Constraint]:
     """Gives what restricts the tokens of one answer.
 
-    Called once for each request, when its prompt has been tokenized, on the thread of its
+    Called once for each prompt of a request, when it has been tokenized, on the thread of the
     connection: several at a time. It may take a while, such as to compile a grammar, and only
     its request waits. Requests with images are tokenized later.
 
     It returns an object of a class that derives from ``interfaces.Constraint``, or None for a
     request that it leaves alone. The object is not used itself: each answer (``n``) gets a
-    copy. If two plugins give one, or the hook raises, the request fails. A hook may raise
-    ``mlx_lm_ext.errors.RequestError`` to refuse a request, with what the client is told::
+    copy. If two plugins give one, the request is refused; if the hook raises, it fails. A hook
+    may raise ``mlx_lm_ext.errors.RequestError`` to refuse a request, with what the client is
+    told::
 
         class Only(Constraint):
             def __init__(self, tokens): self.tokens = tokens

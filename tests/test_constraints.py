@@ -231,6 +231,17 @@ def test_constraint_that_refuses_a_request_says_so(start_engine):
     assert error.value.status == 400
 
 
+def test_request_that_two_plugins_restrict_is_refused(start_engine):
+    engine = start_engine(plugin=constraining(lambda _: Stairs()))
+    other = constraining(lambda n: Stairs() if n > 1 else None)
+    engine.policies.plugins.add("other", lambda: other, "tests", "0")
+    with pytest.raises(RequestError, match="both restrict the answer") as error:
+        submit(engine, "hello", restricted=2)
+    assert error.value.status == 400
+    assert "test" in str(error.value) and "other" in str(error.value)
+    assert read(submit(engine, "hello", max_tokens=2, restricted=1))
+
+
 def test_rule_of_an_answer_that_is_served_alone_begins_when_its_prompt_runs():
     class FirstOnly(Stairs):
         n_filled = 0

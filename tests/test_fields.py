@@ -224,6 +224,19 @@ def test_special_tokens_are_added_to_texts_only(start_server):
         assert call(port, "POST", path, body)[0] == right
 
 
+@pytest.mark.parametrize("tools", [[1], [{"function": {"strict": True}}]])
+def test_text_completions_have_nothing_of_a_chat(tools, start_server):
+    _, port = start_server()
+    body = {"prompt": "Hello", "max_tokens": 1, "tool_choice": "required"}
+    for fields in ({"messages": HELLO}, {"messages": "x"}, {"tools": tools}):
+        status, answer = call(port, "POST", TEXT, body | fields)
+        assert (status, answer["error"]["param"]) == (400, *fields)
+        assert answer["error"]["code"] == "unsupported_value"
+    assert call(port, "POST", TEXT, body | {"messages": [], "tools": tools})[0] == 400
+    for empty in ([], None):
+        assert ask(port, **body, messages=empty, tools=empty) == ask(port, **body)
+
+
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "x"}}
 CALLED = [
     *HELLO,

@@ -160,6 +160,18 @@ def test_model_that_may_be_named_is_known_by_its_id(
         assert call(port, "GET", f"/v1/models/{folders}/{name}")[0] == 404
 
 
+@pytest.mark.parametrize("pattern", ["any", "/*"])
+def test_name_that_is_too_long_for_a_file_is_not_found(pattern, start_server):
+    _, port = start_server("llama", MODELS, pattern)
+    for name in ("x" * 5000, "/" + "x" * 5000, "a/" * 2500):
+        assert call(port, "GET", f"/v1/models/{name}")[0] == 404
+    for name in ("x" * 4000, "/" + "x" * 4000, "a/" * 2000):
+        for field in ("model", "adapters", "draft_model"):
+            body = {"prompt": "x", field: name}
+            status, answer = call(port, "POST", "/v1/completions", body)
+            assert (status, answer["error"]["param"]) == (404, field)
+
+
 def test_none_may_be_named_if_the_list_is_empty(start_engine, monkeypatch):
     monkeypatch.setattr(model_names, "snapshot_download", None)
     refusal(start_engine("llama", MODELS), model="cached/model")

@@ -269,6 +269,29 @@ def test_what_is_wrong_is_a_400_that_names_the_field(fields, param, part, tokeni
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(
+    "fields, param, part",
+    [
+        *WRONG[-5:],
+        (
+            schema_field({"schema": {"not": {}}}),
+            "response_format.json_schema.schema",
+            "not",
+        ),
+    ],
+)
+def test_tools_are_not_blamed_for_a_wrong_format(fields, param, part, choice, strict):
+    tokenizer = make_tokenizer(MARKS + CALL, **tool_parser("json_tools"))
+    function = {"name": "f", "strict": strict, "parameters": PARAMETERS}
+    tools = [{"type": "function", "function": function}]
+    with pytest.raises(RequestError) as error:
+        constrain(tokenizer, messages=HELLO, tools=tools, tool_choice=choice, **fields)
+    assert (error.value.status, error.value.param) == (400, param)
+    assert part in str(error.value)
+
+
 # Keywords and other things that cannot be checked while an answer is made.
 REFUSED = [
     ({"not": {"type": "string"}}, "not"),
@@ -705,6 +728,18 @@ def test_what_takes_too_long_is_left_alone(tokenizer, monkeypatch):
     with pytest.raises(RequestError, match="too many grammars") as error:
         constrain(tokenizer, prompt="x", guided_regex="(abc?)+d")
     assert error.value.status == 503
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_fails_while_it_is_compiled_is_not_said_to_be_slow(tokenizer):
+    class Failing(grammars.Grammars):
+        def check_start(self, matcher):
+            raise RuntimeError
+
+    failing = Failing(tokenizer, len(tokenizer))
+    with pytest.raises(RequestError, match="guided_regex cannot be used") as error:
+        failing.constrain("start: /a+/", "guided_regex")
+    assert (error.value.status, error.value.param) == (400, "guided_regex")
 
 
 def test_compiled_grammars_are_kept_up_to_a_limit(tokenizer, monkeypatch):

@@ -110,6 +110,31 @@ def test_choice_of_a_tool_needs_tools(choice, tools):
     assert (raised.value.status, raised.value.param) == (400, "tool_choice")
 
 
+def test_tools_of_one_name_are_the_same_tool():
+    assert parse(tools=[SAY, COUNT, SAY])[0] == [SAY, COUNT, SAY]
+    for other in ({"parameters": {"type": "object"}}, {"strict": True}):
+        function = {"name": "say"} | other
+        with pytest.raises(RequestError) as raised:
+            parse(tools=[*TOOLS, {"type": "function", "function": function}])
+        assert raised.value.status == 400
+        assert raised.value.param == "tools[2].function.name"
+
+
+@pytest.mark.parametrize("key", ["parameters", "description"])
+def test_functions_that_are_nested_too_deeply_are_refused_by_name(key):
+    def with_depth(n):
+        value = {}
+        for i in range(n - 1):
+            value = {"items": value} if i % 2 else [value]
+        return {"type": "function", "function": {"name": "f", key: {"x": value}}}
+
+    assert parse(tools=[SAY, with_depth(99)])
+    with pytest.raises(RequestError, match="100 objects") as raised:
+        parse(tools=[SAY, with_depth(100)])
+    assert raised.value.status == 400
+    assert raised.value.param == f"tools[1].function.{key}"
+
+
 @pytest.mark.parametrize("strict", ["yes", 1, {}])
 def test_strict_must_be_a_boolean(strict):
     function = {"name": "say", "strict": strict}

@@ -587,6 +587,32 @@ def test_schema_that_cannot_be_done_gives_any_object_or_is_refused(name, family)
 @pytest.mark.parametrize(
     "parameters",
     [
+        properties(a=5),
+        properties(a={"type": "array", "items": 5}),
+        properties(a={"type": {}}),
+        properties(a={"type": ["string", 5]}),
+        properties(a={"anyOf": [5, STRING]}),
+        # Nothing fits these.
+        properties(a={"enum": []}),
+        properties(a={"type": "string", "enum": [5]}),
+        {"type": "object", "additionalProperties": 5},
+        {"type": {}},
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_schema_that_is_none_gives_any_object_or_is_refused(name, family, parameters):
+    family = family(name)
+    assert family.grammar(body([tool("f", parameters)], named("f")))
+    with pytest.raises(RequestError) as raised:
+        family.grammar(body([tool("f", parameters, strict=True)], named("f")))
+    assert raised.value.status == 400
+    assert raised.value.param == "tools[0].function.parameters"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
         {"type": "array", "items": INTEGER},
         {"type": ["string", "null"]},
         {"enum": ["a"], "type": "string"},

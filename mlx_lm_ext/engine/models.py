@@ -9,6 +9,7 @@ import logging
 import traceback
 from collections import OrderedDict
 from math import inf
+from os.path import isfile, join
 from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, Optional
@@ -120,7 +121,8 @@ class BatchModelProvider(ModelProviderBase):
         found = self.allowed.find(name)
         if found is not None and not is_path(found):
             found = cached_snapshot(found) or found
-        return found is not None and (Path(found) / "config.json").is_file()
+        # ``Path.is_file`` raises an error for a name that is too long.
+        return found is not None and isfile(join(found, "config.json"))
 
     def describe(self, model: ModelDescription) -> ServedModel:
         """What a request's model is, found without loading its weights (any thread).

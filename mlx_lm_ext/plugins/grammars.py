@@ -31,6 +31,7 @@ import numpy as np
 
 from ..errors import RequestError, one_line
 from ..interfaces import Constraint, RequestInfo
+from ..request.fields import check_depth
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -39,9 +40,8 @@ if TYPE_CHECKING:
 # make llguidance recurse.
 MAX_BYTES = 256 << 10
 MAX_LINES = 1000
-# Objects and arrays in each other, of which llguidance takes 128, and properties in all. The
-# time for those that an object need not have grows with their square.
-MAX_DEPTH = 100
+# Properties of a schema. The time for those that an object need not have grows with their
+# square.
 MAX_PROPERTIES = 2000
 # Seconds to compile a grammar, with the wait for others.
 MAX_SECONDS = 1.0
@@ -50,6 +50,7 @@ MAX_COMPILING = 4
 MAX_START = 0.05
 # With half of it, no grammar within these limits was seen to overflow.
 STACK_BYTES = 128 << 20
+TOO_COMPLEX = "it is too complex"
 # Compiled grammars that are kept for each tokenizer.
 MAX_KEPT = 64
 # The slowest masks of hostile grammars then take some 10 ms, and a matcher some 20 MB.
@@ -243,6 +244,9 @@ class Grammars:
             slots.release()
             raise RequestError(503, "there is no memory to compile a grammar")
         thread.join(MAX_SECONDS)
+        if not made and not thread.is_alive():
+            # It has raised something.
+            raise RequestError(400, f"{field} cannot be used: {TOO_COMPLEX}", field)
         if not made:
             message = f"{field} takes longer than {MAX_SECONDS:g} s to compile"
             raise RequestError(400, f"{message}; make it simpler", field)
@@ -274,7 +278,7 @@ def reason(matcher: "LLMatcher") -> str:
     """Why a matcher has failed, in one line."""
     text: str = matcher.get_error()
     if "panic" in text:
-        return "it is too complex"
+        return TOO_COMPLEX
     if text.startswith("NoExtension"):
         return "nothing fits it"
     # What follows is the state of the matcher, or an option that no client can set.
@@ -291,22 +295,15 @@ def check_bytes(field: str, grammar: str) -> None:
 
 def check_schema(field: str, schema: Dict[str, Any]) -> None:
     """Refuse a schema that is nested too deeply, or has too many properties."""
-    n_properties, level = 0, [cast(Any, schema)]
-    for _ in range(MAX_DEPTH):
-        below: List[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                properties = value.get("properties")
-                n_properties += len(properties) if isinstance(properties, dict) else 0
-                below += [v for v in value.values() if isinstance(v, (dict, list))]
-            else:
-                below += [v for v in value if isinstance(v, (dict, list))]
-        level = below
-        if not level:
-            break
-    if level:
-        message = f"{field} may have {MAX_DEPTH} objects and arrays in each other"
-        raise RequestError(400, message, field)
+    check_depth(field, schema)
+    n_properties, parts = 0, [cast(Any, schema)]
+    for part in parts:
+        if isinstance(part, dict):
+            properties = part.get("properties")
+            n_properties += len(properties) if isinstance(properties, dict) else 0
+            part = part.values()
+        # They are looked at in their turn.
+        parts += [value for value in part if isinstance(value, (dict, list))]
     if n_properties > MAX_PROPERTIES:
         message = f"{field} may have {MAX_PROPERTIES} properties, not {n_properties}"
         raise RequestError(400, message, field)

@@ -165,7 +165,9 @@ def split_values(
     texts = [value for value in values if isinstance(value, str)]
     others = [v for v in values if v is not None and not isinstance(v, str)]
     leaves: List[Dict[str, Any]] = [{"enum": part} for part in (texts, others) if part]
-    return leaves + ([{"type": "null"}] if None in values else [])
+    leaves += [{"type": "null"}] if None in values else []
+    # No value at all is no alternative.
+    return leaves or None
 
 
 def copied(schema: Schema, root: str = "#") -> Schema:

@@ -48,7 +48,7 @@ def mlx_lm_make_constraint(
     from ..request.fields import parse_answer_format
 
     body = request.body
-    form, answer, rules = parse_answer_format(body), None, None
+    form, answer, rules, alone = parse_answer_format(body), None, None, None
     if form is not None:
         from .grammars import grammars_of
 
@@ -56,13 +56,13 @@ def mlx_lm_make_constraint(
         grammars_of(request, tokenizer, form.field)
         answer = answer_grammar(form)
         rules = answer_rules(request, tokenizer, form)
+        # First without the tools, which are not to blame for what is wrong with it.
+        alone = constrain(request, tokenizer, f"start: {rules}", answer, form.field)
     if "messages" in body and body.get("tools"):
         constraint = constrain_calls(request, tokenizer, rules, answer)
         if constraint is not None:
             return constraint
-    if form is None:
-        return None
-    return constrain(request, tokenizer, f"start: {rules}", answer, form.field)
+    return alone
 
 
 def constrain_calls(

@@ -150,8 +150,10 @@ class Values:
 
     def write_other(self, schema: Schema) -> str:
         """What is no list of keys or alternatives."""
-        kind = schema.get("type") if isinstance(schema, dict) else None
-        if kind in SCALARS or "enum" in (schema or {}):
+        # A type of a wrong schema may be anything, and have no hash.
+        if isinstance(schema, dict) and (
+            "enum" in schema or schema.get("type") in tuple(SCALARS)
+        ):
             return self.rules.json(schema)
         self.arguments.is_exact = False
         return self.write_any()

@@ -316,8 +316,8 @@ class Policies:
         """The constraint of a request, guarded. None if no plugin gives one.
 
         Raises:
-            RequestError: If a plugin refuses the request.
-            RuntimeError: If a plugin fails, or two give a constraint.
+            RequestError: If a plugin refuses the request, or two give a constraint.
+            RuntimeError: If a plugin fails.
         """
         found: Optional[GuardedConstraint] = None
         hook = "mlx_lm_make_constraint"
@@ -335,9 +335,8 @@ class Policies:
             except BaseException as e:
                 raise RuntimeError(f"{label}: {hook} failed") from e
             if found is not None:
-                raise RuntimeError(
-                    f"{found.label} and {label} both give a constraint for a request"
-                )
+                message = f"{found.label} and {label} both restrict the answer"
+                raise RequestError(400, message)
             found = GuardedConstraint(label, constraint, request.vocabulary_size)
         return found
 

@@ -147,6 +147,9 @@ MAX_CHOICES = 10_000
 # Most tokens of an answer with a format, or of a forced call, if neither the request nor the
 # operator says: one that is cut off is of no use.
 MAX_FORMATTED = 32_768
+# Objects and arrays in each other, of which llguidance takes 128, and chat templates a few
+# hundred.
+MAX_DEPTH = 100
 # Objects and arrays of a body: no other thread runs while they are made.
 MAX_NESTED = 500_000
 
@@ -359,10 +362,27 @@ def check_count(name: str, n: int, limit: int) -> None:
         raise RequestError(400, f"{name} may have {limit} at most, not {n}", name)
 
 
+def check_depth(name: str, value: Any) -> None:
+    """Refuse a value with too many objects and arrays in each other."""
+    level: List[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            part
+            for whole in level
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    message = f"{name} may have {MAX_DEPTH} objects and arrays in each other"
+    raise RequestError(400, message, name)
+
+
 def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
     """Check the tools, and return those that the model may call."""
     tools = body.get("tools") or []
     check_count("tools", len(tools), MAX_TOOLS)
+    seen: Dict[str, Any] = {}
     for i, tool in enumerate(tools):
         check_type(f"tools[{i}]", tool, dict)
         name, function = f"tools[{i}].function", tool.get("function")
@@ -374,6 +394,11 @@ def parse_tools(body: Dict[str, Any]) -> Optional[List[Dict[str, Any]]]:
             check_type(f"{name}.parameters", function["parameters"], dict)
         if function.get("strict") is not None:
             check_type(f"{name}.strict", function["strict"], bool)
+        for key, value in function.items():
+            check_depth(f"{name}.{key[:100]}", value)
+        if seen.setdefault(function["name"], function) != function:
+            message = f"{name}.name is that of another tool"
+            raise RequestError(400, message, f"{name}.name")
     # All stay in the prompt, whichever may be called: so its start is the same.
     return None if parse_tool_choice(body).mode == "none" else tools or None
 

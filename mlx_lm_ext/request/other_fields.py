@@ -73,8 +73,9 @@ WITHOUT_EFFECT = {
 }
 
 
-# Fields of text completions only.
+# Fields of text completions only, and of chats only.
 TEXT_ONLY = ("echo", "suffix")
+CHAT_ONLY = ("messages", "tools")
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -94,7 +95,8 @@ def check_other_fields(body: Dict[str, Any]) -> None:
 
 
 def check_endpoint(body: Dict[str, Any], is_chat: bool) -> None:
-    """Refuse fields that only requests to the other endpoint may have.
+    """Refuse fields that only requests to the other endpoint may have. Empty ones of a chat
+    are dropped in place: what has ``messages`` is taken for a chat.
 
     Raises:
         RequestError: A 400 that names the field.
@@ -102,6 +104,9 @@ def check_endpoint(body: Dict[str, Any], is_chat: bool) -> None:
     for name in TEXT_ONLY:
         if is_chat and body.get(name):
             raise unsupported(name, "only text completions have it")
+    for name in CHAT_ONLY:
+        if not is_chat and body.pop(name, None):
+            raise unsupported(name, "only chats have it")
     if body.get("add_special_tokens", not is_chat) == is_chat:
         right = "false for a chat" if is_chat else "true for a text completion"
         raise unsupported("add_special_tokens", f"it is {right}", "this value of ")
