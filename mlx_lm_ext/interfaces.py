@@ -248,7 +248,7 @@ class SchedulerView:
         batch_size (int): How many requests can run at a time.
         gap_tokens (Optional[int]): How many tokens of prompts the next step can process
           beside its decoding without a longer gap than ``--max-gap`` between two tokens of a
-          stream. It follows from the times of the last steps. None if nothing runs.
+          stream. It follows from the times of the last steps. None before the first.
     """
 
     now: float
@@ -305,7 +305,7 @@ class SchedulerPolicy(ABC):
         Called before each step that has prompts to process, but for the few that process
         none, to see how long the decoding takes. A request starts only if the prompts that
         started before it have fewer tokens left than this. The padding of short prompts
-        beside long ones counts, and at least one token of each prompt is processed.
+        beside others counts, and at least one token of one of them is processed.
         ``view.gap_tokens`` keeps the gaps of running streams within ``--max-gap``.
 
         Returns:

@@ -77,5 +77,15 @@ def test_decoding_is_measured_where_it_is_not_known():
     assert known.must_measure(4)
 
 
+def test_a_decode_step_that_was_thought_to_be_long_is_forgotten():
+    known = Pace(1.0, LIMIT)
+    known.note(1, [], 1.0)
+    known.note(1, [64], 0.05)
+    for _ in range(30):
+        known.note(1, [], 0.01)
+        known.note(1, [64], 0.65)
+    assert known.gap_tokens(1) == pytest.approx(78, rel=0.05)
+
+
 def test_first_chunk_is_short():
     assert Pace(None, LIMIT).gap_tokens(1) == 64

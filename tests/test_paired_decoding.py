@@ -62,3 +62,7 @@ def test_pairs_are_run_where_they_pay(monkeypatch):
     assert not pays([layer(2000, padding=(0, 0))])
     assert not pays([layer(2000, mx.float32)])
     assert not pays([layer(2000), object()])
+    # Keys and values of latents differ in width.
+    latents = layer(2000)
+    latents.values = latents.values[..., :4]
+    assert not pays([latents])

@@ -370,10 +370,11 @@ class Batch:
         if not n_rows:
             self.generator.prompts.wait()
         now = self.policies.clock()
+        is_timed = self.last_wait is not None
         if self.last_wait is not None:
             self.pace.note(n_rows, self.handed_over, now - self.last_wait)
         self.last_wait, self.handed_over = now, []
-        if self.prefilling and not self.pace.must_measure(n_rows):
+        if self.prefilling and not (is_timed and self.pace.must_measure(n_rows)):
             self.prefill()
             self.handed_over = self.generator.chunk_sizes
         if not self.rows:

@@ -93,6 +93,8 @@ def pays_to_run_pairs(caches: List[Any]) -> bool:
         all(type(other) is BatchSegmentedKVCache for other in caches)
         and c.end >= MIN_PAIRED
         and c.row_starts.left_padding is not None
+        # The models that keep latents use the mask as a condition.
+        and c.keys.shape == c.values.shape
         and c.keys.dtype in (mx.float16, mx.bfloat16)
     )
 

@@ -170,7 +170,9 @@ class GenerationGroups:
         main = max(self.groups, key=lambda group: (len(group), -group.seconds))
         others = [group for group in self.groups if group is not main]
         others.sort(key=lambda group: -group.n_waited)
-        self.credit += main.seconds * max(SIDE_SHARE, sum(map(len, others)) / len(main))
+        gain = main.seconds * max(SIDE_SHARE, sum(map(len, others)) / len(main))
+        # No more than they can use: the rest would go to a group that comes later.
+        self.credit = min(self.credit + gain, sum(group.seconds for group in others))
         due = [main]
         for group in others:
             group.n_waited += 1

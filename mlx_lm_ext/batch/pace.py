@@ -53,7 +53,8 @@ class Pace:
         and then one token of each of ``n_rows``."""
         decoding = self.of_step.get(n_rows.bit_length()) if n_rows else 0.0
         if chunks and decoding is not None:
-            seconds = max(0.0, seconds - decoding)
+            # The decoding may have been thought to take longer than it does.
+            seconds = max(seconds / 10, seconds - decoding)
             shares = [n * self.token_seconds(n) for n in chunks]
             total = sum(shares)
             for n, share in zip(chunks, shares):
@@ -95,7 +96,7 @@ class Pace:
     def cost(self, budget: int, n: int) -> int:
         """How many tokens of a budget a chunk of ``n`` tokens takes."""
         of_budget = self.token_seconds(budget)
-        return round(n * self.token_seconds(n) / of_budget) if of_budget else n
+        return max(1, round(n * self.token_seconds(n) / of_budget)) if of_budget else n
 
     def token_seconds(self, n: int) -> float:
         """Seconds that a token of a chunk of ``n`` tokens takes, as far as is known: as in the

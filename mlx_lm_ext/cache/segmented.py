@@ -267,9 +267,11 @@ class BatchSegmentedKVCache(BatchKVCache):
         every = RowStarts(starts.starts + [0] * (n_rows - len(starts.starts)))
         for c in layers:
             c.row_starts, c.is_whole = every, True
-        yield n_rows
-        for c in layers:
-            c.row_starts, c.is_whole = starts, False
+        try:
+            yield n_rows
+        finally:
+            for c in layers:
+                c.row_starts, c.is_whole = starts, False
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: Optional[int] = None
