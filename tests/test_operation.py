@@ -516,11 +516,12 @@ def test_path_may_be_written_in_several_ways(target, status, start_server):
 )
 def test_posts_go_to_their_route_however_its_path_is_written(path, start_server):
     _, port = start_server()
-    body = {"messages": HELLO, "prompt": "x", "max_tokens": 1}
-    status, answer = call(port, "POST", path, body)
+    text, chat = {"prompt": "x", "max_tokens": 1}, {"messages": HELLO, "max_tokens": 1}
+    is_chat = "chat" in path
+    status, answer = call(port, "POST", path, chat if is_chat else text)
     assert status == 200
-    assert answer["object"].startswith("chat" if "chat" in path else "text")
-    assert call(port, "POST", "/completions", body)[1]["object"] == "text_completion"
+    assert answer["object"].startswith("chat" if is_chat else "text")
+    assert call(port, "POST", "/completions", text)[1]["object"] == "text_completion"
 
 
 def test_model_may_be_looked_up_by_an_id_with_slashes_and_marks(start_server):
