@@ -370,11 +370,13 @@ class Batch:
         if not n_rows:
             self.generator.prompts.wait()
         now = self.policies.clock()
-        is_timed = self.last_wait is not None
-        if self.last_wait is not None:
-            self.pace.note(n_rows, self.handed_over, now - self.last_wait)
+        before = self.last_wait
+        if before is not None:
+            self.pace.note(n_rows, self.handed_over, now - before)
         self.last_wait, self.handed_over = now, []
-        if self.prefilling and not (is_timed and self.pace.must_measure(n_rows)):
+        # A step that is not timed would leave the prompts out for nothing.
+        must_measure = before is not None and self.pace.must_measure(n_rows)
+        if self.prefilling and not must_measure:
             self.prefill()
             self.handed_over = self.generator.chunk_sizes
         if not self.rows:

@@ -211,7 +211,7 @@ class LeanGenerationBatch(GenerationBatch):
             of_go, of_stay = part([layer], go, stay)
             taken += of_go
             left += of_stay
-        # The rest of the rows.
+        # The caches are parted already: these filter all else that belongs to the rows.
         self.prompt_cache, batch.prompt_cache = [], []
         batch.filter(go)
         self.filter(stay)
@@ -473,20 +473,19 @@ class LeanBatchGenerator(BatchGenerator):
                 short.append([])
             short[-1].append(p)
         for rows in [*short, *([p] for p in prompts if p.is_long)]:
-            if rows:
-                batch = LeanPromptBatch(
-                    [PromptInProgress(p.segments, 0, p.n_left) for p in rows],
-                    self.model,
-                    [p.uid for p in rows],
-                    [p.cache for p in rows],
-                    [p.tokens for p in rows],
-                    samplers=[p.sampler for p in rows],
-                    fallback_sampler=self.sampler,
-                    logits_processors=[p.logits_processors for p in rows],
-                    stop_sequences=[p.stop_sequences for p in rows],
-                    max_tokens=[p.max_tokens for p in rows],
-                )
-                self.prompts.batches.append(batch)
+            batch = LeanPromptBatch(
+                [PromptInProgress(p.segments, 0, p.n_left) for p in rows],
+                self.model,
+                [p.uid for p in rows],
+                [p.cache for p in rows],
+                [p.tokens for p in rows],
+                samplers=[p.sampler for p in rows],
+                fallback_sampler=self.sampler,
+                logits_processors=[p.logits_processors for p in rows],
+                stop_sequences=[p.stop_sequences for p in rows],
+                max_tokens=[p.max_tokens for p in rows],
+            )
+            self.prompts.batches.append(batch)
         for _ in prompts:
             self._unprocessed_sequences.popleft()
 

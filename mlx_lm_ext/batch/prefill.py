@@ -12,7 +12,7 @@ MIN_WIDTH = 32
 
 
 def max_prefill_tokens(step_size: int) -> int:
-    """The most tokens of prompts that one step runs.
+    """The most tokens of prompts that the device is given at a time.
 
     On a CPU, a long prompt takes a third longer in chunks of 2,048 tokens than in chunks
     of 256.
@@ -53,8 +53,9 @@ def padded_width(width: int) -> int:
 
 
 def aligned(n_known: int, n_tokens: int) -> int:
-    """How many of the ``n_known`` first tokens of a prompt are not run, see ``padded_width``. To
-    run the others again takes less time than a plan.
+    """How many tokens of a known prefix are taken from the prompt cache, so that the first chunk
+    begins at one of few places, see ``padded_width``. The rest of the prefix is run again, which
+    takes less time than to plan the attention of a new shape.
 
     Args:
         n_known (int): Tokens whose KV is there.

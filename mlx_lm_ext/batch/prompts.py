@@ -110,7 +110,7 @@ class LeanPromptBatch(PromptProcessingBatch):
         batch = copy(self)
         stay = [i for i in range(len(self.uids)) if i not in indices]
         taken, left = part(self.prompt_cache, indices, stay)
-        # The rest of the rows.
+        # The caches are parted already: these filter all else that belongs to the rows.
         self.prompt_cache, batch.prompt_cache = [], []
         batch.filter(indices)
         self.filter(stay)

@@ -20,6 +20,7 @@ from mlx_lm_ext.arguments import ArgumentParser, make_parser, number
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.random_model import LLAMA, write_model
+from mlx_lm_ext.bench.steps import seconds_of_step
 from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.engine.warm_up import make_request
 from mlx_lm_ext.interfaces import SchedulerPolicy
@@ -56,16 +57,6 @@ def start_batch(args: argparse.Namespace, n_rows: int, n_tokens: int) -> Batch:
     return batch
 
 
-def measure(batch: Batch, n_steps: int) -> float:
-    """Seconds that a step takes, on average over ``n_steps``."""
-    start = time.perf_counter()
-    for _ in range(n_steps):
-        batch.step()
-    # On a GPU the last step is still running.
-    mx.synchronize()
-    return (time.perf_counter() - start) / n_steps
-
-
 def main() -> None:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -96,7 +87,7 @@ def main() -> None:
     for i in range(options.rounds):
         # The one that goes first is slower, so they take turns at that.
         sides = [with_policies, without][:: -1 if i % 2 else 1]
-        times = {side: measure(side, options.steps) for side in sides}
+        times = {side: seconds_of_step(side, options.steps) for side in sides}
         pairs.append((times[with_policies], times[without]))
     first, second = (timings.spread(list(side))[0] * 1e6 for side in zip(*pairs))
     # One ratio for each two rounds, of which each side went first once.

@@ -9,7 +9,6 @@ in one group with them.
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Dict, List
 
@@ -25,6 +24,7 @@ from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.grouping import Grouping
 from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.random_model import LLAMA, write_model
+from mlx_lm_ext.bench.steps import seconds_of_step
 from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.engine.warm_up import make_request
 from mlx_lm_ext.policies.guard import Policies
@@ -80,16 +80,6 @@ def start_batch(
     return batch
 
 
-def measure(batch: Batch, n_steps: int) -> float:
-    """Seconds that a step takes, on average over ``n_steps``."""
-    start = time.perf_counter()
-    for _ in range(n_steps):
-        batch.step()
-    # On a GPU the last step is still running.
-    mx.synchronize()
-    return (time.perf_counter() - start) / n_steps
-
-
 def main() -> None:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -129,7 +119,7 @@ def main() -> None:
         for name, batch in [*batches.items()][:: -1 if i % 2 else 1]:
             # Its steps may take 20 times as long.
             n_steps = options.steps // (12 if name == "in one group" else 1)
-            times[name].append(measure(batch, max(1, n_steps)))
+            times[name].append(seconds_of_step(batch, max(1, n_steps)))
     for name, batch in batches.items():
         ratios = [a / b for a, b in zip(times[name], times["short rows"])]
         ratio, low, high = timings.spread(ratios)
