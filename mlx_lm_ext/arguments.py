@@ -9,6 +9,7 @@ Rules:
 import argparse
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
@@ -16,7 +17,12 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 from jinja2 import Environment, TemplateSyntaxError
 
 from . import __version__, demo_model
+from .log import FORMATS
 from .policies.loading import KINDS, PluginError, Plugins
+from .server.access import Keys
+
+# The environment variable with API keys.
+KEY_VARIABLE = "MLX_LM_API_KEY"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -86,6 +92,20 @@ def json_object(text: str) -> Dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
+
+
+def key_lines(path: str) -> List[str]:
+    """An argument type: a file with an API key in each line. Empty lines, and those that begin
+    with ``#``, do not count."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise argparse.ArgumentTypeError(f"the file cannot be read: {e}")
+    keys = [line.strip() for line in lines]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    if not keys:
+        raise argparse.ArgumentTypeError(f"there is no key in {path}")
+    return keys
 
 
 def chat_template(text: str) -> str:
@@ -189,6 +209,74 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="port to listen on; 0 takes a free one",
     )
     add(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what clients call the served model; answers have the first one; unset, what "
+        "--model says",
+    )
+    add(
+        "--any-model-name",
+        action="store_true",
+        help="answer requests for models that are not there with the served one, for clients "
+        "that insist on a name",
+    )
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="[NAME:]KEY",
+        help="a key that callers must send, repeatable; NAME stands for it in the log and in "
+        "--scheduler fair; others on this machine can see it, unless it is in a file or in "
+        f"the environment variable {KEY_VARIABLE}, with blanks between several",
+    )
+    add(
+        "--api-key-file",
+        type=key_lines,
+        default=[],
+        metavar="FILE",
+        help="a file with a [NAME:]KEY in each line",
+    )
+    add(
+        "--ssl-certfile",
+        metavar="FILE",
+        help="certificate, with those that have signed it, in PEM, to serve over https",
+    )
+    add(
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="its private key; unset, --ssl-certfile has that too",
+    )
+    add(
+        "--max-connections",
+        type=number(int, 1),
+        default=1000,
+        help="connections to keep at a time; others are closed at once",
+    )
+    add(
+        "--header-timeout",
+        type=number(float, 0),
+        default=30.0,
+        metavar="SECONDS",
+        help="seconds for the headers of a request to arrive, from its first byte on",
+    )
+    add(
+        "--idle-timeout",
+        type=number(float, 0),
+        default=60.0,
+        metavar="SECONDS",
+        help="seconds after which a connection is closed whose client sends no request, or "
+        "takes nothing of an answer",
+    )
+    add(
+        "--shutdown-timeout",
+        type=number(float, 0),
+        default=30.0,
+        metavar="SECONDS",
+        help="seconds after SIGTERM or Ctrl-C in which the requests that are there may end; a "
+        "second signal ends the process at once",
+    )
+    add(
         "--allowed-origins",
         type=names,
         default="loopback",
@@ -218,7 +306,13 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-level",
         choices=["DEBUG", "INFO", "WARNING", "ERROR"],
         default="INFO",
-        help="least severity of what is logged",
+        help="least severity of what is logged; with DEBUG, prompts and answers too",
+    )
+    add(
+        "--log-format",
+        choices=list(FORMATS),
+        default="text",
+        help="text, or an object of JSON in each line",
     )
 
 
@@ -275,8 +369,20 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--request-timeout",
         type=number(float, 0),
         metavar="SECONDS",
-        help="end a request that takes longer, waiting included, with HTTP 408; unset, "
-        "it may take any time",
+        help="end an answer that takes longer, waiting included, with what there is of it; "
+        "unset, it may take any time",
+    )
+    add(
+        "--max-queue",
+        type=number(int, 1),
+        default=1000,
+        help="answers that may wait for their turn; more are refused with HTTP 429",
+    )
+    add(
+        "--max-requests-per-key",
+        type=number(int, 1),
+        metavar="N",
+        help="answers that may wait or run for one API key; more are refused with HTTP 429",
     )
     add(
         "--warmup",
@@ -321,6 +427,12 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse requests without a cache_salt, in the body or in the header "
         "X-Cache-Salt: no two with different ones share KV",
+    )
+    add(
+        "--share-cache",
+        action="store_true",
+        help="let requests with different API keys share KV: how long an answer takes then "
+        "tells how much of its prompt others have sent",
     )
     add(
         "--kv-bits",
@@ -431,6 +543,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def collect_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set ``args.api_keys``, and take away the keys themselves: plugins get the arguments."""
+    keys = [*args.api_key, *args.api_key_file]
+    keys += os.environ.get(KEY_VARIABLE, "").split()
+    del args.api_key, args.api_key_file
+    try:
+        args.api_keys = Keys(keys)
+    except ValueError as e:
+        parser.error(f"--api-key: {e}")
+
+
 def parse_arguments(
     argv: Optional[List[str]] = None,
 ) -> Tuple[argparse.Namespace, Plugins]:
@@ -454,8 +577,11 @@ def parse_arguments(
         plugins = Plugins(first.parse_known_args(argv)[0].p)
         plugins.add_arguments(parser)
         args = parser.parse_args(argv)
+        collect_keys(parser, args)
+        if args.ssl_keyfile is not None and args.ssl_certfile is None:
+            parser.error("--ssl-keyfile needs --ssl-certfile")
         if args.list_plugins:
-            print(plugins.describe())
+            print(plugins.describe(args))
             parser.exit()
     except PluginError as e:
         parser.error(str(e))

@@ -5,7 +5,9 @@ Rules:
    server from starting with exit code 1. Both print one line that says why.
 2. MLX is imported after the arguments are parsed, so that wrong ones are reported at
    once, and after a fast BLAS is loaded and the settings for CUDA are made.
-3. After a signal the process ends within seconds, whatever its threads are doing.
+3. After a signal, requests that are there may end for ``--shutdown-timeout``; then the
+   process ends within seconds, whatever its threads are doing. A second signal ends it at
+   once.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import logging
 import os
 import re
 import signal
+import ssl
 import sys
 import time
 from contextlib import suppress
@@ -48,7 +51,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     lines = [blas.load(), *cuda.prepare()]
     with descriptors.limit_kept():
         args, plugins = parse_arguments(argv)
-    log = LogWriter(args.log_level)
+    log = LogWriter(args.log_level, args.log_format)
     for line in filter(None, lines):
         logger.info(line)
     server = BatchServer(args, plugins, log)
@@ -93,6 +96,12 @@ def check_mlx_lm() -> None:
         )
 
 
+def end_at_once() -> None:
+    """Let the next signal end the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class BatchServer:
     """The HTTP server and the engine of this process.
 
@@ -109,6 +118,7 @@ class BatchServer:
         # Any: their classes import MLX, and OpenBLAS must be loaded before it.
         self.httpd: Any = None
         self.engine: Any = None
+        self.client: Any = None
         self.accepting: Optional[Thread] = None
 
     def start(self) -> None:
@@ -151,16 +161,20 @@ class BatchServer:
 
     def tell_address(self) -> None:
         """Log where the server is, and a command to try it with."""
-        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
+        args = self.args
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        scheme = "http" if args.ssl_certfile is None else "https"
         port = self.httpd.server_address[1]
-        logger.info(f"Serving {self.args.model_id} at http://{host}:{port}/v1")
-        if self.args.host in ("", "0.0.0.0", "::"):
+        name = self.client.served_names[0]
+        logger.info(f"Serving {name} at {scheme}://{host}:{port}/v1")
+        if args.host in ("", "0.0.0.0", "::"):
             host = "localhost"
+        key = "-H 'Authorization: Bearer KEY' " if args.api_keys else ""
         seconds = time.perf_counter() - STARTED
         logger.info(
             f"Ready after {seconds:.1f} s. Try it: curl "
-            f"http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d '{EXAMPLE}'"
+            f"{scheme}://{host}:{port}/v1/chat/completions {key}"
+            f"-H 'Content-Type: application/json' -d '{EXAMPLE}'"
         )
 
     def find_model(self) -> None:
@@ -187,16 +201,51 @@ class BatchServer:
 
     def listen(self) -> None:
         """Open the port. Connections are accepted later, when there is an engine."""
+        from .server.browsers import is_loopback
         from .server.http_server import BatchHTTPServer
 
         args = self.args
+        tls = self.make_tls()
+        routes = self.plugins.routes(args)
         try:
             self.httpd = BatchHTTPServer(
-                (args.host, args.port), None, args.allowed_origins, args.allowed_hosts
+                (args.host, args.port),
+                None,
+                args.allowed_origins,
+                args.allowed_hosts,
+                keys=args.api_keys,
+                routes=routes,
+                max_connections=args.max_connections,
+                idle_timeout=args.idle_timeout,
+                header_timeout=args.header_timeout,
+                tls=tls,
             )
         except (OSError, UnicodeError) as e:
             reason = getattr(e, "strerror", None) or e
             raise OSError(f"cannot listen on {args.host} port {args.port}: {reason}")
+        if not (args.api_keys or is_loopback(str(self.httpd.server_address[0]))):
+            logger.warning(
+                f"Everybody who can reach {args.host} may use this server, because no "
+                "--api-key was given"
+            )
+
+    def make_tls(self) -> Optional[ssl.SSLContext]:
+        """What connections are encrypted with, if they are.
+
+        Raises:
+            OSError: If the certificate or its key cannot be used.
+        """
+        args = self.args
+        if args.ssl_certfile is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
+        except OSError as e:
+            names = " and ".join(filter(None, (args.ssl_certfile, args.ssl_keyfile)))
+            reason = getattr(e, "strerror", None) or e
+            raise OSError(f"--ssl-certfile: {names} cannot be used: {reason}")
+        return context
 
     def start_engine(self, policies) -> None:
         """Start the generation thread, which begins to load the model."""
@@ -220,29 +269,56 @@ class BatchServer:
         # takes 20 to 160 ms, during which all streams would stand still.
         gc.freeze()
         self.engine = Engine(BatchModelProvider(self.args), policies, cache)
-        client = EngineClient(self.engine.model_provider, policies, self.engine.inbox)
+        self.client = EngineClient(
+            self.engine.model_provider,
+            policies,
+            self.engine.inbox,
+            self.engine.counters,
+        )
         self.httpd.RequestHandlerClass = partial(
-            BatchAPIHandler, client, system_fingerprint=fingerprint
+            BatchAPIHandler, self.client, system_fingerprint=fingerprint
         )
         self.engine.start()
 
     def wait(self) -> None:
-        """Serve until a signal comes or one of the threads has failed.
+        """Serve until a signal comes or one of the threads has failed. After a signal, let the
+        requests that are there end.
 
         Raises:
             RuntimeError: If the generation thread or the accepting one has failed.
-            KeyboardInterrupt: On SIGINT or SIGTERM.
         """
-        while not self.engine.ended.wait(1.0):
-            if not self.accepting.is_alive():
-                raise RuntimeError("no connections are accepted; the log says why")
+        try:
+            while not self.engine.ended.wait(1.0):
+                if not self.accepting.is_alive():
+                    raise RuntimeError("no connections are accepted; the log says why")
+        except KeyboardInterrupt:
+            self.drain()
+            return
         raise RuntimeError("the generation thread has failed; the log says why")
+
+    def drain(self) -> None:
+        """Take no new requests, and wait until those that are there have ended, or for
+        ``--shutdown-timeout``."""
+        end_at_once()
+        admission = self.client.admission
+        admission.close()
+        n = len(admission.tickets)
+        if n:
+            logger.info(
+                f"Stopping: {n} requests may end within "
+                f"{self.args.shutdown_timeout:g} seconds (--shutdown-timeout)"
+            )
+        deadline = time.monotonic() + self.args.shutdown_timeout
+        while not self.engine.ended.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0 or admission.wait_until_empty(min(left, 1.0)):
+                break
+        if admission.tickets:
+            logger.warning(f"{len(admission.tickets)} requests did not end in time")
 
     def stop(self) -> None:
         """End what was started: open requests are told that the server is stopping."""
-        # A second signal ends the process at once.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_at_once()
         if self.accepting is not None:
             self.httpd.shutdown()
         if self.engine is not None:

@@ -38,6 +38,8 @@ class RequestError(Exception):
     def to_json(self) -> Dict[str, Any]:
         """The body of the error response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "requests"
         return {
             "error": {
                 "message": str(self),
@@ -60,14 +62,6 @@ def too_long(limit: Optional[int], reason: str, param: str) -> RequestError:
     if limit is not None:
         message = f"this model's maximum context length is {limit} tokens: {reason}"
     return RequestError(400, message, param, "context_length_exceeded")
-
-
-def too_late(timeout: float) -> RequestError:
-    """The 408 for a request that has taken more than ``timeout`` seconds."""
-    return RequestError(
-        408,
-        f"the request took longer than {timeout:g} seconds, the server's --request-timeout",
-    )
 
 
 def internal_error() -> RequestError:

@@ -6,7 +6,7 @@ entry-point group ``mlx_lm_ext``, or loaded with ``-p MODULE``.
 
 Each docstring below is the contract of its hook: what the hook gives, when and on which
 thread it is called, and what happens if it raises. What the registered classes must
-provide is in ``interfaces.py``.
+provide is in ``interfaces.py``, and what routes are given and return in ``routes.py``.
 
 Rules:
 1. Hooks register and observe. None is called for each step, row or cache entry: there the
@@ -32,6 +32,7 @@ from .interfaces import (
     RequestStats,
     SchedulerPolicy,
 )
+from .routes import Route
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -183,6 +184,26 @@ def mlx_lm_make_constraint(
             if "only" in request.body:
                 tokens = tokenizer.encode(request.body["only"], add_special_tokens=False)
                 return Only({*tokens, *tokenizer.eos_token_ids})
+    """
+
+
+@hookspec
+def mlx_lm_register_routes(args: argparse.Namespace) -> List[Route]:
+    """Gives routes of HTTP: a protocol, a page, or figures.
+
+    Called once at the start, after the arguments are parsed, on the main thread.
+
+    It returns a list of ``routes.Route``, and may leave out those that the command line does
+    not ask for. What it raises ends the start with exit code 2, and so does a route that the
+    server or another plugin has already. The functions are called on the threads of the
+    connections, several at a time. What one raises fails its request only::
+
+        def count(request):
+            return {"count": len(request.tokenize(request.json()))}
+
+        @hookimpl
+        def mlx_lm_register_routes():
+            return [Route("POST", "/count", count)]
     """
 
 

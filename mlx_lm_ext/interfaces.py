@@ -168,6 +168,8 @@ class RequestInfo:
           started; 0 before that. The answer calls them ``cached_tokens``.
         n_generated (int): Tokens of its answer so far. It may go on to count while the
           tokens after a stop word are dropped: for final counts see ``RequestStats``.
+        key_name (Optional[str]): The name of the API key that it came with. None if the
+          server asks for none.
     """
 
     id: str
@@ -178,6 +180,7 @@ class RequestInfo:
     n_known: int = 0
     n_matched: int = 0
     n_generated: int = 0
+    key_name: Optional[str] = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -208,8 +211,9 @@ class RequestInfo:
 
     @property
     def user(self) -> Optional[str]:
-        """The field ``user`` of the request: whom the client says that it is for."""
-        return self.body.get("user")
+        """The field ``user`` of the request: whom the client says that it is for. Without
+        one, the name of its API key."""
+        return self.body.get("user", self.key_name)
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,8 @@ class RequestStats:
     """How a request went. The counts are final, and those of the answer's ``usage``.
 
     Args:
-        finish_reason (str): "stop", "length", "tool_calls", "cancelled" if the client left,
-          or "error".
+        finish_reason (str): "stop", "length", "tool_calls", "timeout" if it has taken longer
+          than ``--request-timeout``, "cancelled" if the client left, or "error".
         queue_seconds (Optional[float]): From its arrival until it started; None if it did
           not start.
         ttft (Optional[float]): Seconds from its arrival to its first token; None if it got
@@ -227,6 +231,9 @@ class RequestStats:
         prompt_tokens (int): Tokens of its prompt.
         cached_tokens (int): Tokens of its prompt that were taken from the prompt cache.
         completion_tokens (int): Tokens of its answer, up to what ended it.
+        gaps (Sequence[float]): Seconds between each two tokens of the answer, as they came
+          to the thread of its connection. Of tokens that came together, each has its share
+          of the time since those before them.
     """
 
     finish_reason: str
@@ -236,6 +243,56 @@ class RequestStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    gaps: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class ServerStatistics:
+    """What the server has done since its start, and what it holds.
+
+    Args:
+        model (str): The name of the served model.
+        status (str): "ok", "loading", "stopping" or "unavailable".
+        seconds (float): Since the start.
+        n_running (int): Requests in the batch.
+        n_waiting (int): Requests that have not started.
+        batch_size (int): How many requests can run at a time.
+        n_connections (int): Connections that are open.
+        prompt_tokens (int): Tokens of the prompts of answers that have ended.
+        cached_tokens (int): Those of them that were taken from the prompt cache.
+        generated_tokens (int): Tokens of all answers.
+        n_steps (int): Steps of the batch.
+        step_seconds (float): The time that they have taken.
+        batch_bytes (int): Bytes of the batch's KV, as of the last second.
+        batch_limit (int): The most that it may take; 0 as long as there is no batch.
+        cache_bytes (int): Bytes of the prompt cache, as of the last second.
+        cache_limit (int): The most that it and the batch may take; 0 without a cache.
+        evictions (Dict[str, int]): Entries that have left the prompt cache, by the reason:
+          "evicted", "expired" or "superseded".
+        policy_seconds (Dict[str, float]): The time that each policy has taken, by its kind and
+          its name.
+        warm_up_left (int): Pieces of the warm-up that have not run.
+    """
+
+    model: str
+    status: str
+    seconds: float
+    n_running: int
+    n_waiting: int
+    batch_size: int
+    n_connections: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    n_steps: int
+    step_seconds: float
+    batch_bytes: int
+    batch_limit: int
+    cache_bytes: int
+    cache_limit: int
+    evictions: Dict[str, int]
+    policy_seconds: Dict[str, float]
+    warm_up_left: int
 
 
 @dataclass(frozen=True)

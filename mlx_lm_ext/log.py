@@ -8,6 +8,7 @@ Rules:
 2. The process can end even if the lines cannot be written.
 """
 
+import json
 import logging
 import time
 import warnings
@@ -19,7 +20,31 @@ from typing import Iterator
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "%(asctime)s - %(levelname)s - %(message)s"
+
+class JSONFormatter(logging.Formatter):
+    """Makes an object of JSON of each line, in one line: its time in UTC, its severity, its
+    message, and what the ``fields`` of its ``extra`` have."""
+
+    converter = time.gmtime  # type: ignore[assignment]
+
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)
+
+
+# How lines are written, by the values of ``--log-format``.
+FORMATS = {
+    "text": logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"),
+    "json": JSONFormatter(),
+}
 # Lines that may wait to be written.
 MAX_LINES = 10_000
 # Seconds for which lines are collected before they are written. If each line woke the
@@ -47,17 +72,18 @@ class LogWriter(QueueListener):
 
     Args:
         level (str): The lowest level that is written.
+        format (str): One of ``FORMATS``.
         max_lines (int): How many lines may wait to be written.
     """
 
-    def __init__(self, level: str, max_lines: int = MAX_LINES):
+    def __init__(self, level: str, format: str = "text", max_lines: int = MAX_LINES):
         self.lines: "Queue[logging.LogRecord]" = Queue(max_lines)
         self.source = BoundedQueueHandler(self.lines)
         # Dropped lines that a line of the log has reported.
         self.n_reported = 0
         # No formatter here: lines are formatted by the thread that logs them.
         super().__init__(self.lines, logging.StreamHandler())
-        self.source.setFormatter(logging.Formatter(FORMAT))
+        self.source.setFormatter(FORMATS[format])
         logging.getLogger().setLevel(level)
         logging.getLogger().addHandler(self.source)
         logging.captureWarnings(True)

@@ -30,6 +30,7 @@ from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.policies import loading
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
+from mlx_lm_ext.server.access import Keys
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.http_server import BatchHTTPServer
 
@@ -87,7 +88,9 @@ def start_engine(request, model_folder, caplog):
                 clock=policies.clock,
             )
         engine = make_engine(BatchModelProvider(args), policies, cache)
-        engine.client = EngineClient(engine.model_provider, policies, engine.inbox)
+        engine.client = EngineClient(
+            engine.model_provider, policies, engine.inbox, engine.counters
+        )
         engine.start()
         engines.append(engine)
         engine.loaded.wait()
@@ -117,6 +120,11 @@ def start_server(start_engine):
             partial(BatchAPIHandler, engine.client, system_fingerprint=""),
             args.allowed_origins,
             args.allowed_hosts,
+            keys=Keys([*args.api_key, *args.api_key_file]),
+            routes=engine.policies.plugins.routes(args),
+            max_connections=args.max_connections,
+            idle_timeout=args.idle_timeout,
+            header_timeout=args.header_timeout,
         )
         threading.Thread(target=httpd.serve_forever).start()
         servers.append(httpd)

@@ -423,7 +423,7 @@ def test_request_that_waits_for_the_model_is_told_that_it_cannot_be_loaded(
 def test_request_that_waits_for_the_model_ends_after_its_time(post_while_loading):
     _, connection, _ = post_while_loading("--request-timeout", "0.2")
     response = connection.getresponse()
-    assert response.status == 408
+    assert response.status == 503
     assert "--request-timeout" in json.load(response)["error"]["message"]
 
 
@@ -864,11 +864,8 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
         wait_until(lambda: call(port, "POST", "/v1/completions", large)[0] == 200)
 
 
-def test_connections_are_bounded_and_the_log_says_so_once(
-    start_server, monkeypatch, caplog
-):
-    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
-    _, port = start_server()
+def test_connections_are_bounded_and_the_log_says_so_once(start_server, caplog):
+    _, port = start_server("llama", "--max-connections", "2")
     address = ("127.0.0.1", port)
     with socket.create_connection(address), socket.create_connection(address):
         for _ in range(2):
@@ -918,7 +915,8 @@ def test_request_that_arrives_too_slowly_runs_out_of_time(seconds, n, monkeypatc
     here, there = socket.socketpair()
     with here, there:
         there.sendall(b"a line\n and more")
-        incoming = Incoming(Socket(here), 60)
+        incoming = Incoming(Socket(here), 60, header_timeout=60)
+        incoming.in_headers = False
         assert incoming.read(1) == b"a"
         if seconds:
             assert incoming.readline() == b" line\n"
@@ -929,6 +927,18 @@ def test_request_that_arrives_too_slowly_runs_out_of_time(seconds, n, monkeypatc
         # The time of the next request starts anew.
         incoming.begin()
         assert len(incoming.read(1)) == 1
+
+
+def test_headers_that_arrive_too_slowly_run_out_of_time():
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"GET / HTTP/1.1\r\nHost")
+        incoming = Incoming(Socket(here), 60, header_timeout=0.0)
+        assert incoming.read(1) == b"G"
+        with pytest.raises(TimeoutError):
+            incoming.read(1)
+        incoming.in_headers = False
+        assert incoming.read(1) == b"E"
 
 
 def test_body_that_arrives_too_slowly_is_a_408(start_server, monkeypatch):
@@ -1133,9 +1143,8 @@ def test_server_may_listen_on_ipv6(start_engine):
         httpd.server_close()
 
 
-def test_connection_that_sends_nothing_is_closed(start_server, monkeypatch):
-    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
-    _, port = start_server()
+def test_connection_that_sends_nothing_is_closed(start_server):
+    _, port = start_server("llama", "--idle-timeout", "0.1")
     assert send_raw(port, b"", shut=False) == b""
     assert send_raw(port, b"GET /hea", shut=False) == b""
 
@@ -1181,8 +1190,8 @@ def test_client_that_takes_nothing_frees_its_row(start_server, monkeypatch, capl
             super().setup()
 
     monkeypatch.setattr(conftest, "BatchAPIHandler", Handler)
-    monkeypatch.setattr(BatchAPIHandler, "timeout", 0.1)
-    engine, port = start_server(make_engine=WatchedEngine)
+    argv = ["llama", "--idle-timeout", "0.1"]
+    engine, port = start_server(*argv, make_engine=WatchedEngine)
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.settimeout(60)

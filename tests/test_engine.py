@@ -537,7 +537,7 @@ def test_request_that_ended_before_its_step_failed_has_ended(start_engine):
     with pytest.raises(RequestError):
         read(second)
     wait_until_idle(engine)
-    assert failures and first.forgotten and engine.n_generated == 30
+    assert failures and first.forgotten and engine.counters.generated_tokens == 30
 
 
 @pytest.mark.logs_errors

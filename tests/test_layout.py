@@ -33,7 +33,7 @@ ROOMS = [
     ("sampling",),
     ("cache",),
     ("request",),
-    ("interfaces", "hookspecs"),
+    ("interfaces", "hookspecs", "routes"),
     (
         "errors",
         "device",

@@ -31,6 +31,7 @@ from mlx_lm_ext.interfaces import (
 from mlx_lm_ext.policies import loading as plugins
 from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import EVICTION, PluginError, Plugins
+from mlx_lm_ext.routes import Route
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HOOKS = {
@@ -124,7 +125,7 @@ def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text("'''Nothing.'''")
     found = Plugins(["one_plugin", "one_plugin", "two_plugin", "no:two_plugin"])
     assert list(found.sources) == ["builtin", "structured", "one_plugin"]
-    assert "two_plugin: blocked" in found.describe()
+    assert "two_plugin: blocked" in found.describe(make_parser().parse_args([]))
 
 
 def test_blocking_what_is_not_there_is_an_error():
@@ -400,6 +401,18 @@ def test_hook_make_constraint(start_engine):
     jobs = [submit(engine, "hello", max_tokens=5, only=n) for n in (70, 95)]
     assert [read(job) for job in jobs] == [[70] * 5, [95] * 5]
     assert set(read(plain)) - {70, 95}
+
+
+def test_hook_register_routes(start_server):
+    def count(request):
+        return {"count": len(request.tokenize(request.json()))}
+
+    _, port = start_server(
+        plugin=plugin(mlx_lm_register_routes=lambda: [Route("POST", "/count", count)])
+    )
+    assert call(port, "POST", "/count", dict(prompt="hello")) == (200, {"count": 5})
+    status, error = call(port, "GET", "/count")
+    assert status == 405 and "takes POST" in error["error"]["message"]
 
 
 def test_hook_request_finished(start_server):

@@ -934,8 +934,9 @@ def test_without_llguidance_only_requests_with_a_format_are_refused(
 
 
 def test_plugin_is_listed_and_can_be_blocked():
-    assert "plugin 'structured' (mlx-lm-ext" in Plugins().describe()
-    assert "structured: blocked" in Plugins(["no:structured"]).describe()
+    args = make_parser().parse_args([])
+    assert "plugin 'structured' (mlx-lm-ext" in Plugins().describe(args)
+    assert "structured: blocked" in Plugins(["no:structured"]).describe(args)
 
 
 def test_format_is_refused_if_nothing_restricts_the_answer(start_server):

@@ -320,6 +320,11 @@ class Batch:
         return n_bytes > self.kv_memory.limit
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the KV of its rows."""
+        return self.generator.prompt_cache_nbytes if self.generator else 0
+
+    @property
     def newest(self) -> Request:
         """The request that has started last."""
         return self.rows[max(self.rows)].request
@@ -516,6 +521,4 @@ class Batch:
     def reserve(self) -> None:
         """Tell the prompt cache how much the rows hold: one bound is for both."""
         if self.is_caching:
-            generator = self.generator
-            n_bytes = generator.prompt_cache_nbytes if generator else 0
-            self.prompt_cache.reserve(n_bytes)
+            self.prompt_cache.reserve(self.nbytes)

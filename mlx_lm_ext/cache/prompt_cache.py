@@ -455,6 +455,11 @@ class RadixPromptCache(LRUPromptCache):
             of_type["n_bytes"] += entry.nbytes
         return stats
 
+    @property
+    def evictions(self) -> Dict[str, int]:
+        """How many entries have left, and snapshots were dropped, for each reason."""
+        return {r: self.counts[r] for r in ("evicted", "expired", "superseded")}
+
     def stats(self) -> CacheStats:
         """What it holds. This takes a time in proportion to the number of entries."""
         return CacheStats(
@@ -465,5 +470,5 @@ class RadixPromptCache(LRUPromptCache):
             hits=self.counts["hits"],
             misses=self.counts["misses"],
             hit_tokens=self.counts["hit_tokens"],
-            evictions={r: self.counts[r] for r in ("evicted", "expired", "superseded")},
+            evictions=self.evictions,
         )

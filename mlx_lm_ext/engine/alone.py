@@ -11,7 +11,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import GenerationArguments, GenerationContext, Response
 
 from ..errors import RequestError
-from ..request.request import Request, Token
+from ..request.request import NO_TIME, Request, Token
 from ..sampling.penalties import PenaltyParameters
 from .models import BatchModelProvider
 from .upstream import SingleGenerator
@@ -111,12 +111,22 @@ class ResponseQueue:
             self.check_goes_on()
 
     def check_goes_on(self) -> None:
-        """Raise a ``RequestError`` if the request has to end."""
-        self.request.check_time()
-        if self.is_stopping():
-            raise RequestError(503, "the server is stopping")
-        if self.request.cancelled:
-            raise RequestError(503, "the request was cancelled")
+        """End the request if it has to end.
+
+        Raises:
+            RequestError: If it does; upstream then ends it too.
+        """
+        request, reason = self.request, ""
+        if request.is_late:
+            reason = "the request has taken too long"
+            request.put(NO_TIME)
+        elif self.is_stopping():
+            reason = "the server is stopping"
+            request.stop(reason)
+        elif request.cancelled:
+            reason = "the request was cancelled"
+        if reason:
+            raise RequestError(503, reason)
 
 
 class SaltedCache:

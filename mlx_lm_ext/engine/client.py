@@ -1,15 +1,17 @@
 """The engine as handlers see it: they tokenize a request, submit it, and cancel it."""
 
 import argparse
+from collections import Counter
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from threading import Lock
 from typing import Any, Dict, List, Optional, Sequence
 
 from jinja2 import TemplateSyntaxError
-from mlx_lm.server import CompletionRequest, GenerationArguments
+from mlx_lm.server import CompletionRequest, GenerationArguments, ModelDescription
 
-from ..errors import RequestError, too_late
-from ..interfaces import RequestStats
+from ..errors import RequestError
+from ..interfaces import RequestStats, ServerStatistics
 from ..policies.guard import Policies
 from ..request.fields import (
     check_choice,
@@ -25,6 +27,9 @@ from ..request.preparation import Preparation, Preparations
 from ..request.request import Answers, Request
 from ..request.served_model import ServedModel
 from ..request.tokenizing import explain
+from ..routes import ModelInfo
+from .admission import Admission
+from .counters import Counters
 from .inbox import Inbox
 from .models import BatchModelProvider
 from .upstream import SingleGenerator
@@ -37,27 +42,55 @@ class EngineClient:
         model_provider (BatchModelProvider): Finds models, and carries the command line.
         policies (Policies): The samplers that requests may name, and the observers.
         inbox (Inbox): Takes requests to the generation thread.
+        counters (Counters): What the generation thread tells about itself.
     """
 
     def __init__(
-        self, model_provider: BatchModelProvider, policies: Policies, inbox: Inbox
+        self,
+        model_provider: BatchModelProvider,
+        policies: Policies,
+        inbox: Inbox,
+        counters: Counters,
     ):
         self.model_provider = model_provider
         self.policies = policies
         self.inbox = inbox
+        self.counters = counters
+        args = model_provider.cli_args
+        self.admission = Admission(
+            args.max_queue, args.max_requests_per_key, policies.clock
+        )
         self.tokenizing = SingleGenerator(model_provider)
+        self.started = policies.clock()
+        # Tokens of the prompts of answers that have ended, and a lock for them.
+        self.prompt_tokens: "Counter[str]" = Counter()
+        self.lock = Lock()
 
     @property
     def cli_args(self) -> argparse.Namespace:
         return self.model_provider.cli_args
 
     @property
-    def is_loading(self) -> bool:
-        return not self.inbox.loaded.is_set()
+    def served_names(self) -> List[str]:
+        """What clients may call the served model; its own name is the first one."""
+        return self.model_provider.served_names
+
+    def is_served(self, name: str) -> bool:
+        """Whether a name stands for the served model."""
+        if name in self.served_names:
+            return True
+        is_any = self.cli_args.any_model_name and name != "default_model"
+        return is_any and not self.model_provider.has(name)
 
     @property
-    def is_healthy(self) -> bool:
-        return not self.is_loading and not self.inbox.is_closed
+    def status(self) -> str:
+        """ "ok" while requests are served, "loading" before, and "stopping" or "unavailable"
+        after that."""
+        if self.admission.is_closed:
+            return "stopping"
+        if not self.inbox.loaded.is_set():
+            return "loading"
+        return "unavailable" if self.inbox.is_closed else "ok"
 
     def check_available(self) -> None:
         """Raise a 503 ``RequestError`` if no request is served any more."""
@@ -82,7 +115,8 @@ class EngineClient:
         self.check_available()
         timeout = self.cli_args.request_timeout
         if timeout is not None and self.policies.clock() - arrival >= timeout:
-            raise too_late(timeout)
+            message = f"the model was not loaded within {timeout:g} seconds"
+            raise RequestError(503, f"{message} (--request-timeout)")
         return is_loaded
 
     def describe(self, args: GenerationArguments) -> ServedModel:
@@ -93,6 +127,22 @@ class EngineClient:
         """
         return self.model_provider.describe(args.model)
 
+    def model_info(self, name: Optional[str] = None) -> ModelInfo:
+        """What the route of a plugin may know of a model.
+
+        Raises:
+            RequestError: If there is none with this name, or it is not loaded yet.
+        """
+        self.check_available()
+        name = name or self.served_names[0]
+        wanted = "default_model" if self.is_served(name) else name
+        model = self.model_provider.describe(
+            ModelDescription(wanted, "default_model", None)
+        )
+        return ModelInfo(
+            name, model.tokenizer, model.vocabulary_size, model.context_length
+        )
+
     def generate(
         self,
         completions: Sequence[CompletionRequest],
@@ -102,6 +152,7 @@ class EngineClient:
         arrival: Optional[float] = None,
         id: str = "",
         preparation: Optional[Preparation] = None,
+        key_name: Optional[str] = None,
     ) -> List[Request]:
         """Tokenize the prompts of a request on the caller's thread, and submit ``n`` requests
         for each, or with ``best_of`` so many.
@@ -115,6 +166,7 @@ class EngineClient:
               it, now.
             id (str): The id of its answer.
             preparation (Optional[Preparation]): Says when to give up. Without one, never.
+            key_name (Optional[str]): The name of its API key.
 
         Raises:
             ConnectionError: If its client has left.
@@ -133,6 +185,8 @@ class EngineClient:
             sampler=body.get("sampler", self.cli_args.sampler),
             clock=self.policies.clock,
             timeout=self.cli_args.request_timeout,
+            key_name=key_name,
+            shares_cache=self.cli_args.share_cache,
             answers=Answers(Mailbox(self.inbox.turnstile)),
             # What may end an answer at any token, and streams, want each token at once.
             reads_each=bool(
@@ -178,6 +232,29 @@ class EngineClient:
             self.inbox.put(request)
         return requests
 
+    def tokens_of(
+        self,
+        completion: CompletionRequest,
+        args: GenerationArguments,
+        body: Dict[str, Any],
+        model: ServedModel,
+        preparation: Preparation,
+    ) -> List[int]:
+        """The tokens of a prompt, which is not submitted. For the arguments see ``generate``.
+
+        Raises:
+            ConnectionError: If its client has left.
+            RequestError: If it cannot be tokenized.
+        """
+        if image_parts(completion.messages):
+            message = "the tokens of images cannot be counted"
+            raise RequestError(400, message, "messages")
+        request = Request(
+            id="", args=args, body=body, model=model, completion=completion
+        )
+        self.tokenize(request, preparation)
+        return request.prompt
+
     def tokenize(self, request: Request, preparation: Preparation) -> None:
         """Make the prompt of a request.
 
@@ -214,7 +291,31 @@ class EngineClient:
 
     def request_finished(self, request: Request, stats: RequestStats) -> None:
         """Tell the plugins that observe requests that an answer has ended."""
+        with self.lock:
+            self.prompt_tokens["all"] += stats.prompt_tokens
+            self.prompt_tokens["cached"] += stats.cached_tokens
         self.policies.request_finished(request, stats)
+
+    def statistics(self, n_connections: int) -> ServerStatistics:
+        """What the server has done, and what it holds.
+
+        Args:
+            n_connections (int): Connections that are open.
+        """
+        counters = asdict(self.counters)
+        # Those that the generation thread has not taken yet wait too.
+        counters["n_waiting"] = max(counters["n_waiting"], self.admission.n_waiting)
+        return ServerStatistics(
+            model=self.served_names[0],
+            status=self.status,
+            seconds=self.policies.clock() - self.started,
+            batch_size=self.cli_args.batch_size,
+            n_connections=n_connections,
+            prompt_tokens=self.prompt_tokens["all"],
+            cached_tokens=self.prompt_tokens["cached"],
+            policy_seconds=self.policies.seconds,
+            **counters,
+        )
 
 
 def check_constraint(request: Request) -> None:

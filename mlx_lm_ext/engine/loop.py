@@ -24,9 +24,10 @@ from ..cache.prompt_cache import RadixPromptCache
 from ..errors import RequestError, internal_error
 from ..interfaces import SchedulerView
 from ..policies.guard import Policies
-from ..request.request import NO_TOKEN, Request
+from ..request.request import NO_TIME, NO_TOKEN, Request
 from ..request.served_model import ModelKey
 from .alone import Alone
+from .counters import Counters
 from .dequantize import logits_type, type_name
 from .inbox import Inbox
 from .kernels import KernelBuild
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two lines of statistics, and between two looks for expired KV.
 STATISTICS_INTERVAL = 10.0
+# Seconds between two counts of the bytes.
+COUNT_INTERVAL = 1.0
 # Seconds between two looks whether all kernels are compiled.
 COMPILING_INTERVAL = 0.2
 
@@ -86,8 +89,10 @@ class Engine:
         self.warm_up: Optional[WarmUp] = None
         self.kernels = KernelBuild()
         self.ended = Event()
-        self.n_generated = self.n_reported = 0
-        self.last_report = policies.clock()
+        self.counters = Counters()
+        # Of the tokens that were generated, those that a line of the log has reported.
+        self.n_reported = 0
+        self.last_report = self.last_count = policies.clock()
         self.thread = Thread(target=self.run)
 
     # Any thread
@@ -158,6 +163,7 @@ class Engine:
         """Serve requests until the inbox is closed."""
         while not self.inbox.is_closed:
             is_idle = not (self.waiting or self.n_running)
+            self.count(is_idle)
             self.report(is_idle)
             if is_idle:
                 self.warm_up_while_idle()
@@ -183,7 +189,7 @@ class Engine:
         """End all requests, and free all arrays on the thread that has made them."""
         self.take_new(block=False)
         for request in self.unfinished:
-            request.put(RequestError(503, str(self.inbox.reason)))
+            request.stop(str(self.inbox.reason))
             self.forget(request)
         self.scores = None
         self.close_batch()
@@ -206,12 +212,29 @@ class Engine:
         scored = [self.scores.request] if self.scores else []
         return [*self.waiting, *scored, *self.running]
 
+    def count(self, is_idle: bool) -> None:
+        """Bring the counters up to date: the bytes once a second, and when nothing is left to
+        do."""
+        counters, now = self.counters, self.policies.clock()
+        counters.n_running, counters.n_waiting = self.n_running, len(self.waiting)
+        counters.warm_up_left = len(self.warm_up) if self.warm_up else 0
+        if not is_idle and now - self.last_count < COUNT_INTERVAL:
+            return
+        self.last_count = now
+        counters.batch_bytes = self.batch.nbytes if self.batch else 0
+        if self.batch is not None:
+            counters.batch_limit = self.batch.kv_memory.limit
+        cache = self.prompt_cache
+        if cache is not None:
+            counters.cache_bytes, counters.cache_limit = cache.nbytes, cache.max_bytes
+            counters.evictions = cache.evictions
+
     def report(self, is_idle: bool) -> None:
         """Log what was done: every few seconds, and when nothing is left to do."""
         seconds = self.policies.clock() - self.last_report
         if not is_idle and seconds < STATISTICS_INTERVAL:
             return
-        n = self.n_generated - self.n_reported
+        n = self.counters.generated_tokens - self.n_reported
         self.n_reported += n
         self.last_report += seconds
         try:
@@ -228,7 +251,8 @@ class Engine:
         if self.prompt_cache is not None:
             lines.append(f"Prompt Cache: {self.prompt_cache.stats()}")
         lines.append(f"{self.n_running} running, {len(self.waiting)} waiting")
-        lines.append(f"time in policies: {self.policies.describe_times()}")
+        times = [f"{name} {s:.3f} s" for name, s in self.policies.seconds.items()]
+        lines.append(f"time in policies: {', '.join(times)}")
         return lines
 
     # Requests come and leave
@@ -272,11 +296,9 @@ class Engine:
         """End the requests that have taken longer than ``--request-timeout``."""
         requests = self.unfinished
         for request in requests:
-            try:
-                request.check_time()
-            except RequestError as e:
+            if request.is_late:
                 self.inbox.cancel(request)
-                request.put(e)
+                request.put(NO_TIME)
         self.deadline = min((r.deadline for r in requests), default=inf)
 
     def forget(self, request: Request) -> None:
@@ -455,7 +477,7 @@ class Engine:
             )
         self.note_start(request)
         self.alone.serve(request)
-        self.n_generated += request.n_generated
+        self.counters.generated_tokens += request.n_generated
         self.forget(request)
 
     # Requests run
@@ -476,12 +498,17 @@ class Engine:
         """Run a step of the batch."""
         if self.batch is None:
             return
+        start = time.perf_counter()
+        is_step = bool(self.batch)
         try:
             self.batch.step()
         finally:
+            if is_step:
+                self.counters.n_steps += 1
+                self.counters.step_seconds += time.perf_counter() - start
             # Requests may have ended before the step has failed.
             ended, n_tokens = self.batch.take_ended()
-            self.n_generated += n_tokens
+            self.counters.generated_tokens += n_tokens
             for request in ended:
                 self.forget(request)
             for request, error in self.batch.take_failed():

@@ -12,7 +12,7 @@ from math import inf
 from os.path import isfile, join
 from pathlib import Path
 from threading import Lock
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.processors import PROCESSORS
@@ -150,6 +150,12 @@ class BatchModelProvider(ModelProviderBase):
             others = [key for key in self._served if key != self.default_key]
             for key in others[: max(0, len(others) - MAX_DESCRIBED)]:
                 del self._served[key]
+
+    @property
+    def served_names(self) -> List[str]:
+        """What clients may call the served model (any thread)."""
+        args = self.cli_args
+        return args.served_model_name or [args.model_id]
 
     @property
     def takes_images(self) -> bool:
@@ -294,5 +300,5 @@ class BatchModelProvider(ModelProviderBase):
 
     def not_found(self, param: str, message: str) -> RequestError:
         if param == "model":
-            message += "; 'default_model' is the one that is served"
+            message += f"; served is {' or '.join(map(repr, self.served_names))}"
         return RequestError(404, message, param, "model_not_found")

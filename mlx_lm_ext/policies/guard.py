@@ -351,16 +351,15 @@ class Policies:
             except BaseException:
                 logger.exception(f"{label}: {hook} failed")
 
-    def describe_times(self) -> str:
-        """How long each policy has taken, for the log."""
+    @property
+    def seconds(self) -> Dict[str, float]:
+        """How long each policy that was asked has taken, by its kind and name (any thread)."""
         used = [
             self.eviction.policy_class,
             self.scheduler.policy_class,
             *self.samplers.values(),
         ]
-        return ", ".join(
-            f"{c.kind.title} {c.cls.name} {c.seconds:.3f} s" for c in used if c.seconds
-        )
+        return {f"{c.kind.title} {c.cls.name}": c.seconds for c in used if c.seconds}
 
 
 def run_logits_processor(

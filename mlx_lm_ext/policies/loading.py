@@ -9,6 +9,7 @@ Rules:
 import importlib
 import inspect
 import os
+import re
 import sys
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -28,8 +29,11 @@ from pluggy import PluginManager, PluginValidationError
 
 from .. import __version__, hookspecs
 from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
+from ..routes import METHODS, Route
 
 GROUP = "mlx_lm_ext"
+# The path of a route: the server looks paths up without doubled slashes and one at the end.
+ROUTE = re.compile(r"/|(/[^/?#\s]+)+")
 # The plugins that are built in: their modules by their names, and their distribution.
 BUILTIN = {
     "builtin": "mlx_lm_ext.plugins.builtin",
@@ -84,6 +88,13 @@ class Registered(NamedTuple):
     """A class, and the plugin that registered it."""
 
     cls: Type[Any]
+    plugin: str
+
+
+class RegisteredRoute(NamedTuple):
+    """A route, and the plugin that registered it."""
+
+    route: Route
     plugin: str
 
 
@@ -225,6 +236,32 @@ class Plugins:
                 found[cls.name] = Registered(cls, label)
         return dict(sorted(found.items()))
 
+    def routes(self, args: Any) -> Dict[Tuple[str, str], RegisteredRoute]:
+        """The routes of all plugins by method and path.
+
+        Args:
+            args (argparse.Namespace): The command line.
+
+        Raises:
+            PluginError: If a route breaks the contract, or two have one place.
+        """
+        hook = "mlx_lm_register_routes"
+        found: Dict[Tuple[str, str], RegisteredRoute] = {}
+        for label, routes in self.start_each(hook, args=args):
+            if not isinstance(routes, (list, tuple)):
+                raise PluginError(f"{label}: {hook} must return a list of routes")
+            for route in routes:
+                if reason := objection_to_route(route):
+                    raise PluginError(f"{label}: {reason}")
+                place = route.method, route.path
+                if place in found:
+                    raise PluginError(
+                        f"{label}: {' '.join(place)} is also a route of "
+                        f"{found[place].plugin}"
+                    )
+                found[place] = RegisteredRoute(route, label)
+        return found
+
     def hint(self, kind: PolicyKind, name: str) -> str:
         """For a message that no class of a kind is called ``name``: which plugin defines
         such a class and does not register it. Empty if none does."""
@@ -241,12 +278,18 @@ class Plugins:
                     )
         return ""
 
-    def describe(self) -> str:
-        """A paragraph for each plugin: its origin, its hooks, what it registers."""
+    def describe(self, args: Any) -> str:
+        """A paragraph for each plugin: its origin, its hooks, what it registers.
+
+        Args:
+            args (argparse.Namespace): The command line.
+        """
         names: Dict[str, List[str]] = {}
         for kind in KINDS:
             for name, (_, label) in self.registered(kind).items():
                 names.setdefault(label, []).append(f"{kind.flag} {name}")
+        for place, (_, label) in self.routes(args).items():
+            names.setdefault(label, []).append(" ".join(place))
         lines = []
         for name, plugin in self.manager.list_name_plugin():
             if plugin is None:
@@ -279,4 +322,19 @@ def objection(kind: PolicyKind, cls: Any) -> str:
         return f"the {kind.title} {cls.__name__} has no name"
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         return f"the {kind.title} {name!r} lacks the method {', '.join(missing)}"
+    return ""
+
+
+def objection_to_route(route: Any) -> str:
+    """What is wrong with a route that was registered; empty if nothing is."""
+    if not isinstance(route, Route):
+        return f"{route!r} is not a mlx_lm_ext.routes.Route"
+    if route.method not in ("GET", "POST"):
+        return f"the route {route.path} takes {route.method!r}, not GET or POST"
+    if not ROUTE.fullmatch(route.path):
+        return f"the path {route.path!r} of a route must be like /name/name"
+    if route.path.removeprefix("/v1") in METHODS:
+        return f"{route.path} is a route of the server itself"
+    if not callable(route.function):
+        return f"the function of the route {route.path} cannot be called"
     return ""

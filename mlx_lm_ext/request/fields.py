@@ -215,14 +215,11 @@ def check_size(raw: bytes, limit: int) -> None:
         raise RequestError(413, message)
 
 
-def parse_body(raw: bytes) -> Dict[str, Any]:
-    """Parse a request's body and check each field that it holds.
-
-    Returns:
-        The body without its null fields.
+def parse_object(raw: bytes) -> Dict[str, Any]:
+    """Parse a body that has to be a JSON object.
 
     Raises:
-        RequestError: If it is not a JSON object, or a field is wrong.
+        RequestError: If it is none.
     """
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTED:
         message = f"the body may have {MAX_NESTED} objects and arrays at most"
@@ -233,6 +230,19 @@ def parse_body(raw: bytes) -> Dict[str, Any]:
         raise RequestError(400, f"the body is not JSON: {e}")
     if not isinstance(body, dict):
         raise RequestError(400, "the body must be a JSON object")
+    return body
+
+
+def parse_body(raw: bytes) -> Dict[str, Any]:
+    """Parse a request's body and check each field that it holds.
+
+    Returns:
+        The body without its null fields.
+
+    Raises:
+        RequestError: If it is not a JSON object, or a field is wrong.
+    """
+    body = parse_object(raw)
     body = {name: value for name, value in body.items() if value is not None}
     for name in ("model", "adapters", "draft_model"):
         # Some clients send an empty name instead of none.

@@ -12,12 +12,12 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from mlx_lm.generate import StopSequences
 from mlx_lm.server import CompletionRequest
 
-from ..errors import RequestError, too_late, too_long
+from ..errors import RequestError, too_long
 from ..interfaces import Clock, RequestInfo, RequestStats
 from .mailbox import Mailbox, Turnstile
 from .served_model import ServedModel
@@ -34,7 +34,8 @@ class Token(NamedTuple):
         id (int): Its id; negative if it is none, and only ends the answer.
         logprob (Optional[float]): Its log probability, if the request asked for it.
         top (Tuple): ``(id, logprob)`` of the most likely tokens, if the request asked.
-        finish_reason (Optional[str]): "stop" or "length" if it is the last token.
+        finish_reason (Optional[str]): "stop" or "length" if it is the last token, or
+          "timeout" if there was no time for more.
     """
 
     id: int
@@ -43,8 +44,9 @@ class Token(NamedTuple):
     finish_reason: Optional[str] = None
 
 
-# Ends an answer that is to have no tokens.
+# Ends an answer that is to have no tokens, and one for which there is no time.
 NO_TOKEN = Token(-1, finish_reason="length")
+NO_TIME = Token(-1, finish_reason="timeout")
 
 
 class Answers:
@@ -103,6 +105,7 @@ class Request(RequestInfo):
           empty until they are computed.
         clock (Clock): The clock of ``arrival``, ``started`` and ``first_token``.
         timeout (Optional[float]): Seconds after its arrival at which it is ended.
+        shares_cache (bool): Whether its KV may be used for requests with other API keys.
         started (Optional[float]): When it first started to run.
         first_token (Optional[float]): When it got its first token.
         generated (List[int]): The tokens of its answer so far.
@@ -126,6 +129,7 @@ class Request(RequestInfo):
     prompt_logprobs: Optional[List[Token]] = None
     clock: Clock = time.monotonic
     timeout: Optional[float] = None
+    shares_cache: bool = False
     started: Optional[float] = None
     first_token: Optional[float] = None
     generated: List[int] = field(default_factory=list)
@@ -147,10 +151,13 @@ class Request(RequestInfo):
 
     @property
     def cache_key(self) -> Tuple[Any, ...]:
-        """The key of its KV in the prompt cache. Requests with another model or another
-        ``cache_salt`` do not find it."""
+        """The key of its KV in the prompt cache. Requests with another model, another API key
+        (without ``--share-cache``) or another ``cache_salt`` do not find it."""
+        owner = None if self.shares_cache else self.key_name
         salt = self.body.get("cache_salt")
-        return self.model.key if salt is None else (*self.model.key, salt)
+        if owner is None and salt is None:
+            return self.model.key
+        return (*self.model.key, owner, salt)
 
     @property
     def tokens(self) -> List[int]:
@@ -232,22 +239,37 @@ class Request(RequestInfo):
         """When it is ended if it is not finished, in seconds of its clock."""
         return inf if self.timeout is None else self.arrival + self.timeout
 
-    def check_time(self) -> None:
-        """Raise a 408 ``RequestError`` if it has taken longer than its timeout."""
-        if self.clock() >= self.deadline:
-            raise too_late(self.timeout or 0.0)
+    @property
+    def is_late(self) -> bool:
+        """Whether it has taken longer than its timeout."""
+        return self.clock() >= self.deadline
+
+    def stop(self, reason: str) -> None:
+        """End it before it is finished, because no request is served any more. A stream ends
+        with an error. An answer in one piece ends with what there is: an error would lose it.
+
+        Args:
+            reason (str): What the client is told.
+        """
+        if self.generated and not self.stream:
+            self.put(NO_TIME)
+        else:
+            self.put(RequestError(503, reason))
 
     def start(self) -> None:
         """Note when it first started to run."""
         if self.started is None:
             self.started = self.clock()
 
-    def stats(self, finish_reason: str, n_tokens: int) -> RequestStats:
+    def stats(
+        self, finish_reason: str, n_tokens: int, gaps: Sequence[float] = ()
+    ) -> RequestStats:
         """How it went (any thread).
 
         Args:
             finish_reason (str): How its answer has ended.
             n_tokens (int): Tokens of its answer, as in ``usage``.
+            gaps (Sequence[float]): Seconds between each two of them.
         """
 
         def since_arrival(when: Optional[float]) -> Optional[float]:
@@ -261,6 +283,7 @@ class Request(RequestInfo):
             len(self.prompt),
             self.n_matched,
             n_tokens,
+            gaps,
         )
 
     def put(self, event: Union[Token, RequestError]) -> None:

@@ -7,12 +7,16 @@ Rules:
 """
 
 import json
+import logging
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from ..errors import RequestError
+from mlx_lm.server import CompletionRequest
+
+from ..errors import RequestError, internal_error
 from ..request.fields import (
     FIELDS,
     check_field,
@@ -31,20 +35,41 @@ from ..request.history import (
 from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.other_fields import check_endpoint
 from ..request.preparation import Preparation
-from ..request.request import Request
+from ..request.request import NO_TOKEN, Request
 from ..request.served_model import ServedModel
+from ..routes import CHATS, HEALTH, METHODS, MODELS, RouteResponse
 from .answer import AnswerParser, Delta
-from .connection import HTTPHandler, clean
+from .connection import GONE, HTTPHandler, clean
 from .logprobs import chat_logprobs, in_json, text_logprobs
 from .model_list import cached_models
+from .request_log import log_request
+from .route_request import HandlerRequest
+from .token_gaps import TokenGaps
+
+logger = logging.getLogger(__name__)
 
 # Seconds without a new token after which a stream gets a keep-alive comment, and after
 # which it is checked that the client and the engine are still there.
 HEARTBEAT = 1.0
 
-# Each of them is also there with /v1 in front.
-CHATS, TEXTS, MODELS, HEALTH = "/chat/completions", "/completions", "/models", "/health"
-METHODS = {CHATS: "POST", TEXTS: "POST", MODELS: "GET, HEAD", HEALTH: "GET, HEAD"}
+# The types of what a route gives, by its Python type.
+CONTENT_TYPES = {str: "text/plain; charset=utf-8", bytes: "application/octet-stream"}
+
+
+class Prepared(NamedTuple):
+    """A body that was checked.
+
+    Args:
+        completions (List[CompletionRequest]): Its prompts, or its messages.
+        model (ServedModel): The model that it names.
+        arrival (float): When it came, on the clock of the policies.
+        preparation (Preparation): Ends what takes too long.
+    """
+
+    completions: List[CompletionRequest]
+    model: ServedModel
+    arrival: float
+    preparation: Preparation
 
 
 def mean_logprob(answer: Delta) -> float:
@@ -68,26 +93,106 @@ class BatchAPIHandler(HTTPHandler):
         """The path of the request, without the version of the API."""
         return self.route.removeprefix("/v1")
 
+    @property
+    def plugin_route(self) -> Optional[Any]:
+        """The route of a plugin that the request is for, with the plugin, if there is one."""
+        method = "GET" if self.command == "HEAD" else self.command
+        return self.server.routes.get((method, self.route))
+
+    @property
+    def needs_key(self) -> bool:
+        found = self.plugin_route
+        return found.route.needs_key if found else self.endpoint != HEALTH
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.response_generator.admission.is_closed
+
     def get(self) -> None:
         if self.endpoint == HEALTH:
             self.handle_health_check()
         elif self.endpoint == MODELS or self.endpoint.startswith(f"{MODELS}/"):
             self.handle_models_request()
         else:
-            raise self.wrong_route()
+            self.answer_route(b"")
 
     def post(self) -> None:
         raw = self.read_body()
         if METHODS.get(self.endpoint) != "POST":
-            raise self.wrong_route()
+            self.answer_route(raw)
+            return
+        with self.submitted(raw, self.endpoint, self.keep_waiting) as requests:
+            if self.stream:
+                self.send_stream(requests)
+            else:
+                self.send_json(200, self.whole(requests))
+
+    @contextmanager
+    def submitted(
+        self, raw: bytes, endpoint: str, wait: Callable[[], None] = lambda: None
+    ) -> Iterator[List[Request]]:
+        """Submit the requests of a body to the engine while the block runs.
+
+        Args:
+            raw (bytes): The body.
+            endpoint (str): ``CHATS`` or ``TEXTS``.
+            wait (Callable): Called for each HEARTBEAT in which the model is loaded.
+
+        Raises:
+            ConnectionError: If the client is gone.
+            RequestError: If they cannot be served.
+        """
         engine = self.response_generator
         engine.check_available()
         arrival = engine.policies.clock()
         preparation = self.server.preparations.begin(self.client_is_gone)
         with preparation.turn():
-            preparation.run(partial(self.parse, raw))
+            preparation.run(partial(self.parse, raw, endpoint))
         del raw
-        self.await_model(arrival)
+        n_prompts = 1 if self.is_chat else len(self.body["prompt"])
+        n = n_prompts * n_candidates(self.body)
+        with engine.admission.admit(n, self.key_name) as ticket:
+            prepared = self.prepare(arrival, preparation, wait)
+            with preparation.turn():
+                requests = engine.generate(
+                    prepared.completions,
+                    self.args,
+                    self.body,
+                    prepared.model,
+                    arrival,
+                    self.request_id,
+                    preparation,
+                    self.key_name,
+                )
+            ticket.requests = requests
+            self.is_submitted = True
+            self.n_tokens = [0] * n
+            self.gaps = [TokenGaps() for _ in requests]
+            self.reasons = ["error"] * n
+            try:
+                yield requests
+            except (*GONE, GeneratorExit):
+                self.reasons = ["cancelled"] * n
+                raise
+            finally:
+                for request in requests:
+                    engine.cancel(request)
+                for request in requests:
+                    self.finish_request(request)
+
+    def finish_request(self, request: Request) -> None:
+        """Tell the log and the plugins that an answer has ended."""
+        i = request.index
+        stats = request.stats(self.reasons[i], self.n_tokens[i], self.gaps[i].seconds)
+        log_request(self.x_request_id, request, stats)
+        self.response_generator.request_finished(request, stats)
+
+    def prepare(
+        self, arrival: float, preparation: Preparation, wait: Callable[[], None]
+    ) -> Prepared:
+        """Find the model of a body that was parsed, and take its prompts."""
+        engine = self.response_generator
+        self.await_model(arrival, wait)
         # Not in a turn, because a model may have to be downloaded.
         model = engine.describe(self.args)
         if self.is_chat and not model.takes_images:
@@ -101,39 +206,43 @@ class BatchAPIHandler(HTTPHandler):
         else:
             completion = self.handle_text_completions()
             completions = [replace(completion, prompt=p) for p in self.body["prompt"]]
-        with preparation.turn():
-            requests = engine.generate(
-                completions,
-                self.args,
-                self.body,
-                model,
-                arrival,
-                self.request_id,
-                preparation,
-            )
-        self.is_submitted = True
-        self.n_tokens = [0] * len(requests)
-        self.reasons = ["error"] * len(requests)
-        try:
-            if self.stream:
-                self.send_stream(requests)
-            else:
-                self.send_answers(requests)
-        except (ConnectionError, TimeoutError):
-            self.reasons = ["cancelled"] * len(requests)
-            raise
-        finally:
-            for request in requests:
-                engine.cancel(request)
-            for request, reason, n in zip(requests, self.reasons, self.n_tokens):
-                engine.request_finished(request, request.stats(reason, n))
+        return Prepared(completions, model, arrival, preparation)
 
-    def await_model(self, arrival: float) -> None:
-        """Wait until the served model is loaded. A stream begins meanwhile, because some
-        clients give up on a server that sends nothing.
+    def tokenize(self, raw: bytes, endpoint: str) -> List[int]:
+        """The tokens of the prompt of a body.
+
+        Raises:
+            ConnectionError: If the client is gone.
+            RequestError: If there is not one prompt, or it cannot be tokenized.
+        """
+        engine = self.response_generator
+        engine.check_available()
+        arrival = engine.policies.clock()
+        preparation = self.server.preparations.begin(self.client_is_gone)
+        with preparation.turn():
+            preparation.run(partial(self.parse, raw, endpoint))
+        prepared = self.prepare(arrival, preparation, lambda: None)
+        if len(prepared.completions) > 1:
+            raise RequestError(400, "prompt must be one prompt", "prompt")
+        (completion,) = prepared.completions
+        with preparation.turn():
+            return engine.tokens_of(
+                completion, self.args, self.body, prepared.model, preparation
+            )
+
+    def keep_waiting(self) -> None:
+        """Begin a stream while the model is loaded: some clients give up on a server that
+        sends nothing."""
+        if self.stream:
+            self.start_events()
+            self.send_keepalive()
+
+    def await_model(self, arrival: float, wait: Callable[[], None]) -> None:
+        """Wait until the served model is loaded.
 
         Args:
             arrival (float): When the request came, on the clock of the policies.
+            wait (Callable): Called for each HEARTBEAT of it.
 
         Raises:
             ConnectionError: If the client is gone.
@@ -143,20 +252,18 @@ class BatchAPIHandler(HTTPHandler):
             self.prepared_since = time.monotonic()
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
-            if self.stream:
-                self.start_events()
-                self.send_keepalive()
+            wait()
 
-    def parse(self, raw: bytes) -> None:
+    def parse(self, raw: bytes, endpoint: str) -> None:
         """Parse a body and check what can be checked without the model."""
         check_size(raw, self.response_generator.cli_args.max_body_bytes)
         self.body = parse_body(raw)
         self.set_cache_salt()
         self.stream = self.body.get("stream", False)
         self.requested_model = self.body.get("model", "default_model")
-        if self.requested_model == self.model_id:
+        if self.response_generator.is_served(self.requested_model):
             self.body["model"] = "default_model"
-        self.is_chat = self.endpoint == CHATS
+        self.is_chat = endpoint == CHATS
         check_endpoint(self.body, self.is_chat)
         if self.is_chat:
             self.body["messages"] = parse_messages(self.body)
@@ -187,6 +294,9 @@ class BatchAPIHandler(HTTPHandler):
 
     def wrong_route(self) -> RequestError:
         right = METHODS.get(self.endpoint)
+        if right is None:
+            methods = [m for m, path in self.server.routes if path == self.route]
+            right = ", ".join({"GET": "GET, HEAD"}.get(m, m) for m in methods) or None
         if right is not None:
             message = f"{self.route} takes {right}, not {self.command}"
             return RequestError(405, message, headers={"Allow": f"{right}, OPTIONS"})
@@ -226,7 +336,15 @@ class BatchAPIHandler(HTTPHandler):
         parsers: Dict[Request, AnswerParser] = {}
         left = set(requests)
         while left:
-            received = requests[0].answers.receive(timeout=HEARTBEAT)
+            try:
+                received = requests[0].answers.receive(timeout=HEARTBEAT)
+            except RequestError:
+                # What was held back is sent before the error.
+                for request in left & parsers.keys():
+                    delta = parsers[request].feed([NO_TOKEN])
+                    delta.finish_reason = None
+                    yield request, delta
+                raise
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
             if not received:
@@ -241,6 +359,7 @@ class BatchAPIHandler(HTTPHandler):
                     if self.body.get("echo"):
                         yield request, parsers[request].echo(request)
                 delta = parsers[request].feed(tokens)
+                self.gaps[request.index].add(len(delta.tokens))
                 yield request, delta
                 self.n_tokens[request.index] += len(delta.tokens)
                 if delta.finish_reason is not None:
@@ -248,8 +367,8 @@ class BatchAPIHandler(HTTPHandler):
                     left.remove(request)
                     self.response_generator.cancel(request)
 
-    def send_answers(self, requests: List[Request]) -> None:
-        """Send all answers in one piece."""
+    def whole(self, requests: List[Request]) -> Dict[str, Any]:
+        """The JSON of all answers in one piece."""
         answers = [Delta() for _ in requests]
         for received in self.receive(requests):
             if received is not None:
@@ -263,7 +382,7 @@ class BatchAPIHandler(HTTPHandler):
         for i, choice in enumerate(response["choices"]):
             choice["index"] = i
         response["usage"] = self.make_usage(requests)["usage"]
-        self.send_json(200, response)
+        return response
 
     def choose(
         self, requests: List[Request], answers: List[Delta]
@@ -279,24 +398,31 @@ class BatchAPIHandler(HTTPHandler):
                 group.sort(key=lambda pair: -mean_logprob(pair[1]))
             yield from group[:n]
 
-    def send_stream(self, requests: List[Request]) -> None:
-        """Send all answers in server-sent events."""
-        # Before the first token: some clients give up on a server that sends nothing.
-        self.start_events()
+    def chunks(self, requests: List[Request]) -> Iterator[Optional[Dict[str, Any]]]:
+        """The JSON of the chunks of a stream, and None for each HEARTBEAT without one."""
         begun = set()
         for received in self.receive(requests):
             if received is None:
-                self.send_keepalive()
+                yield None
                 continue
             request, delta = received
             for part in delta.chunks():
-                chunk = self.make_response(request, part, request.index not in begun)
-                self.send_event(json.dumps(chunk))
+                yield self.make_response(request, part, request.index not in begun)
                 begun.add(request.index)
         if self.body.get("stream_options", {}).get("include_usage"):
             usage = self.make_usage(requests)
             usage["object"] = self.object_type
-            self.send_event(json.dumps(usage))
+            yield usage
+
+    def send_stream(self, requests: List[Request]) -> None:
+        """Send all answers in server-sent events."""
+        # Before the first token: some clients give up on a server that sends nothing.
+        self.start_events()
+        for chunk in self.chunks(requests):
+            if chunk is None:
+                self.send_keepalive()
+            else:
+                self.send_event(json.dumps(chunk))
         self.send_event("[DONE]")
         self.end_events()
 
@@ -318,9 +444,10 @@ class BatchAPIHandler(HTTPHandler):
             delta (Delta): What the response carries.
             is_first (bool): Whether it is the first chunk, which has the role.
         """
+        is_late = delta.finish_reason == "timeout"
         response = self.generate_response(
             delta.text,
-            delta.finish_reason,
+            "length" if is_late else delta.finish_reason,
             # The usage is that of all answers together: see ``make_usage``.
             0,
             0,
@@ -329,6 +456,8 @@ class BatchAPIHandler(HTTPHandler):
         )
         (choice,) = response["choices"]
         choice["index"] = request.index
+        if is_late:
+            choice["timeout"] = True
         message = choice.get("message") or choice.get("delta")
         if message and not is_first:
             # Clients concatenate the fields of the chunks.
@@ -344,17 +473,54 @@ class BatchAPIHandler(HTTPHandler):
 
     # Other routes
 
+    def answer_route(self, raw: bytes) -> None:
+        """Answer a request to the route of a plugin.
+
+        Raises:
+            RequestError: If there is no such route, or the plugin has failed.
+        """
+        found = self.plugin_route
+        if found is None:
+            raise self.wrong_route()
+        try:
+            content = found.route.function(HandlerRequest(self, raw))
+            response = content
+            if not isinstance(content, RouteResponse):
+                response = RouteResponse(content)
+            self.send_route(response)
+        except (RequestError, *GONE):
+            raise
+        except BaseException:
+            logger.exception(f"{found.plugin}: the route {found.route.path} failed")
+            raise internal_error()
+
+    def send_route(self, response: RouteResponse) -> None:
+        """Send what the route of a plugin has given."""
+        content, kind = response.content, response.content_type
+        if isinstance(content, (dict, list)):
+            content, kind = json.dumps(content).encode(), kind or "application/json"
+        elif isinstance(content, (str, bytes)):
+            kind = kind or CONTENT_TYPES[type(content)]
+            content = content.encode() if isinstance(content, str) else content
+        if isinstance(content, bytes):
+            self.send_content(response.status, content, kind, response.headers)
+            return
+        pieces = iter(content)
+        self.start_events(
+            response.status, kind or "text/event-stream", response.headers
+        )
+        if self.command != "HEAD":
+            for piece in pieces:
+                if piece is None:
+                    self.send_keepalive()
+                elif piece:
+                    self.write(piece.encode())
+        self.end_events()
+
     def handle_health_check(self) -> None:
         engine = self.response_generator
-        if engine.is_healthy:
-            self.send_json(200, {"status": "ok"})
-        else:
-            status = "loading" if engine.is_loading else "unavailable"
-            self.send_json(503, {"status": status})
-
-    @property
-    def model_id(self) -> str:
-        return self.response_generator.cli_args.model_id
+        status = engine.status
+        self.send_json(200 if status == "ok" else 503, {"status": status})
 
     def model_entry(self, id: str) -> Dict[str, Any]:
         """A model as JSON. It is the same in each list: it has not the time of this request."""
@@ -365,7 +531,8 @@ class BatchAPIHandler(HTTPHandler):
         """List the served model first, then those of the Hugging Face cache that requests
         may name. One that is asked for may also be another that they may name."""
         provider = self.response_generator.model_provider
-        ids = [self.model_id, *sorted(filter(provider.allowed.lists, cached_models()))]
+        served = self.response_generator.served_names
+        ids = [*served, *sorted(filter(provider.allowed.lists, cached_models()))]
         wanted = self.endpoint.removeprefix(MODELS)
         if not wanted:
             models = list(map(self.model_entry, dict.fromkeys(ids)))
@@ -374,7 +541,7 @@ class BatchAPIHandler(HTTPHandler):
         # An id may be a path.
         found = [i for i in ids if clean(i) == wanted]
         if wanted == "/default_model":
-            found.append(self.model_id)
+            found.append(served[0])
         found += [name for name in (wanted, wanted[1:]) if provider.has(name)]
         if found:
             self.send_json(200, self.model_entry(found[0]))

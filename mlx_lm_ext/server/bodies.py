@@ -31,13 +31,18 @@ class Incoming(io.RawIOBase):
     """The bytes that a client sends, which have to arrive at a minimum pace.
 
     Args:
-        connection (socket.socket): A blocking socket.
+        connection (socket.socket): A blocking socket, which may be one of TLS.
         idle_timeout (float): Seconds to wait for the next bytes.
+        header_timeout (float): Seconds from the first byte of a request to the end of its
+          headers.
     """
 
-    def __init__(self, connection: socket.socket, idle_timeout: float):
+    def __init__(
+        self, connection: socket.socket, idle_timeout: float, header_timeout: float
+    ):
         self.connection = connection
         self.idle_timeout = idle_timeout
+        self.header_timeout = header_timeout
         self.begin()
 
     def begin(self) -> None:
@@ -45,6 +50,8 @@ class Incoming(io.RawIOBase):
         # The time of the first byte, and how many have come since.
         self.start: Optional[float] = None
         self.n = 0
+        # Whether the headers have not ended.
+        self.in_headers = True
 
     def readable(self):
         return True
@@ -52,17 +59,27 @@ class Incoming(io.RawIOBase):
     def readinto(self, buffer):
         wait = self.idle_timeout
         if self.start is not None:
-            end = self.start + ARRIVAL_SECONDS + self.n / BYTES_A_SECOND
-            wait = min(wait, end - time.monotonic())
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        if wait <= 0 or not poll.poll(wait * 1000):
+            seconds = ARRIVAL_SECONDS + self.n / BYTES_A_SECOND
+            if self.in_headers:
+                seconds = self.header_timeout
+            wait = min(wait, self.start + seconds - time.monotonic())
+        if wait <= 0 or not self.wait_for_bytes(wait):
             raise TimeoutError("the request did not arrive in time")
         if self.start is None:
             self.start = time.monotonic()
         n = self.connection.recv_into(buffer)
         self.n += n
         return n
+
+    def wait_for_bytes(self, seconds: float) -> bool:
+        """Wait until there are bytes, or the end, to be read."""
+        # A record of TLS may have more than was read of it.
+        pending = getattr(self.connection, "pending", None)
+        if pending is not None and pending():
+            return True
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
 
 class BodyReader:

@@ -12,13 +12,17 @@ Rules:
 import io
 import json
 import logging
+import re
 import select
 import socket
+import ssl
 import time
+import uuid
 from email.errors import MissingHeaderBodySeparatorDefect
 from email.message import Message
+from functools import partial
 from http import HTTPStatus
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Mapping, Optional
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from mlx_lm.server import APIHandler
@@ -27,6 +31,13 @@ from ..errors import RequestError, internal_error
 from .bodies import BodyReader, Incoming
 
 logger = logging.getLogger(__name__)
+
+# What a read or a write raises if the client has left, is too slow, or breaks TLS.
+GONE = (ConnectionError, TimeoutError, ssl.SSLError)
+# The ids of requests that are taken from the client, for a log may be read by machines.
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# What follows the path in the first line of a request.
+QUERY = re.compile(r"\?\S*")
 
 # Seconds in which the rest of a refused body is read.
 LINGER = 3.0
@@ -69,8 +80,6 @@ class HTTPHandler(APIHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    # Seconds to wait for a client that sends nothing, or takes nothing.
-    timeout = 60
 
     # Bytes that the server has reserved for the body of the current request.
     n_reserved = 0
@@ -80,6 +89,10 @@ class HTTPHandler(APIHandler):
     is_unread = False
     # The path of the request.
     route = ""
+    # The id of the request, which the client may give and every response has, and the name of
+    # its API key.
+    x_request_id = ""
+    key_name: Optional[str] = None
     # When the request had arrived, and whether it has been submitted to the engine.
     arrived = 0.0
     is_submitted = False
@@ -95,20 +108,44 @@ class HTTPHandler(APIHandler):
         """Bytes that the body of a request may have."""
         raise NotImplementedError
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether the route of the request is only for those who have an API key."""
+        raise NotImplementedError
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no requests are taken any more."""
+        raise NotImplementedError
+
     def setup(self):
+        # Seconds to wait for a client that sends nothing, or takes nothing.
+        self.timeout = self.server.idle_timeout
         super().setup()
+        if isinstance(self.connection, ssl.SSLSocket):
+            self.connection.do_handshake()
         self.rfile.close()
-        self.incoming = Incoming(self.connection, self.timeout)
+        self.incoming = Incoming(
+            self.connection, self.timeout, self.server.header_timeout
+        )
         self.rfile = io.BufferedReader(self.incoming)
 
     def handle_one_request(self):
         self.incoming.begin()
+        self.x_request_id = uuid.uuid4().hex
         self.expects_continue = self.is_half_closed = self.is_submitted = False
         self.in_events = False
         super().handle_one_request()
 
     def finish(self):
         super().finish()
+        if isinstance(self.connection, ssl.SSLSocket):
+            # Without waiting for the client's own end, which many never send.
+            self.connection.settimeout(0)
+            try:
+                self.connection.unwrap()
+            except (OSError, ValueError):
+                pass
         if self.is_unread:
             self.linger()
 
@@ -118,9 +155,11 @@ class HTTPHandler(APIHandler):
         """
         end = time.monotonic() + LINGER
         try:
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER)
-            while time.monotonic() < end and self.connection.recv(1 << 16):
+            connection = self.connection
+            connection.settimeout(LINGER)
+            # What was encrypted is not decrypted.
+            socket.socket.shutdown(connection, socket.SHUT_WR)
+            while time.monotonic() < end and socket.socket.recv(connection, 1 << 16):
                 pass
         except OSError:
             pass  # it has ended
@@ -144,6 +183,10 @@ class HTTPHandler(APIHandler):
             return False
         if not super().parse_request():
             return False
+        self.incoming.in_headers = False
+        given = self.headers.get("X-Request-Id", "")
+        if REQUEST_ID.fullmatch(given):
+            self.x_request_id = given
         # Python's parser knows only a single option, in a single header.
         values = ",".join(self.headers.get_all("Connection", []))
         options = {option.strip().lower() for option in values.split(",")}
@@ -158,10 +201,13 @@ class HTTPHandler(APIHandler):
             return False
         try:
             self.server.guard.check(self.headers)
+            # A browser asks without a key whether a page may call.
+            if self.needs_key and self.command != "OPTIONS":
+                self.key_name = self.server.keys.check(self.headers)
         except RequestError as e:
             # Logged, because a browser hides the answer from the page that asked.
             logger.info(f"A request is refused: {e}")
-            self.send_error(e.status, str(e))
+            self.refuse(e)
             return False
         return True
 
@@ -206,12 +252,12 @@ class HTTPHandler(APIHandler):
                 method()
             except RequestError as e:
                 self.send_failure(e)
-            except (ConnectionError, TimeoutError):
+            except GONE:
                 raise
             except BaseException:
                 logger.exception("A request failed")
                 self.send_failure(internal_error())
-        except (ConnectionError, TimeoutError):
+        except GONE:
             self.close_connection = True
 
     def ignore_body(self) -> None:
@@ -275,7 +321,9 @@ class HTTPHandler(APIHandler):
             if not events & POLLRDHUP:
                 # It may have sent another request. Where there is no event of its own for
                 # the end, only a read tells.
-                if HAS_RDHUP or not events or self.connection.recv(1, socket.MSG_PEEK):
+                # The bytes may be encrypted.
+                peek = partial(socket.socket.recv, self.connection, 1, socket.MSG_PEEK)
+                if HAS_RDHUP or not events or peek():
                     return False
         except (OSError, ValueError):
             return True  # it was reset, or has just been closed here
@@ -303,9 +351,13 @@ class HTTPHandler(APIHandler):
         self.send_header("Access-Control-Allow-Methods", "*")
         # "*" stands for all headers but Authorization.
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+        self.send_header("Access-Control-Expose-Headers", "X-Request-Id")
 
     def end_head(self) -> None:
         """Send the headers that every response has, and end them."""
+        if self.is_stopping:
+            self.close_connection = True
+        self.send_header("X-Request-Id", self.x_request_id)
         if self.close_connection:
             self.send_header("Connection", "close")
         elif self.request_version == "HTTP/1.0":
@@ -315,14 +367,20 @@ class HTTPHandler(APIHandler):
         self.end_headers()
 
     def send_json(
-        self,
-        status: int,
-        content: Dict[str, Any],
-        headers: Optional[Dict[str, str]] = None,
+        self, status: int, content: Any, headers: Optional[Mapping[str, str]] = None
     ) -> None:
         raw = json.dumps(content).encode()
+        self.send_content(status, raw, "application/json", headers)
+
+    def send_content(
+        self,
+        status: int,
+        raw: bytes,
+        content_type: str,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(raw)))
         if status == 503:
             self.send_header("Retry-After", "1")
@@ -340,14 +398,21 @@ class HTTPHandler(APIHandler):
         else:
             self.send_json(error.status, error.to_json(), error.headers)
 
-    def start_events(self) -> None:
+    def start_events(
+        self,
+        status: int = 200,
+        content_type: str = "text/event-stream",
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> None:
         """Send the headers of a stream of server-sent events, unless it has begun."""
         if self.in_events:
             return
         self.in_events = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
         self.send_header("Cache-Control", "no-cache")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.chunked = self.request_version == "HTTP/1.1"
         if self.chunked:
             self.send_header("Transfer-Encoding", "chunked")
@@ -374,21 +439,29 @@ class HTTPHandler(APIHandler):
 
     def send_error(self, code, message=None, explain=None):
         """Answer what ``http.server`` refuses by itself, in OpenAI's shape."""
+        error = RequestError(code, message or explain or HTTPStatus(code).phrase)
+        self.refuse(self.wrong_route() if code == 501 else error)
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer a request whose body is not read."""
         self.close_connection = self.is_unread = True
         self.headers = getattr(self, "headers", None) or Message()
         if self.request_version == self.default_request_version:
             # The version that a request without one has, which would get no headers.
             self.request_version = self.protocol_version
-        error = RequestError(code, message or explain or HTTPStatus(code).phrase)
-        if code == 501:
-            error = self.wrong_route()
         self.send_json(error.status, error.to_json(), error.headers)
 
     def log_error(self, format, *args):
         # About an idle connection that timed out, or an error that was answered.
         logger.debug(format, *args)
 
-    def log_message(self, format, *args):
+    def log_request(self, code="-", size="-"):
+        # A client may have put a key into the query.
+        line = QUERY.sub("?...", self.requestline)
         # Escaped, because a client chooses a part of it.
-        message = (format % args).encode("unicode_escape").decode()
-        logger.info(f"{self.address_string()} {message}")
+        line = line.encode("unicode_escape").decode()
+        status = int(code)
+        level = logging.INFO if status >= 400 else logging.DEBUG
+        logger.log(
+            level, f'{self.address_string()} "{line}" {status} {self.x_request_id}'
+        )

@@ -9,21 +9,23 @@ Rules:
 import errno
 import logging
 import socket
+import ssl
 import sys
 import threading
 import time
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Any, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from .. import descriptors
 from ..errors import RequestError
 from ..request.preparation import Preparations
+from .access import Keys
 from .browsers import LOOPBACK, BrowserGuard
+from .connection import GONE
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 1000
 # Bytes of the bodies of all connections together. A body is always taken up to SMALL_BODY.
 MAX_BODIES, SMALL_BODY = 512 << 20, 1 << 18
 # Seconds for the connections to end when the server stops. A client may take nothing.
@@ -42,6 +44,14 @@ class BatchHTTPServer(ThreadingHTTPServer):
         handler (Callable): Makes the handler of a connection.
         allowed_origins (List[str]): See ``BrowserGuard``.
         allowed_hosts (Optional[List[str]]): See ``BrowserGuard``.
+        keys (Optional[Keys]): The API keys, if callers have to send one.
+        routes (Optional[Dict]): The routes of plugins by method and path, each with the
+          plugin that has registered it.
+        max_connections (int): Connections that are kept at a time.
+        idle_timeout (float): Seconds to wait for a client that sends no request, or takes
+          nothing.
+        header_timeout (float): Seconds for the headers of a request to arrive.
+        tls (Optional[ssl.SSLContext]): To serve over https.
 
     Raises:
         OSError: If the address is not known, or cannot be listened on.
@@ -58,6 +68,13 @@ class BatchHTTPServer(ThreadingHTTPServer):
         handler: Any,
         allowed_origins: Sequence[str] = (LOOPBACK,),
         allowed_hosts: Optional[List[str]] = None,
+        *,
+        keys: Optional[Keys] = None,
+        routes: Optional[Dict[Tuple[str, str], Any]] = None,
+        max_connections: int = 1000,
+        idle_timeout: float = 60.0,
+        header_timeout: float = 30.0,
+        tls: Optional[ssl.SSLContext] = None,
     ):
         name, port = address
         infos = socket.getaddrinfo(
@@ -65,8 +82,12 @@ class BatchHTTPServer(ThreadingHTTPServer):
         )
         found: Any
         self.address_family, _, _, _, found = infos[0]
-        self.max_connections = min(MAX_CONNECTIONS, descriptors.for_connections())
-        if self.max_connections < MAX_CONNECTIONS:
+        self.keys = keys or Keys([])
+        self.routes = routes or {}
+        self.idle_timeout, self.header_timeout = idle_timeout, header_timeout
+        self.tls = tls
+        self.max_connections = min(max_connections, descriptors.for_connections())
+        if self.max_connections < max_connections:
             logger.warning(
                 f"{self.max_connections} connections at most, because this process may have "
                 f"{descriptors.limit()} open files (ulimit -n)"
@@ -93,7 +114,7 @@ class BatchHTTPServer(ThreadingHTTPServer):
 
     def get_request(self):
         try:
-            accepted = super().get_request()
+            connection, address = super().get_request()
         except OSError as e:
             if e.errno in EXHAUSTED:
                 if not self.is_exhausted:
@@ -102,7 +123,12 @@ class BatchHTTPServer(ThreadingHTTPServer):
                 time.sleep(PAUSE)
             raise  # ``serve_forever`` tries again
         self.is_exhausted = False
-        return accepted
+        if self.tls is not None:
+            # The handshake waits for the client, so it is made on the connection's thread.
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def service_actions(self):
         try:
@@ -169,7 +195,9 @@ class BatchHTTPServer(ThreadingHTTPServer):
         with self.changed:
             for connection in self.connections:
                 try:
-                    connection.shutdown(socket.SHUT_RD)
+                    # Not the method of a TLS socket, with which a thread could no longer
+                    # write to it.
+                    socket.socket.shutdown(connection, socket.SHUT_RD)
                 except OSError:
                     pass  # it has ended by itself
             if not self.changed.wait_for(lambda: not self.connections, CLOSE_TIMEOUT):
@@ -177,6 +205,6 @@ class BatchHTTPServer(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request, client_address):
-        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+        if isinstance(sys.exc_info()[1], GONE):
             return
         logger.exception(f"A connection from {client_address[0]} failed")

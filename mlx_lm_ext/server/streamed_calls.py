@@ -23,6 +23,8 @@ MAX_ENDS_IN_VALUE = 16
 # Characters between the mark of the start, or the end of a call, and the arguments of the
 # next one.
 MAX_HEADER = 1024
+# The finish reasons of an answer after which the model would have gone on.
+CUT_OFF = ("length", "timeout")
 
 Parts = List[Dict[str, Any]]
 
@@ -213,7 +215,7 @@ class CallSection:
         # After a call, the start of the mark is not text either.
         at = len(self.text) - (n_begun(self.end, self.text) if self.headed else 0)
         try:
-            calls = self.parse(at, is_cut=reason == "length")
+            calls = self.parse(at, is_cut=reason in CUT_OFF)
         except Unfinished:
             calls = []
         return self.leave(calls, at, parts)

@@ -1,0 +1,64 @@
+"""A request to the route of a plugin, on the connection that it came on."""
+
+import json
+from typing import Any, Dict, Iterator, List, Optional
+from urllib.parse import parse_qsl, urlsplit
+
+from ..errors import RequestError
+from ..interfaces import ServerStatistics
+from ..request.fields import check_size, parse_object
+from ..routes import CHATS, TEXTS, ModelInfo, RouteRequest
+
+
+class HandlerRequest(RouteRequest):
+    """What a route sees of its request.
+
+    Args:
+        handler (BatchAPIHandler): The handler of its connection.
+        body (bytes): Its body.
+    """
+
+    def __init__(self, handler: Any, body: bytes):
+        self.handler = handler
+        self.method = "GET" if handler.command == "HEAD" else handler.command
+        self.path = handler.route
+        self.query = parse_query(handler.path)
+        self.headers = handler.headers
+        self.body = body
+        self.key_name = handler.key_name
+
+    def json(self) -> Dict[str, Any]:
+        check_size(self.body, self.handler.response_generator.cli_args.max_body_bytes)
+        return parse_object(self.body)
+
+    def answer(self, body: Dict[str, Any]) -> Dict[str, Any]:
+        with self.handler.submitted(*encode(body, stream=False)) as requests:
+            return self.handler.whole(requests)
+
+    def stream(self, body: Dict[str, Any]) -> Iterator[Optional[Dict[str, Any]]]:
+        with self.handler.submitted(*encode(body, stream=True)) as requests:
+            yield from self.handler.chunks(requests)
+
+    def tokenize(self, body: Dict[str, Any]) -> List[int]:
+        return self.handler.tokenize(*encode(body))
+
+    def model(self, name: Optional[str] = None) -> ModelInfo:
+        return self.handler.response_generator.model_info(name)
+
+    def statistics(self) -> ServerStatistics:
+        server = self.handler.server
+        return self.handler.response_generator.statistics(len(server.connections))
+
+
+def parse_query(target: str) -> Dict[str, str]:
+    """The parameters of the target of a request."""
+    try:
+        return dict(parse_qsl(urlsplit(target).query, keep_blank_values=True))
+    except ValueError as e:
+        raise RequestError(400, f"the query cannot be read: {e}")
+
+
+def encode(body: Dict[str, Any], **fields: Any) -> Any:
+    """What a handler takes: the body of a chat or a text completion, and its endpoint."""
+    endpoint = TEXTS if "prompt" in body else CHATS
+    return json.dumps({**body, **fields}).encode(), endpoint
