@@ -124,7 +124,7 @@ def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
     for name in ("one_plugin", "two_plugin"):
         (tmp_path / f"{name}.py").write_text("'''Nothing.'''")
     found = Plugins(["one_plugin", "one_plugin", "two_plugin", "no:two_plugin"])
-    assert list(found.sources) == ["builtin", "structured", "one_plugin"]
+    assert list(found.sources) == ["builtin", "metrics", "structured", "one_plugin"]
     assert "two_plugin: blocked" in found.describe(make_parser().parse_args([]))
 
 

@@ -37,6 +37,7 @@ ROUTE = re.compile(r"/|(/[^/?#\s]+)+")
 # The plugins that are built in: their modules by their names, and their distribution.
 BUILTIN = {
     "builtin": "mlx_lm_ext.plugins.builtin",
+    "metrics": "mlx_lm_ext.plugins.metrics",
     "structured": "mlx_lm_ext.plugins.structured",
 }
 DIST = "mlx-lm-ext"
