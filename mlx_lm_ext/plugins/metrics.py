@@ -16,6 +16,10 @@ from ..interfaces import RequestStats
 from ..routes import Route, RouteRequest, RouteResponse
 from .request_metrics import RequestMetrics
 
+# Also for callers that would rather have OpenMetrics: there prometheus_client 0.26 writes
+# mlx_lm_ for the mlx_lm: of a name (https://github.com/prometheus/client_python/issues/1177).
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 
 @hookimpl
 def mlx_lm_register_routes(args: argparse.Namespace) -> List[Route]:
@@ -31,18 +35,13 @@ def mlx_lm_request_finished(stats: RequestStats, args: argparse.Namespace) -> No
 
 
 def answer(requests: RequestMetrics, request: RouteRequest) -> RouteResponse:
-    """All metrics, in the format that the caller accepts."""
+    """All metrics as text."""
     try:
-        from prometheus_client.exposition import choose_encoder
+        from prometheus_client import generate_latest
     except ImportError:
         message = 'GET /metrics needs pip install "mlx-lm-ext[metrics]" on the server'
         raise RequestError(501, message)
     from .metric_families import MetricFamilies
 
-    accept = request.headers.get("Accept", "")
-    try:
-        encode, content_type = choose_encoder(accept)
-    except (TypeError, ValueError):
-        raise RequestError(400, f"Accept: {accept[:200]!r} has a version that is none")
-    families = MetricFamilies(requests, request.statistics())
-    return RouteResponse(encode(families), content_type=content_type)
+    text = generate_latest(MetricFamilies(requests, request.statistics()))
+    return RouteResponse(text, content_type=CONTENT_TYPE)
