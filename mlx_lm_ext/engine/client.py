@@ -1,6 +1,7 @@
 """The engine as handlers see it: they tokenize a request, submit it, and cancel it."""
 
 import argparse
+import time
 from collections import Counter
 from copy import copy
 from dataclasses import asdict, replace
@@ -92,10 +93,11 @@ class EngineClient:
             return "loading"
         return "unavailable" if self.inbox.is_closed else "ok"
 
-    def check_available(self) -> None:
-        """Raise a 503 ``RequestError`` if no request is served any more."""
-        if self.inbox.reason is not None:
-            raise RequestError(503, self.inbox.reason)
+    def check_available(self, seconds: float = 0.0) -> None:
+        """Raise a 503 ``RequestError`` if no request has been served for so many seconds."""
+        inbox = self.inbox
+        if inbox.reason is not None and time.monotonic() - inbox.closed >= seconds:
+            raise RequestError(503, inbox.reason)
 
     def wait_until_loaded(self, seconds: float, arrival: float) -> bool:
         """Wait until the served model is loaded.

@@ -84,6 +84,7 @@ class Engine:
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
         self.load_error: Optional[Exception] = None
+        self.has_failed = False
         # What is left of the warm-up of the model that was loaded first, and the kernels for
         # which it waits.
         self.warm_up: Optional[WarmUp] = None
@@ -129,6 +130,7 @@ class Engine:
         except BaseException as e:
             # What requests and plugins raise does not come here.
             logger.critical("The generation thread has failed", exc_info=e)
+            self.has_failed = True
             self.inbox.close("the engine has failed")
         self.loaded.set()
         try:
@@ -188,8 +190,12 @@ class Engine:
     def end(self) -> None:
         """End all requests, and free all arrays on the thread that has made them."""
         self.take_new(block=False)
+        reason = str(self.inbox.reason)
         for request in self.unfinished:
-            request.stop(str(self.inbox.reason))
+            if self.has_failed:
+                request.put(RequestError(503, reason))
+            else:
+                request.stop(reason)
             self.forget(request)
         self.scores = None
         self.close_batch()

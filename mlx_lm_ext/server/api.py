@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 # Seconds without a new token after which a stream gets a keep-alive comment, and after
 # which it is checked that the client and the engine are still there.
 HEARTBEAT = 1.0
+# Seconds for the last events of answers to come after the engine has stopped.
+LAST_EVENTS = 3.0
 
 # The types of what a route gives, by its Python type.
 CONTENT_TYPES = {str: "text/plain; charset=utf-8", bytes: "application/octet-stream"}
@@ -338,6 +340,8 @@ class BatchAPIHandler(HTTPHandler):
         while left:
             try:
                 received = requests[0].answers.receive(timeout=HEARTBEAT)
+                if not received:
+                    self.response_generator.check_available(LAST_EVENTS)
             except RequestError:
                 # What was held back is sent before the error.
                 for request in left & parsers.keys():
@@ -348,7 +352,6 @@ class BatchAPIHandler(HTTPHandler):
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
             if not received:
-                self.response_generator.check_available()
                 yield None
             for request, tokens in received.items():
                 if request not in left:
