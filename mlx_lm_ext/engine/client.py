@@ -222,7 +222,7 @@ def check_constraint(request: Request) -> None:
     with which several tokens are chosen at once.
 
     Raises:
-        RequestError: A 400 that names the field.
+        RequestError: A 400 that names the field, if the request has one that restricts.
     """
     if request.constraint is None:
         return
@@ -231,8 +231,10 @@ def check_constraint(request: Request) -> None:
             message = f"{name} cannot be used with what restricts the answer"
             raise RequestError(400, message, name)
     if request.model.key[2] is not None:
-        name = restricting_field(request.body) or "draft_model"
-        message = (
-            f"{name} cannot be used: answers of a draft model cannot be restricted"
-        )
+        # Without a format and a forced call, it is that of strict tools, or of a plugin.
+        strict = "tools" if request.body.get("tools") else None
+        name = restricting_field(request.body) or strict
+        message = "answers of a draft model cannot be restricted"
+        if name is not None:
+            message = f"{name} cannot be used: {message}"
         raise RequestError(400, message, name)
