@@ -209,7 +209,9 @@ class EngineClient:
         request.n_prompt = len(request.prompt)
 
     def cancel(self, request: Request) -> None:
-        """Let a request leave the waiting list or the batch before the next step."""
+        """Let a request leave the waiting list or the batch before the next step. Its handler
+        wants nothing more of it."""
+        request.answers.end(request)
         self.inbox.cancel(request)
 
     def request_finished(self, request: Request, stats: RequestStats) -> None:
