@@ -37,9 +37,8 @@ from ..sampling.groups import RowSampler
 from ..sampling.penalties import PenaltyParameters
 from .batch_sampling import RowSampling
 from .end_ban import EndBan
-from .generator import LeanBatchGenerator, make_logits_processors
+from .generator import KVShape, LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
-from .groups import KVShape
 from .kv_memory import KVMemory
 from .pace import Pace
 from .prefill import max_prefill_tokens
@@ -304,18 +303,19 @@ class Batch:
             return False
         is_joined, n_bytes = bool(self.prefilling), 0
         shapes = [g.batch.kv_shape for g in self.generator.generation_batch.groups]
-        if not is_joined and all(shape.end < shape.n_places for shape in shapes):
+        if not (is_joined or any(shape.grows for shape in shapes)):
             return False
         for requests, shape in self.kv_groups():
             n_rows, end = shape.n_rows, shape.n_places
             if is_joined:
                 # Some may join the others in this step.
                 n_rows = max(n_rows, growth.max_rows(len(requests)))
-            elif shape.end == shape.n_places:
+            elif shape.grows and shape.n_next == 1:
+                # The copy has no spare rows, which take part where pairs are run.
                 n_rows = len(requests)
-            if is_joined or shape.end == shape.n_places:
+            if is_joined or shape.grows:
                 n_tokens = max(r.n_prompt + r.n_generated for r in requests)
-                end = max(shape.end, n_tokens) + 1
+                end = max(shape.end, n_tokens) + shape.n_next
             n_bytes += self.kv_memory.nbytes(n_rows, end)
         return n_bytes > self.kv_memory.limit
 

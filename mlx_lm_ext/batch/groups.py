@@ -10,7 +10,7 @@ Rules:
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.generate import GenerationBatch
 
@@ -24,20 +24,6 @@ SIDE_SHARE = 0.3
 MAX_WAIT = 6
 # After so many steps it is looked at again whether the groups are as they should be.
 INTERVAL = 64
-
-
-class KVShape(NamedTuple):
-    """The shape of the KV of a group of rows, in the layers that keep all of it.
-
-    Args:
-        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
-        end (int): Places that the tokens take, with the padding.
-        n_places (int): Places that there are. If all are taken, the arrays grow.
-    """
-
-    n_rows: int
-    end: int
-    n_places: int
 
 
 @dataclass(eq=False)
