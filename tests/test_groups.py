@@ -4,6 +4,7 @@ often they change their group."""
 import random
 import threading
 
+import mlx.core as mx
 import pytest
 from helpers import (
     LETTERS,
@@ -24,6 +25,7 @@ from tiny_models import CONFIGS
 from mlx_lm_ext.batch import generator, groups
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.grouping import Grouping
+from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache
 from mlx_lm_ext.engine.loop import Engine
 
 
@@ -69,6 +71,9 @@ def moves(monkeypatch):
     def move(self, parts):
         move_rows(self, parts)
         assert sorted(map(len, parts)) == sorted(map(len, self.groups))
+        for group in self.groups:
+            # Nothing is left of what was known of the groups before.
+            assert (group.longest, group.seconds) == (max(group.lengths), 0)
         seen.append(len(parts))
 
     move_rows = groups.GenerationGroups.move
@@ -327,6 +332,30 @@ class FakeBatch:
     def next(self):
         self.n_steps += 1
         return []
+
+
+class KVRows:
+    """Rows of which there is only the KV of one layer."""
+
+    def __init__(self, n_rows, length):
+        self.tokens = [[0] * length for _ in range(n_rows)]
+        (self.layer,) = self.prompt_cache = [BatchSegmentedKVCache([0] * n_rows)]
+        self.layer.update_and_fetch(
+            *(mx.zeros((n_rows, 1, length, 1)) for _ in range(2))
+        )
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def extend(self, other):
+        self.tokens += other.tokens
+        self.layer.extend(other.layer)
+
+
+def test_rows_that_join_get_room_once():
+    batch, others = KVRows(4, 10), [KVRows(5, 10), KVRows(1, 600)]
+    groups.add(batch, others)
+    assert len(batch) == len(batch.layer.keys) == 10
 
 
 @pytest.mark.parametrize(

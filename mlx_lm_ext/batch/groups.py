@@ -247,14 +247,15 @@ class GenerationGroups:
                 wanted = {uids[idx] for idx in parts[i]}
                 batch = self.groups[j].batch
                 pieces[i].append(take(batch, [u for u in batch.uids if u in wanted]))
-        groups = []
+        batches = []
         for i, news in pieces.items():
-            if i not in homes:
-                groups.append(Group(gather(news)))
-                continue
-            groups.append(self.groups[homes[i]])
-            add(groups[-1].batch, news)
-        self.groups = groups
+            if i in homes:
+                batches.append(self.groups[homes[i]].batch)
+                add(batches[-1], news)
+            else:
+                batches.append(gather(news))
+        # What was known of the groups is not true of these.
+        self.groups = [*map(Group, batches)]
 
 
 def take(batch: Any, uids: List[int]) -> Any:
@@ -267,8 +268,8 @@ def take(batch: Any, uids: List[int]) -> Any:
 def gather(batches: List[Any]) -> Any:
     """One batch of the rows of several."""
     # The arrays of the longest rows need not grow for the others.
-    first, *others = sorted(batches, key=longest_of, reverse=True)
-    add(first, others)
+    first = max(batches, key=longest_of)
+    add(first, [batch for batch in batches if batch is not first])
     return first
 
 
@@ -276,7 +277,8 @@ def add(batch: Any, others: List[Any]) -> None:
     """Add the rows of other batches to a batch."""
     for c in segmented(batch.prompt_cache):
         c.n_to_join = sum(map(len, others))
-    for other in others:
+    # The longest first: its arrays have places for the others, and are copied once.
+    for other in sorted(others, key=longest_of, reverse=True):
         batch.extend(other)
 
 
