@@ -148,7 +148,7 @@ def answers_of(engine, prompts, **body):
 
 @pytest.mark.parametrize("with_logprobs", [False, True])
 def test_rows_keep_their_sampling_penalties_and_constraints(
-    with_logprobs, order, moves, start_engine
+    with_logprobs, order, moves, start_engine, caplog
 ):
     hooks = constraining(lambda _: Stairs())
     hooks.mlx_lm_register_samplers = plugin(
@@ -172,6 +172,8 @@ def test_rows_keep_their_sampling_penalties_and_constraints(
                 [p for _, p, _ in expected], abs=1e-4
             )
     assert len(moves) > 10
+    (record,) = (r for r in caplog.records if "cannot be copied" in r.message)
+    assert record.levelname == "WARNING" and "'countdown'" in record.message
 
 
 @pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=str)
