@@ -150,30 +150,36 @@ class Batch:
 
     # Joining
 
-    def can_start(self, request: Request) -> bool:
+    def can_start(self, request: Request, beside: Sequence[Request] = ()) -> bool:
         """Whether there is room for a request, and its prompt can run in the next step.
 
         Until it runs, the KV that it takes from the prompt cache is not counted in the bound
         of the cache. A short prompt may start beside a long one, because it delays it
         little.
+
+        Args:
+            request (Request): The request.
+            beside (Sequence[Request]): Requests whose KV is there, but in no row yet.
         """
         if not self.rows:
-            return True
+            return self.fits(request, beside)
         prefilling = self.prefilling
         if len(prefilling) >= self.generator.prefill_batch_size:
             return False
-        if not self.fits(request):
+        if not self.fits(request, beside):
             return False
         left = [row.n_tokens - row.n_run for row in prefilling]
         if request.n_prompt <= self.budget // 4:
             left = [n for n in left if n <= self.budget // 4]
         return sum(left) < self.budget
 
-    def fits(self, request: Request) -> bool:
-        """Whether the KV of a request fits beside that of the rows, if there are any."""
+    def fits(self, request: Request, beside: Sequence[Request] = ()) -> bool:
+        """Whether the KV of a request fits beside that of the rows and of ``beside``, if there
+        are any."""
+        requests = [request, *beside]
         if not self.rows:
-            return True
-        groups = self.kv_groups([request])
+            return not beside or self.kv_memory.fits([(requests, 0, 0)])
+        groups = self.kv_groups(requests)
         return self.kv_memory.fits((g, shape.n_rows, shape.end) for g, shape in groups)
 
     def kv_groups(

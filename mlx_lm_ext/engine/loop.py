@@ -196,15 +196,19 @@ class Engine:
         return self.batch.requests if self.batch else []
 
     @property
+    def scored(self) -> List[Request]:
+        """The request whose prompt is scored, if one is."""
+        return [self.scores.request] if self.scores else []
+
+    @property
     def n_running(self) -> int:
         n_rows = len(self.batch) if self.batch else 0
-        return n_rows + (self.scores is not None)
+        return n_rows + len(self.scored)
 
     @property
     def unfinished(self) -> List[Request]:
         """All requests that are here."""
-        scored = [self.scores.request] if self.scores else []
-        return [*self.waiting, *scored, *self.running]
+        return [*self.waiting, *self.scored, *self.running]
 
     def report(self, is_idle: bool) -> None:
         """Log what was done: every few seconds, and when nothing is left to do."""
@@ -326,10 +330,10 @@ class Engine:
                         continue  # one prompt at a time
                     if self.batch and not self.batch.fits(request):
                         return
-                elif self.batch and request.max_tokens:
+                elif self.batch is not None and request.max_tokens:
                     if self.batch.must_wait(request):
                         continue
-                    if not self.batch.can_start(request):
+                    if not self.batch.can_start(request, self.scored):
                         return
                 self.waiting.remove(request)
                 self.begin(request)
