@@ -2,6 +2,9 @@
 often they change their group."""
 
 import random
+import re
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -398,3 +401,17 @@ def test_new_rows_get_their_first_token_at_once():
     other.batch.joining = ["new"]
     running.next(is_timed=False)
     assert other.batch.n_steps == 1
+
+
+def test_what_a_long_row_costs_the_others_is_measured():
+    command = [sys.executable, "-m", "mlx_lm_ext.bench.row_lengths", "--rounds", "1"]
+    command += ["--short", "7", "--tokens", "10", "--layers", "2", "--hidden", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    pattern = (
+        r"(.*), groups of (.*) rows: [\d.]+ ms a step, [\d.]+ times .* KV [\d.]+ MB"
+    )
+    assert re.findall(pattern, result.stdout) == [
+        ("short rows", "[7]"),
+        ("with a long one", "[7, 1]"),
+        ("in one group", "[8]"),
+    ]
