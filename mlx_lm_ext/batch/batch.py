@@ -250,9 +250,6 @@ class Batch:
         )
         self.rows[row.uid] = row
         self.sharing.forget(request)
-        if request.started is None:
-            request.start()
-            self.policies.scheduler.on_start(request)
 
     def make_grouping(self) -> Grouping:
         """What decides which rows decode together."""

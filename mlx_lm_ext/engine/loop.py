@@ -373,14 +373,12 @@ class Engine:
             return
         self.make_batch()
         self.batch.add(request)
-        if request.prompt_logprobs:
-            # What it has taken from the prompt cache was run for it.
-            request.n_matched = 0
+        self.note_start(request)
 
     def note_start(self, request: Request) -> None:
         """A request runs, which it may do after its prompt did."""
         if request.started is None:
-            request.start()
+            request.started = request.clock()
             self.policies.scheduler.on_start(request)
 
     def make_batch(self) -> None:

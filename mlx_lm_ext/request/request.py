@@ -245,11 +245,6 @@ class Request(RequestInfo):
         if self.clock() >= self.deadline:
             raise too_late(self.timeout or 0.0)
 
-    def start(self) -> None:
-        """Note when it first started to run."""
-        if self.started is None:
-            self.started = self.clock()
-
     def stats(self, finish_reason: str, n_tokens: int) -> RequestStats:
         """How it went (any thread).
 
