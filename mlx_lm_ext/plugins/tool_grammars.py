@@ -63,7 +63,7 @@ class Format:
     before_arguments: str = ""
     after: str = ""
     is_shared: bool = False
-    comma: str = "\0"
+    comma: str = "·"
     around: Tuple[str, str] = ("", "")
     is_json: bool = False
     is_single: bool = False
@@ -76,11 +76,11 @@ def as_json(start: str, end: str) -> Format:
         start,
         end,
         Arguments,
-        '{\0"name"\0:\0',
-        '\0,\0"arguments"\0:\0',
-        '\1\0,\0"id"\0:\0"\3"\2\0}',
+        '{·"name"·:·',
+        '·,·"arguments"·:·',
+        '⟦·,·"id"·:·"ANY_ID"⟧·}',
         is_shared=not end,
-        comma="\0,\0",
+        comma="·,·",
         around=("", "") if end else ("[", "]"),
         is_json=True,
     )
@@ -104,7 +104,7 @@ def tagged(
 def arg_tags(prefix: str) -> Callable[[str, str], Format]:
     """GLM's format, in which some models mark the tags as their own."""
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
-    tags = Tags(f"<{key}>", f"</{key}>\0<{value}>", f"</{value}>", (f"<{key}>",))
+    tags = Tags(f"<{key}>", f"</{key}>·<{value}>", f"</{value}>", (f"<{key}>",))
     return tagged(("", "", ""), tags)
 
 
@@ -116,7 +116,7 @@ def gemma(quote: str) -> Callable[[str, str], Format]:
 # By the names of mlx-lm's parsers.
 FORMATS: Dict[str, Callable[[str, str], Format]] = {
     "json_tools": as_json,
-    "mistral": partial(Format, before_arguments="\1[CALL_ID]\3\2[ARGS]"),
+    "mistral": partial(Format, before_arguments="⟦[CALL_ID]ANY_ID⟧[ARGS]"),
     "kimi_k2": partial(
         Format,
         before_name="<|tool_call_begin|>functions.",
@@ -145,13 +145,13 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
         before_arguments="(",
         after=")",
         is_shared=True,
-        comma=",\0",
+        comma=",·",
         around=("[", "]"),
     ),
     "gemma4": gemma('<|"|>'),
     "function_gemma": gemma("<escape>"),
     "qwen3_coder": tagged(
-        ("<function=", ">", "\0</function>"),
+        ("<function=", ">", "·</function>"),
         Tags(
             "<parameter=",
             ">\n",
@@ -160,7 +160,7 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
         ),
     ),
     "minimax_m2": tagged(
-        ('<invoke name="', '">', "\0</invoke>"),
+        ('<invoke name="', '">', "·</invoke>"),
         Tags('<parameter name="', '">', "</parameter>", ("<parameter name=",)),
         is_shared=True,
     ),
@@ -171,7 +171,7 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
     "glm47": arg_tags(""),
     "longcat": arg_tags("longcat_"),
     "muse_spark": tagged(
-        ('<atem:invoke name="', '">', "\0</atem:invoke>"),
+        ('<atem:invoke name="', '">', "·</atem:invoke>"),
         Tags(
             '<atem:parameter name="',
             '">',
@@ -186,7 +186,7 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
 # Each header may name the channel, and the type of the arguments.
 HARMONY_CALLS = partial(
     Format,
-    before_arguments="\1<|channel|>commentary\2\1 json\2\1 \2\1<|constrain|>json\2"
+    before_arguments="⟦<|channel|>commentary⟧⟦ json⟧⟦ ⟧⟦<|constrain|>json⟧"
     "<|message|>",
     is_single=True,
 )
