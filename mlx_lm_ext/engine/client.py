@@ -147,6 +147,7 @@ class EngineClient:
         if completions[0].tools and parse_tool_choice(body).mode == "auto":
             name = template.prompt_field
             model.bounded_tokenizer(name, preparation).check_tools()
+        field = restricting_field(body)
         requests: List[Request] = []
         for completion in completions:
             # The limit of its tokens depends on the prompt.
@@ -160,7 +161,6 @@ class EngineClient:
             if first.segments:
                 first.fit_to_context()
             first.constraint = self.policies.make_constraint(first, model.tokenizer)
-            field = restricting_field(body)
             if field is not None and first.constraint is None:
                 message = f"{field} needs the plugin structured, which is blocked"
                 raise RequestError(400, message, field, "unsupported_value")
