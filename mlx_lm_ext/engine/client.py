@@ -203,6 +203,7 @@ class EngineClient:
         if completions[0].tools and parse_tool_choice(body).mode == "auto":
             name = template.prompt_field
             model.bounded_tokenizer(name, preparation).check_tools()
+        field = restricting_field(body)
         requests: List[Request] = []
         for completion in completions:
             # The limit of its tokens depends on the prompt.
@@ -216,7 +217,6 @@ class EngineClient:
             if first.segments:
                 first.fit_to_context()
             first.constraint = self.policies.make_constraint(first, model.tokenizer)
-            field = restricting_field(body)
             if field is not None and first.constraint is None:
                 message = f"{field} needs the plugin structured, which is blocked"
                 raise RequestError(400, message, field, "unsupported_value")
@@ -288,7 +288,9 @@ class EngineClient:
         request.n_prompt = len(request.prompt)
 
     def cancel(self, request: Request) -> None:
-        """Let a request leave the waiting list or the batch before the next step."""
+        """Let a request leave the waiting list or the batch before the next step. Its handler
+        wants nothing more of it."""
+        request.answers.end(request)
         self.inbox.cancel(request)
 
     def request_finished(self, request: Request, stats: RequestStats) -> None:
@@ -325,7 +327,7 @@ def check_constraint(request: Request) -> None:
     with which several tokens are chosen at once.
 
     Raises:
-        RequestError: A 400 that names the field.
+        RequestError: A 400 that names the field, if the request has one that restricts.
     """
     if request.constraint is None:
         return
@@ -334,8 +336,10 @@ def check_constraint(request: Request) -> None:
             message = f"{name} cannot be used with what restricts the answer"
             raise RequestError(400, message, name)
     if request.model.key[2] is not None:
-        name = restricting_field(request.body) or "draft_model"
-        message = (
-            f"{name} cannot be used: answers of a draft model cannot be restricted"
-        )
+        # Without a format and a forced call, it is that of strict tools, or of a plugin.
+        strict = "tools" if request.body.get("tools") else None
+        name = restricting_field(request.body) or strict
+        message = "answers of a draft model cannot be restricted"
+        if name is not None:
+            message = f"{name} cannot be used: {message}"
         raise RequestError(400, message, name)

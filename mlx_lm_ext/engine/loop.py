@@ -208,15 +208,19 @@ class Engine:
         return self.batch.requests if self.batch else []
 
     @property
+    def scored(self) -> List[Request]:
+        """The request whose prompt is scored, if one is."""
+        return [self.scores.request] if self.scores else []
+
+    @property
     def n_running(self) -> int:
         n_rows = len(self.batch) if self.batch else 0
-        return n_rows + (self.scores is not None)
+        return n_rows + len(self.scored)
 
     @property
     def unfinished(self) -> List[Request]:
         """All requests that are here."""
-        scored = [self.scores.request] if self.scores else []
-        return [*self.waiting, *scored, *self.running]
+        return [*self.waiting, *self.scored, *self.running]
 
     def count(self, is_idle: bool) -> None:
         """Bring the counters up to date: the bytes once a second, and when nothing is left to
@@ -354,10 +358,10 @@ class Engine:
                         continue  # one prompt at a time
                     if self.batch and not self.batch.fits(request):
                         return
-                elif self.batch and request.max_tokens:
+                elif self.batch is not None and request.max_tokens:
                     if self.batch.must_wait(request):
                         continue
-                    if not self.batch.can_start(request):
+                    if not self.batch.can_start(request, self.scored):
                         return
                 self.waiting.remove(request)
                 self.begin(request)
@@ -397,14 +401,12 @@ class Engine:
             return
         self.make_batch()
         self.batch.add(request)
-        if request.prompt_logprobs:
-            # What it has taken from the prompt cache was run for it.
-            request.n_matched = 0
+        self.note_start(request)
 
     def note_start(self, request: Request) -> None:
         """A request runs, which it may do after its prompt did."""
         if request.started is None:
-            request.start()
+            request.started = request.clock()
             self.policies.scheduler.on_start(request)
 
     def make_batch(self) -> None:
