@@ -348,9 +348,9 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-gap",
         type=number(float, 0),
         metavar="SECONDS",
-        help="seconds between two tokens of streams that have begun while prompts are "
-        "processed: less makes smoother streams, more a shorter wait for new ones; unset, "
-        "0.1, or the time of 4 decode steps if they take longer",
+        help="about so many seconds between two tokens of streams that have begun while "
+        "prompts are processed: less makes smoother streams, more a shorter wait for new "
+        "ones; unset, 0.1, or the time of 4 decode steps if they take longer",
     )
     add(
         "--max-kv-bytes",

@@ -235,17 +235,17 @@ class BatchServer:
         Raises:
             OSError: If the certificate or its key cannot be used.
         """
+        from .server.tls import make_context
+
         args = self.args
         if args.ssl_certfile is None:
             return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
-            context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
+            return make_context(args.ssl_certfile, args.ssl_keyfile)
         except OSError as e:
             names = " and ".join(filter(None, (args.ssl_certfile, args.ssl_keyfile)))
             reason = getattr(e, "strerror", None) or e
             raise OSError(f"--ssl-certfile: {names} cannot be used: {reason}")
-        return context
 
     def start_engine(self, policies) -> None:
         """Start the generation thread, which begins to load the model."""

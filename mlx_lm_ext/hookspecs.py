@@ -163,8 +163,9 @@ def mlx_lm_make_constraint(
     """Gives what restricts the tokens of one answer.
 
     Called once for each prompt of a request, when it has been tokenized, on the thread of the
-    connection: several at a time. It may take a while, such as to compile a grammar, and only
-    its request waits. Requests with images are tokenized later.
+    connection and in its turn: few requests are prepared at a time. It may take a while, such as
+    to compile a grammar. Those that run go on meanwhile; those that wait for a turn wait longer.
+    Requests with images are tokenized later.
 
     It returns an object of a class that derives from ``interfaces.Constraint``, or None for a
     request that it leaves alone. The object is not used itself: each answer (``n``) gets a

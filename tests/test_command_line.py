@@ -1,8 +1,6 @@
 """The command line: defaults, errors of one line, and what ends the process."""
 
 import argparse
-import http.client
-import json
 import re
 import signal
 import socket
@@ -13,11 +11,10 @@ from pathlib import Path
 import mlx_lm.server
 import pytest
 from conftest import server_process
-from helpers import JSON, complete
+from helpers import complete
 from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext.arguments import make_parser
-from mlx_lm_ext.bench.random_model import SPECIAL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -213,26 +210,6 @@ def test_signal_ends_the_server_with_0_after_requests(
         process.send_signal(getattr(signal, name))
         assert process.wait(60) == 0
     assert "Traceback" not in "".join(lines)
-
-
-def test_signal_tells_the_client_of_a_running_stream(model_folder):
-    with server_process("--model", str(model_folder())) as (port, _, process):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
-        # Without the end-of-text token the answer cannot end before the signal.
-        body["logit_bias"] = {SPECIAL.index("<|im_end|>"): -1000}
-        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
-        response = connection.getresponse()
-        assert response.readline().startswith(b"data: ")
-        process.send_signal(signal.SIGTERM)
-        *_, last = [e for e in response.read().split(b"\n\n") if e]
-        connection.close()
-        assert process.wait(60) == 0
-    error = json.loads(last.removeprefix(b"data: "))["error"]
-    assert (error["type"], error["message"]) == (
-        "server_error",
-        "the server is stopping",
-    )
 
 
 def test_garbage_collector_passes_over_what_was_imported(

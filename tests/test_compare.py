@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -393,3 +395,34 @@ def test_a_server_that_does_not_start_is_not_compared(
 def test_a_model_that_cannot_be_run_is_one_line(tmp_path):
     code = run_compare(tmp_path, "--workloads", "short")
     assert code.startswith(f"error: the bare engine cannot run {tmp_path}")
+
+
+# Of a comparison, only that a server runs.
+WAITING = """
+import sys, time
+from mlx_lm_ext.bench import compare
+
+def wait(args, model, ours, theirs):
+    with ours.serve() as server:
+        print(server.pid, flush=True)
+        time.sleep(60)
+
+compare.compare = wait
+compare.main(["--model", sys.argv[1], "--server", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_comparison_that_is_ended_ends_its_server(name, tmp_path):
+    server = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1"]
+    server += ["--directory", "{model}"]
+    command = [sys.executable, "-c", WAITING, str(tmp_path), shlex.join(server)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        pid = int(process.stdout.readline())
+        process.send_signal(getattr(signal, name))
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

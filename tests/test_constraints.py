@@ -123,6 +123,20 @@ def test_what_is_not_allowed_has_no_probability(start_engine):
         assert all(p == -math.inf for t, p in token.top if not is_allowed(t, i))
 
 
+def test_each_mask_is_filled_once(start_engine):
+    filled = []
+
+    class Watched(Stairs):
+        def fill(self, mask):
+            filled.append(len(self.given))
+            super().fill(mask)
+
+    engine = start_engine(plugin=constraining(lambda _: Watched()))
+    assert len(read(submit(engine, "a", max_tokens=5, restricted=1))) == 5
+    wait_until_idle(engine)
+    assert filled == [*range(len(filled))] and len(filled) >= 5
+
+
 class FailsAt(Stairs):
     """Fails at its fifth token, in one of the ways in which it can."""
 

@@ -20,11 +20,13 @@ from helpers import (
     wait_until_idle,
 )
 from mlx_lm.server import CompletionRequest
+from test_kv_memory import memory_of
 from test_logprobs import EXACT
 from tiny_models import CONFIGS, UNBATCHABLE
 from tiny_tokenizers import KINDS
 
 from mlx_lm_ext.bench.random_model import SPECIAL
+from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.prompt_scores import PromptScores
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.request.request import NO_TIME, Token
@@ -261,6 +263,36 @@ def test_streams_go_on_while_a_long_prompt_is_scored(start_engine):
     assert n_after - n_before > 800 // 8 - 10
     assert len(scored.prompt_logprobs) == 800
     engine.client.cancel(other)
+
+
+class Beside(Engine):
+    """Notes which requests begin while a prompt is scored."""
+
+    def begin(self, request):
+        self.begun = getattr(self, "begun", {}) | {request: bool(self.scored)}
+        super().begin(request)
+
+
+@pytest.mark.parametrize(
+    "n_places, is_running, is_beside",
+    [(768, False, False), (3072, False, True), (3072, True, False), (8000, True, True)],
+)
+def test_kv_of_a_prompt_that_is_scored_counts_when_others_start(
+    n_places, is_running, is_beside, start_engine
+):
+    argv = *memory_of(1, n_places), "--prefill-step-size", "4"
+    engine = start_engine("llama", *argv, make_engine=Beside)
+    if is_running:
+        running = submit(engine, "Hello", max_tokens=600, **GREEDY)
+        running.receive(timeout=60)
+    scored = submit(engine, "x" * 600, max_tokens=1, echo=True, logprobs=1)
+    while engine.scores is None:
+        pass
+    other = submit(engine, "y" * 300, max_tokens=1)
+    assert len(read(other)) == len(read(scored)) == 1
+    assert engine.begun[other] == is_beside
+    if is_running:
+        engine.client.cancel(running)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 5])

@@ -374,7 +374,7 @@ def test_wrong_model_is_refused_and_the_running_one_stays(start_engine, tmp_path
         assert error.value.status == 404
         assert error.value.param == list(body)[0]
         if "model" in body:
-            assert "'default_model' is the one that is served" in str(error.value)
+            assert "served is " in str(error.value)
         if "missing" in str(body):
             assert "there is no such folder" in str(error.value)
     assert engine.model_provider.model is model

@@ -213,7 +213,7 @@ def test_signal_ends_a_server_that_is_loading_or_downloading(
     shutil.copytree(model_folder(), tmp_path / "other")
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--model", str(model_folder()), "--warmup", "off", "-p", "blocking"]
-    command += ["--allow-models", "any"]
+    command += ["--allow-models", "any", "--shutdown-timeout", "0.1"]
     with ExitStack() as opened:
         process = subprocess.Popen(
             command, cwd=tmp_path, stderr=subprocess.PIPE, text=True

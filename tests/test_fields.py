@@ -11,7 +11,7 @@ from helpers import ALONE, Reference, call, plugin, saying, stream, submit
 from mlx_lm_ext.bench.random_model import SPECIAL
 from mlx_lm_ext.interfaces import Constraint
 from mlx_lm_ext.request.fields import FIELDS, GUIDED
-from mlx_lm_ext.request.other_fields import REFUSED, WITHOUT_EFFECT
+from mlx_lm_ext.request.other_fields import REFUSED
 
 README = Path(__file__).parent.parent / "mlx_lm_ext" / "server" / "README.md"
 README = README.read_text()
@@ -185,17 +185,18 @@ def names(text):
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
+SECTION = README.partition("## Fields of a request")[2].partition("\n## ")[0]
+HEAD, _, REST = SECTION.partition("These have **no effect**")
+HINTS, _, REST = REST.partition("These are **refused**")
+
+
 def test_readme_says_of_each_field_what_becomes_of_it():
-    section = README.partition("## Fields of a request")[2].partition("\n## ")[0]
-    head, _, rest = section.partition("These have **no effect**")
-    hints, _, rest = rest.partition("These are **refused**")
     # The text before the list has an example.
-    _, refused, left, *_ = rest.split("\n\n")
-    rows = re.findall(r"^\| (`.*?) \|", head, re.MULTILINE)
+    _, refused, left, *_ = REST.split("\n\n")
+    rows = re.findall(r"^\| (`.*?) \|", HEAD, re.MULTILINE)
     honoured = set().union(*map(names, rows))
-    assert names(hints) == WITHOUT_EFFECT
     assert names(refused) == set(REFUSED)
-    assert not honoured & (WITHOUT_EFFECT | REFUSED.keys())
+    assert not honoured & (names(HINTS) | REFUSED.keys())
     # These may be of several types.
     several = {"stop", "logprobs", "tool_choice", *GUIDED}
     assert honoured <= FIELDS.keys() | several
@@ -207,7 +208,7 @@ def test_hints_have_no_effect(start_server):
     for path in (TEXT, CHAT):
         plain = ask(port, path, max_tokens=3)
         for value in (0, 2.5, "x", [1], {"a": True}, True):
-            hints = dict.fromkeys(WITHOUT_EFFECT, value)
+            hints = dict.fromkeys(names(HINTS), value)
             assert ask(port, path, max_tokens=3, **hints) == plain
 
 

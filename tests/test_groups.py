@@ -2,8 +2,12 @@
 often they change their group."""
 
 import random
+import re
+import subprocess
+import sys
 import threading
 
+import mlx.core as mx
 import pytest
 from helpers import (
     LETTERS,
@@ -24,6 +28,7 @@ from tiny_models import CONFIGS
 from mlx_lm_ext.batch import generator, groups
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.grouping import Grouping
+from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache
 from mlx_lm_ext.engine.loop import Engine
 
 
@@ -69,6 +74,9 @@ def moves(monkeypatch):
     def move(self, parts):
         move_rows(self, parts)
         assert sorted(map(len, parts)) == sorted(map(len, self.groups))
+        for group in self.groups:
+            # Nothing is left of what was known of the groups before.
+            assert (group.longest, group.seconds) == (max(group.lengths), 0)
         seen.append(len(parts))
 
     move_rows = groups.GenerationGroups.move
@@ -143,7 +151,7 @@ def answers_of(engine, prompts, **body):
 
 @pytest.mark.parametrize("with_logprobs", [False, True])
 def test_rows_keep_their_sampling_penalties_and_constraints(
-    with_logprobs, order, moves, start_engine
+    with_logprobs, order, moves, start_engine, caplog
 ):
     hooks = constraining(lambda _: Stairs())
     hooks.mlx_lm_register_samplers = plugin(
@@ -167,6 +175,8 @@ def test_rows_keep_their_sampling_penalties_and_constraints(
                 [p for _, p, _ in expected], abs=1e-4
             )
     assert len(moves) > 10
+    (record,) = (r for r in caplog.records if "cannot be copied" in r.message)
+    assert record.levelname == "WARNING" and "'countdown'" in record.message
 
 
 @pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=str)
@@ -329,6 +339,30 @@ class FakeBatch:
         return []
 
 
+class KVRows:
+    """Rows of which there is only the KV of one layer."""
+
+    def __init__(self, n_rows, length):
+        self.tokens = [[0] * length for _ in range(n_rows)]
+        (self.layer,) = self.prompt_cache = [BatchSegmentedKVCache([0] * n_rows)]
+        self.layer.update_and_fetch(
+            *(mx.zeros((n_rows, 1, length, 1)) for _ in range(2))
+        )
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def extend(self, other):
+        self.tokens += other.tokens
+        self.layer.extend(other.layer)
+
+
+def test_rows_that_join_get_room_once():
+    batch, others = KVRows(4, 10), [KVRows(5, 10), KVRows(1, 600)]
+    groups.add(batch, others)
+    assert len(batch) == len(batch.layer.keys) == 10
+
+
 @pytest.mark.parametrize(
     "sizes, seconds, expected",
     [
@@ -367,3 +401,17 @@ def test_new_rows_get_their_first_token_at_once():
     other.batch.joining = ["new"]
     running.next(is_timed=False)
     assert other.batch.n_steps == 1
+
+
+def test_what_a_long_row_costs_the_others_is_measured():
+    command = [sys.executable, "-m", "mlx_lm_ext.bench.row_lengths", "--rounds", "1"]
+    command += ["--short", "7", "--tokens", "10", "--layers", "2", "--hidden", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    pattern = (
+        r"(.*), groups of (.*) rows: [\d.]+ ms a step, [\d.]+ times .* KV [\d.]+ MB"
+    )
+    assert re.findall(pattern, result.stdout) == [
+        ("short rows", "[7]"),
+        ("with a long one", "[7, 1]"),
+        ("in one group", "[8]"),
+    ]

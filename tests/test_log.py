@@ -78,6 +78,7 @@ def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
     read, write = os.pipe()
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--warmup", "off", "--model", str(model_folder())]
+    command += ["--log-level", "DEBUG"]
     with subprocess.Popen(command, stderr=write) as process:
         os.close(write)
         text = b""

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,27 @@ def test_tokens_that_came_before_an_error_are_taken_before_it_is_raised():
     for _ in range(2):
         with pytest.raises(RequestError, match="over"):
             request.receive(timeout=60)
+
+
+def test_error_of_an_answer_that_has_ended_for_the_handler_does_not_end_the_others():
+    first = Request("", None, model=None, completion=None)
+    other, late = (replace(first, generated=[]) for _ in range(2))
+    answers = first.answers
+    for request, event in (
+        (first, Token(1)),
+        (first, RequestError(500, "over")),
+        (other, Token(2)),
+    ):
+        request.put(event)
+    assert answers.receive(timeout=60) == {first: [Token(1)], other: [Token(2)]}
+    # The handler has found a stop word in the first token.
+    answers.end(first)
+    other.put(Token(3))
+    assert answers.receive(timeout=60) == {other: [Token(3)]}
+    answers.end(late)
+    late.put(RequestError(500, "over"))
+    other.put(Token(4, finish_reason="stop"))
+    assert [*answers.receive(timeout=60)] == [other]
 
 
 def test_handler_is_not_woken_for_what_is_not_worth_it():

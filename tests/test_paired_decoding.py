@@ -4,9 +4,11 @@ import mlx.core as mx
 import pytest
 from helpers import Reference, read, submit, texts, wait_until_idle
 from integrity import check
+from test_kv_memory import WatchedEngine
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import generator
+from mlx_lm_ext.batch.kv_memory import KVMemory
 from mlx_lm_ext.cache.segmented import BatchSegmentedKVCache
 
 CACHE = ["--use-prompt-cache"]
@@ -44,6 +46,20 @@ def test_answers_are_those_of_single_tokens(argv, architecture, start_engine, pa
         check(engine.prompt_cache)
     is_kept = architecture in ("llama", "qwen3")
     assert any(paired) or not is_kept
+
+
+def test_second_token_counts_where_rows_outgrow_the_memory(
+    model_folder, start_engine, paired
+):
+    limit = KVMemory(Reference(model_folder()).model).nbytes(3, 512)
+    argv = "--max-kv-bytes", str(limit)
+    engine = start_engine("llama", *argv, make_engine=WatchedEngine)
+    body = {"max_tokens": 300, "logit_bias": {i: -100 for i in range(3)}}
+    jobs = [submit(engine, "x" * 240, **body) for _ in range(4)]
+    assert [len(read(job)) for job in jobs] == [300] * 4
+    wait_until_idle(engine)
+    assert engine.batch.resumed and any(paired)
+    assert engine.batch.most_of_rows <= limit
 
 
 def layer(end, dtype=mx.bfloat16, padding=(0, 3)):

@@ -186,7 +186,7 @@ def test_window_goes_on_after_a_step_of_one_token(model_folder, start_together):
     engine = start_together(
         "gemma3_text",
         plan_prefill=lambda self: next(widths, 64),
-        can_start=lambda self, request: self.n_steps == len(self),
+        can_start=lambda self, *_: self.n_steps == len(self),
     )
     jobs = [submit(engine, p, max_tokens=5) for p in prompts]
     engine.gate.set()

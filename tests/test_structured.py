@@ -827,6 +827,30 @@ def test_mark_of_the_end_is_found_however_it_is_tokenized():
     assert not takes(constraint, tokenizer, [*mark, *wrong])
 
 
+def test_token_that_ends_the_mark_is_allowed_if_the_answer_may_begin_with_its_rest():
+    tokenizer = THINKING["one token"][0]
+    begin, end = tokenizer.convert_tokens_to_ids(["</", "think"]), ids_of(
+        tokenizer, ">"
+    )
+    (and_line_break,) = [tokenizer.convert_tokens_to_ids(">Ċ")]
+    for fields, fits in (
+        ({"guided_choice": ["a"]}, False),
+        ({"guided_regex": "a"}, False),
+        ({"guided_grammar": 'start: "a"'}, False),
+        ({"guided_regex": "\\na"}, True),
+    ):
+        constraint = begun(tokenizer, True, **fields)
+        # In the text of the reasoning it is a token like others.
+        assert and_line_break in allowed(constraint, len(tokenizer))
+        answer = ids_of(tokenizer, "\na" if fits else "a")
+        assert takes(constraint, tokenizer, [*begin, *end, *answer])
+        for token in begin:
+            constraint.advance(token)
+        assert (and_line_break in allowed(constraint, len(tokenizer))) == fits
+        # Other tokens only go on with the reasoning.
+        assert len(allowed(constraint, len(tokenizer))) == len(tokenizer) - (not fits)
+
+
 def test_rows_in_all_states_are_filled_together(thinking):
     rows = [begun(thinking), begun(thinking, True), begun(thinking)]
     for token in ids_of(thinking, ' {"'):

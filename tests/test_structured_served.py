@@ -2,10 +2,14 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 from helpers import ALONE, Reference, call, complete, stream
+
+from mlx_lm_ext.engine.client import check_constraint
+from mlx_lm_ext.errors import RequestError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -24,6 +28,8 @@ FORM = {
     "type": "json_schema",
     "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
 }
+FUNCTION = {"name": "f", "strict": True, "parameters": {}}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 
 
 def ask(port, path=CHAT, **body):
@@ -97,3 +103,23 @@ def test_draft_model_is_refused(start_server):
         "response_format.json_schema.schema",
     )
     assert "draft model" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields, at_fault",
+    [
+        ({"tools": TOOLS}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        # A plugin restricts it.
+        ({}, None),
+    ],
+)
+def test_draft_model_of_the_server_is_no_field_at_fault(fields, at_fault):
+    request = SimpleNamespace(
+        body={"messages": HELLO, **fields},
+        constraint="some",
+        model=SimpleNamespace(key=("m", None, "draft")),
+    )
+    with pytest.raises(RequestError, match="a draft model cannot be") as error:
+        check_constraint(request)
+    assert (error.value.status, error.value.param) == (400, at_fault)

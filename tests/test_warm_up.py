@@ -142,11 +142,19 @@ def test_on_a_gpu_a_long_prompt_is_run(start_engine, monkeypatch, as_on_gpu):
 
 
 def test_with_cuda_prompts_of_all_lengths_are_run(monkeypatch, as_on_gpu):
-    assert len(warm_up.size_pieces(4)) == 3
+    assert len(warm_up.size_pieces(4, 2048)) == 3
     for module in (warm_up, prefill):
         monkeypatch.setattr(module, "device_kind", lambda: "cuda")
-    lengths = {(len(p.bodies), p.n_prompt) for p in warm_up.size_pieces(4)}
-    assert {(1, 60), (1, 128), (1, 256), (1, 1920), (3, 60), (4, 60)} <= lengths
+    monkeypatch.setattr(prefill, "on_cpu", lambda: False)
+
+    def shapes(step_size):
+        pieces = warm_up.size_pieces(4, step_size)
+        return {(len(p.bodies), p.n_prompt) for p in pieces}
+
+    lengths = {(1, 60), (1, 128), (1, 256), (1, 1920), (1, 2048), (3, 60), (4, 60)}
+    assert lengths <= shapes(2048)
+    # No chunk is longer.
+    assert max(n for _, n in shapes(512)) == 512
 
 
 def test_server_serves_before_it_is_warm(start_engine, ended, monkeypatch):

@@ -37,9 +37,8 @@ from ..sampling.groups import RowSampler
 from ..sampling.penalties import PenaltyParameters
 from .batch_sampling import RowSampling
 from .end_ban import EndBan
-from .generator import LeanBatchGenerator, make_logits_processors
+from .generator import KVShape, LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
-from .groups import KVShape
 from .kv_memory import KVMemory
 from .pace import Pace
 from .prefill import max_prefill_tokens
@@ -151,30 +150,36 @@ class Batch:
 
     # Joining
 
-    def can_start(self, request: Request) -> bool:
+    def can_start(self, request: Request, beside: Sequence[Request] = ()) -> bool:
         """Whether there is room for a request, and its prompt can run in the next step.
 
         Until it runs, the KV that it takes from the prompt cache is not counted in the bound
         of the cache. A short prompt may start beside a long one, because it delays it
         little.
+
+        Args:
+            request (Request): The request.
+            beside (Sequence[Request]): Requests whose KV is there, but in no row yet.
         """
         if not self.rows:
-            return True
+            return self.fits(request, beside)
         prefilling = self.prefilling
         if len(prefilling) >= self.generator.prefill_batch_size:
             return False
-        if not self.fits(request):
+        if not self.fits(request, beside):
             return False
         left = [row.n_tokens - row.n_run for row in prefilling]
         if request.n_prompt <= self.budget // 4:
             left = [n for n in left if n <= self.budget // 4]
         return sum(left) < self.budget
 
-    def fits(self, request: Request) -> bool:
-        """Whether the KV of a request fits beside that of the rows, if there are any."""
+    def fits(self, request: Request, beside: Sequence[Request] = ()) -> bool:
+        """Whether the KV of a request fits beside that of the rows and of ``beside``, if there
+        are any."""
+        requests = [request, *beside]
         if not self.rows:
-            return True
-        groups = self.kv_groups([request])
+            return not beside or self.kv_memory.fits([(requests, 0, 0)])
+        groups = self.kv_groups(requests)
         return self.kv_memory.fits((g, shape.n_rows, shape.end) for g, shape in groups)
 
     def kv_groups(
@@ -245,9 +250,6 @@ class Batch:
         )
         self.rows[row.uid] = row
         self.sharing.forget(request)
-        if request.started is None:
-            request.start()
-            self.policies.scheduler.on_start(request)
 
     def make_grouping(self) -> Grouping:
         """What decides which rows decode together."""
@@ -304,18 +306,19 @@ class Batch:
             return False
         is_joined, n_bytes = bool(self.prefilling), 0
         shapes = [g.batch.kv_shape for g in self.generator.generation_batch.groups]
-        if not is_joined and all(shape.end < shape.n_places for shape in shapes):
+        if not (is_joined or any(shape.grows for shape in shapes)):
             return False
         for requests, shape in self.kv_groups():
             n_rows, end = shape.n_rows, shape.n_places
             if is_joined:
                 # Some may join the others in this step.
                 n_rows = max(n_rows, growth.max_rows(len(requests)))
-            elif shape.end == shape.n_places:
+            elif shape.grows and shape.n_next == 1:
+                # The copy has no spare rows, which take part where pairs are run.
                 n_rows = len(requests)
-            if is_joined or shape.end == shape.n_places:
+            if is_joined or shape.grows:
                 n_tokens = max(r.n_prompt + r.n_generated for r in requests)
-                end = max(shape.end, n_tokens) + 1
+                end = max(shape.end, n_tokens) + shape.n_next
             n_bytes += self.kv_memory.nbytes(n_rows, end)
         return n_bytes > self.kv_memory.limit
 

@@ -28,7 +28,7 @@ from ..cache.segmented import BatchSegmentedKVCache
 from ..device import device_kind, on_cpu
 from .batch_sampling import BatchSampling, RowSampling
 from .grouping import Grouping
-from .groups import GenerationGroups, KVShape
+from .groups import GenerationGroups
 from .prefill import chunk_width, runs_alone
 from .prompts import (
     LeanPromptBatch,
@@ -97,6 +97,27 @@ def pays_to_run_pairs(caches: List[Any]) -> bool:
         and c.keys.shape == c.values.shape
         and c.keys.dtype in (mx.float16, mx.bfloat16)
     )
+
+
+class KVShape(NamedTuple):
+    """The shape of the KV of a group of rows, in the layers that keep all of it.
+
+    Args:
+        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
+        end (int): Places that the tokens take, with the padding.
+        n_places (int): Places that there are.
+        n_next (int): Places that the next step needs: two where it runs pairs of tokens.
+    """
+
+    n_rows: int
+    end: int
+    n_places: int
+    n_next: int = 1
+
+    @property
+    def grows(self) -> bool:
+        """Whether the arrays grow in the next step."""
+        return self.end + self.n_next > self.n_places
 
 
 class LeanGenerationBatch(GenerationBatch):
@@ -185,7 +206,8 @@ class LeanGenerationBatch(GenerationBatch):
         longest = max(layers, key=lambda c: c.end)
         # Spare rows are given up when arrays are copied, which is not in all layers at once.
         n_rows = max(len(c.keys) for c in layers)
-        return KVShape(n_rows, longest.end, longest.keys.shape[2])
+        n_next = 2 if pays_to_run_pairs(self.prompt_cache) else 1
+        return KVShape(n_rows, longest.end, longest.keys.shape[2], n_next)
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
         """Add the rows of another batch: new ones, or, if both are settled, any."""

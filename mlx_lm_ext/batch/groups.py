@@ -10,7 +10,7 @@ Rules:
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.generate import GenerationBatch
 
@@ -24,20 +24,6 @@ SIDE_SHARE = 0.3
 MAX_WAIT = 6
 # After so many steps it is looked at again whether the groups are as they should be.
 INTERVAL = 64
-
-
-class KVShape(NamedTuple):
-    """The shape of the KV of a group of rows, in the layers that keep all of it.
-
-    Args:
-        n_rows (int): Rows of the arrays, spare ones included, in the layers with the most.
-        end (int): Places that the tokens take, with the padding.
-        n_places (int): Places that there are. If all are taken, the arrays grow.
-    """
-
-    n_rows: int
-    end: int
-    n_places: int
 
 
 @dataclass(eq=False)
@@ -261,14 +247,15 @@ class GenerationGroups:
                 wanted = {uids[idx] for idx in parts[i]}
                 batch = self.groups[j].batch
                 pieces[i].append(take(batch, [u for u in batch.uids if u in wanted]))
-        groups = []
+        batches = []
         for i, news in pieces.items():
-            if i not in homes:
-                groups.append(Group(gather(news)))
-                continue
-            groups.append(self.groups[homes[i]])
-            add(groups[-1].batch, news)
-        self.groups = groups
+            if i in homes:
+                batches.append(self.groups[homes[i]].batch)
+                add(batches[-1], news)
+            else:
+                batches.append(gather(news))
+        # What was known of the groups is not true of these.
+        self.groups = [*map(Group, batches)]
 
 
 def take(batch: Any, uids: List[int]) -> Any:
@@ -281,8 +268,8 @@ def take(batch: Any, uids: List[int]) -> Any:
 def gather(batches: List[Any]) -> Any:
     """One batch of the rows of several."""
     # The arrays of the longest rows need not grow for the others.
-    first, *others = sorted(batches, key=longest_of, reverse=True)
-    add(first, others)
+    first = max(batches, key=longest_of)
+    add(first, [batch for batch in batches if batch is not first])
     return first
 
 
@@ -290,7 +277,8 @@ def add(batch: Any, others: List[Any]) -> None:
     """Add the rows of other batches to a batch."""
     for c in segmented(batch.prompt_cache):
         c.n_to_join = sum(map(len, others))
-    for other in others:
+    # The longest first: its arrays have places for the others, and are copied once.
+    for other in sorted(others, key=longest_of, reverse=True):
         batch.extend(other)
 
 

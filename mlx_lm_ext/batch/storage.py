@@ -54,7 +54,9 @@ class KVStorage:
         # Where other prompts branch off, this one stores what the next of them can resume.
         branch = self.prompt_cache.branch_point(key, prompt)
         caches, rest = self.fetch_aligned(key, prompt)
-        start = request.n_matched = n - len(rest)
+        start = n - len(rest)
+        # With log probabilities, what it takes from the prompt cache was run for it.
+        request.n_matched = 0 if request.prompt_logprobs else start
         row = Row(request, n_run=start)
         for end, cache_type in zip(
             accumulate(len(segment) for segment in request.segments),
@@ -66,7 +68,7 @@ class KVStorage:
                     start = min(stop, n - 1)
                     row.to_store[start] = cache_type
         stops = [n] if self.can_cut else [*row.to_store, n]
-        starts = [request.n_matched, *stops]
+        starts = [row.n_run, *stops]
         segments = [prompt[i:j] for i, j in zip(starts, stops)]
         return row, segments, caches or make_segmented_cache(self.model)
 

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -139,6 +140,17 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Until the block ends, SIGTERM raises ``KeyboardInterrupt``: at once, it would end the process
+    without what it has started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def start(command: str, model: str) -> Iterator[Server]:
     """Run a server until the block ends.
 
@@ -148,6 +160,7 @@ def start(command: str, model: str) -> Iterator[Server]:
         model (str): Path or repository of the model.
 
     Raises:
+        KeyboardInterrupt: On SIGTERM, as on SIGINT.
         RuntimeError: If it ends before it answers, or does not answer in time, or if the
           path of the BLAS library cannot be preloaded.
     """
@@ -168,7 +181,7 @@ def start(command: str, model: str) -> Iterator[Server]:
                 f"{library} cannot be preloaded; XDG_CACHE_HOME must name a folder "
                 "without blanks and colons"
             )
-    with tempfile.TemporaryDirectory() as folder:
+    with interrupted_by_sigterm(), tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with open(log, "w") as output:
             try:

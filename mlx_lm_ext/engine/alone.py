@@ -104,8 +104,7 @@ class ResponseQueue:
                 self.check_goes_on()
             except RequestError as e:
                 self.context.stop()
-                if not request.finished:
-                    self.fail(request, e)
+                self.fail(request, e)
         elif item is not None:
             # The progress of the prompt. What is raised here, upstream puts into this queue.
             self.check_goes_on()

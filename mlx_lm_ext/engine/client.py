@@ -1,6 +1,7 @@
 """The engine as handlers see it: they tokenize a request, submit it, and cancel it."""
 
 import argparse
+import time
 from collections import Counter
 from copy import copy
 from dataclasses import asdict, replace
@@ -92,10 +93,11 @@ class EngineClient:
             return "loading"
         return "unavailable" if self.inbox.is_closed else "ok"
 
-    def check_available(self) -> None:
-        """Raise a 503 ``RequestError`` if no request is served any more."""
-        if self.inbox.reason is not None:
-            raise RequestError(503, self.inbox.reason)
+    def check_available(self, seconds: float = 0.0) -> None:
+        """Raise a 503 ``RequestError`` if no request has been served for so many seconds."""
+        inbox = self.inbox
+        if inbox.reason is not None and time.monotonic() - inbox.closed >= seconds:
+            raise RequestError(503, inbox.reason)
 
     def wait_until_loaded(self, seconds: float, arrival: float) -> bool:
         """Wait until the served model is loaded.
@@ -201,6 +203,7 @@ class EngineClient:
         if completions[0].tools and parse_tool_choice(body).mode == "auto":
             name = template.prompt_field
             model.bounded_tokenizer(name, preparation).check_tools()
+        field = restricting_field(body)
         requests: List[Request] = []
         for completion in completions:
             # The limit of its tokens depends on the prompt.
@@ -214,7 +217,6 @@ class EngineClient:
             if first.segments:
                 first.fit_to_context()
             first.constraint = self.policies.make_constraint(first, model.tokenizer)
-            field = restricting_field(body)
             if field is not None and first.constraint is None:
                 message = f"{field} needs the plugin structured, which is blocked"
                 raise RequestError(400, message, field, "unsupported_value")
@@ -286,7 +288,9 @@ class EngineClient:
         request.n_prompt = len(request.prompt)
 
     def cancel(self, request: Request) -> None:
-        """Let a request leave the waiting list or the batch before the next step."""
+        """Let a request leave the waiting list or the batch before the next step. Its handler
+        wants nothing more of it."""
+        request.answers.end(request)
         self.inbox.cancel(request)
 
     def request_finished(self, request: Request, stats: RequestStats) -> None:
@@ -323,7 +327,7 @@ def check_constraint(request: Request) -> None:
     with which several tokens are chosen at once.
 
     Raises:
-        RequestError: A 400 that names the field.
+        RequestError: A 400 that names the field, if the request has one that restricts.
     """
     if request.constraint is None:
         return
@@ -332,8 +336,10 @@ def check_constraint(request: Request) -> None:
             message = f"{name} cannot be used with what restricts the answer"
             raise RequestError(400, message, name)
     if request.model.key[2] is not None:
-        name = restricting_field(request.body) or "draft_model"
-        message = (
-            f"{name} cannot be used: answers of a draft model cannot be restricted"
-        )
+        # Without a format and a forced call, it is that of strict tools, or of a plugin.
+        strict = "tools" if request.body.get("tools") else None
+        name = restricting_field(request.body) or strict
+        message = "answers of a draft model cannot be restricted"
+        if name is not None:
+            message = f"{name} cannot be used: {message}"
         raise RequestError(400, message, name)

@@ -1,5 +1,6 @@
 """Takes new and cancelled requests from the handlers to the generation thread."""
 
+import time
 from queue import Empty, SimpleQueue
 from threading import Event
 from typing import List, Optional
@@ -19,8 +20,9 @@ class Inbox:
         # Set when requests are served: the model is loaded, and with --warmup full warm, too.
         # Also set when that has failed.
         self.loaded = Event()
-        # Why no request is served any more, if none is.
+        # Why no request is served any more, if none is, and since when.
         self.reason: Optional[str] = None
+        self.closed = 0.0
 
     def put(self, request: Request) -> None:
         self.requests.put(request)
@@ -41,7 +43,9 @@ class Inbox:
         Args:
             reason (str): What clients are told. That of the first call counts.
         """
-        self.reason = self.reason or reason
+        if self.reason is None:
+            self.closed = time.monotonic()
+            self.reason = reason
         self.requests.put(None)
 
     @property

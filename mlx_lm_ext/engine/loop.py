@@ -84,6 +84,7 @@ class Engine:
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
         self.load_error: Optional[Exception] = None
+        self.has_failed = False
         # What is left of the warm-up of the model that was loaded first, and the kernels for
         # which it waits.
         self.warm_up: Optional[WarmUp] = None
@@ -129,6 +130,7 @@ class Engine:
         except BaseException as e:
             # What requests and plugins raise does not come here.
             logger.critical("The generation thread has failed", exc_info=e)
+            self.has_failed = True
             self.inbox.close("the engine has failed")
         self.loaded.set()
         try:
@@ -188,8 +190,12 @@ class Engine:
     def end(self) -> None:
         """End all requests, and free all arrays on the thread that has made them."""
         self.take_new(block=False)
+        reason = str(self.inbox.reason)
         for request in self.unfinished:
-            request.stop(str(self.inbox.reason))
+            if self.has_failed:
+                request.put(RequestError(503, reason))
+            else:
+                request.stop(reason)
             self.forget(request)
         self.scores = None
         self.close_batch()
@@ -202,15 +208,19 @@ class Engine:
         return self.batch.requests if self.batch else []
 
     @property
+    def scored(self) -> List[Request]:
+        """The request whose prompt is scored, if one is."""
+        return [self.scores.request] if self.scores else []
+
+    @property
     def n_running(self) -> int:
         n_rows = len(self.batch) if self.batch else 0
-        return n_rows + (self.scores is not None)
+        return n_rows + len(self.scored)
 
     @property
     def unfinished(self) -> List[Request]:
         """All requests that are here."""
-        scored = [self.scores.request] if self.scores else []
-        return [*self.waiting, *scored, *self.running]
+        return [*self.waiting, *self.scored, *self.running]
 
     def count(self, is_idle: bool) -> None:
         """Bring the counters up to date: the bytes once a second, and when nothing is left to
@@ -348,10 +358,10 @@ class Engine:
                         continue  # one prompt at a time
                     if self.batch and not self.batch.fits(request):
                         return
-                elif self.batch and request.max_tokens:
+                elif self.batch is not None and request.max_tokens:
                     if self.batch.must_wait(request):
                         continue
-                    if not self.batch.can_start(request):
+                    if not self.batch.can_start(request, self.scored):
                         return
                 self.waiting.remove(request)
                 self.begin(request)
@@ -391,14 +401,12 @@ class Engine:
             return
         self.make_batch()
         self.batch.add(request)
-        if request.prompt_logprobs:
-            # What it has taken from the prompt cache was run for it.
-            request.n_matched = 0
+        self.note_start(request)
 
     def note_start(self, request: Request) -> None:
         """A request runs, which it may do after its prompt did."""
         if request.started is None:
-            request.start()
+            request.started = request.clock()
             self.policies.scheduler.on_start(request)
 
     def make_batch(self) -> None:

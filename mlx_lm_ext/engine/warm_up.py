@@ -24,6 +24,7 @@ from mlx_lm.server import CompletionRequest
 from tqdm import tqdm
 
 from ..batch.batch import Batch
+from ..batch.prefill import max_prefill_tokens
 from ..device import device_kind, on_cpu
 from ..errors import RequestError
 from ..interfaces import Constraint
@@ -98,16 +99,23 @@ def kernel_pieces() -> List[Piece]:
     return pieces + [Piece([GREEDY, body]) for body in GPU_BODIES]
 
 
-def size_pieces(batch_size: int) -> List[Piece]:
+def size_pieces(batch_size: int, step_size: int) -> List[Piece]:
     """Long prompts, and batches of all sizes with a row of each kind in turn. On a CPU,
-    where a size needs nothing of its own, there are none."""
+    where a size needs nothing of its own, there are none.
+
+    Args:
+        batch_size (int): ``--batch-size``.
+        step_size (int): ``--prefill-step-size``: no chunk of a prompt is longer.
+    """
     if on_cpu():
         return []
     kinds = [GREEDY, SAMPLED, LOGPROBS]
     powers = [2**i for i in range(2, batch_size.bit_length())]
     sizes = dict.fromkeys([*powers, *range(batch_size, 2, -1)])
     batches = [[kinds[i % len(kinds)] for i in range(n)] for n in sizes]
-    longest = 2048 if device_kind() == "cuda" else 256
+    longest = max_prefill_tokens(step_size)
+    if device_kind() != "cuda":
+        longest = min(longest, 256)
     pieces = [Piece([GREEDY], longest), *(Piece(bodies) for bodies in batches)]
     if device_kind() == "cuda":
         # The chunks of prompts of all lengths need plans, see ``batch/prefill.py``.
@@ -162,7 +170,8 @@ class WarmUp:
     @classmethod
     def of_server(cls, provider: Any) -> "WarmUp":
         """All that the requests to a server may need."""
-        sizes = size_pieces(provider.cli_args.batch_size)
+        args = provider.cli_args
+        sizes = size_pieces(args.batch_size, args.prefill_step_size)
         return cls(provider, kernel_pieces() + sizes)
 
     def run_all(self, must_end: Callable[[], bool]) -> None:

@@ -130,11 +130,12 @@ class Rules:
         return "\n".join(rules)
 
     def mark(self, text: str) -> str:
-        """A text of a format as the parts of a rule. In it NUL stands for white space, INDEX
-        for a number, 3 for an id, and what is between 1 and 2 may be missing."""
-        fixed = {"\0": self.space, "\1": "(", "\2": ")?"}
-        fixed |= {"\3": "/[a-zA-Z0-9_-]{1,40}/", "INDEX": "/[0-9]{1,3}/"}
-        pieces = re.split("([\0\1\2\3]|INDEX)", text)
+        """A text of a format as the parts of a rule. In it ``·`` stands for white space, INDEX
+        for a number and ANY_ID for an id, and what is between ``⟦`` and ``⟧`` may be missing.
+        """
+        fixed = {"·": self.space, "⟦": "(", "⟧": ")?"}
+        fixed |= {"ANY_ID": "/[a-zA-Z0-9_-]{1,40}/", "INDEX": "/[0-9]{1,3}/"}
+        pieces = re.split("([·⟦⟧]|ANY_ID|INDEX)", text)
         parts = (fixed.get(piece) or self.marks.write(piece) for piece in pieces)
         return " ".join(filter(None, parts))
 

@@ -89,6 +89,12 @@ class GrammarConstraint(Constraint):
             self.matcher.consume_token(token)
         self.check()
 
+    def takes(self, text: bytes) -> bool:
+        """Whether the answer may go on with a text."""
+        tokens = self.grammars.tokens(text)
+        # A copy, because it may fail.
+        return bool(self.matcher.deep_copy().validate_tokens(tokens) == len(tokens))
+
     def check(self) -> None:
         """Raise a ``ValueError`` if the matcher has failed."""
         if self.matcher.is_error():
@@ -137,6 +143,8 @@ class Grammars:
         self.hides_space = (
             self.text(ids)[:1] == b" " != tokenizer.decode(ids)[:1].encode()
         )
+        # What ``running_on`` has found.
+        self.tokens_after: Dict[bytes, Dict[int, List[Tuple[int, bytes]]]] = {}
         # Guards ``kept``.
         self.lock = threading.Lock()
         # The least recently used one is the first.
@@ -149,6 +157,21 @@ class Grammars:
     def tokens(self, text: bytes) -> List[int]:
         """Tokens that stand for a text."""
         return cast(List[int], self.tokenizer.tokenize_bytes(text))
+
+    def running_on(self, mark: bytes) -> Dict[int, List[Tuple[int, bytes]]]:
+        """The tokens that end a mark and go on after it, and what of them stands after it: by
+        how many bytes of the mark stand before them."""
+        if mark not in self.tokens_after:
+            found: Dict[int, List[Tuple[int, bytes]]] = {}
+            for token in range(self.vocabulary_size):
+                text = self.text([token])
+                # Nearly no token comes further.
+                for n in range(len(mark)) if mark[-1:] in text[:-1] else ():
+                    _, end, rest = (mark[:n] + text).partition(mark)
+                    if end and rest:
+                        found.setdefault(n, []).append((token, rest))
+            self.tokens_after[mark] = found
+        return self.tokens_after[mark]
 
     def fill(self, matchers: Sequence["LLMatcher"], masks: np.ndarray) -> None:
         """Fill masks of shape (rows, ceil(vocabulary_size / 32)), one for each matcher."""

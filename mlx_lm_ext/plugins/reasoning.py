@@ -3,11 +3,12 @@
 Rules:
 1. In the reasoning all tokens are allowed, those that end the text too.
 2. The reasoning ends where its mark stands in the text, however that was tokenized: the text
-   of the answer is found in the same way.
+   of the answer is found in the same way. A token that ends the mark and goes on is allowed if
+   the answer may begin with the rest of it.
 3. Some models call without ending it. Where calls are restricted, their token ends it, too.
 """
 
-from typing import Any, List, Optional, Sequence, cast
+from typing import Any, Dict, List, Optional, Sequence, cast
 
 import numpy as np
 
@@ -40,6 +41,9 @@ class AfterReasoning(Constraint):
         self.start: Sequence[int] = tokenizer.think_start_tokens
         self.end: bytes = tokenizer.think_end.encode()
         self.answer, self.call = answer, call
+        self.running_on = answer.grammars.running_on(self.end)
+        # Those of them that are not allowed, as soon as one of them could come.
+        self.forbidden: Dict[int, List[int]] = {}
         # How many tokens of the mark of the start have come.
         self.n_started = 0
         # The end of the text of the reasoning. None before and after it.
@@ -87,6 +91,17 @@ class AfterReasoning(Constraint):
         else:
             self.tail = text[1 - len(self.end) :] if len(self.end) > 1 else b""
 
+    def forbid_wrong_ends(self, mask: np.ndarray) -> None:
+        """Forbid the tokens that end the mark and go on with what is no answer."""
+        for n_before, tokens in self.running_on.items():
+            if not cast(bytes, self.tail).endswith(self.end[:n_before]):
+                continue
+            if n_before not in self.forbidden:
+                takes = self.answer.takes
+                self.forbidden[n_before] = [t for t, rest in tokens if not takes(rest)]
+            for token in self.forbidden[n_before]:
+                forbid(mask, token)
+
     def fill(self, mask: np.ndarray) -> None:
         self.fill_all([self], mask[None])
 
@@ -101,6 +116,8 @@ class AfterReasoning(Constraint):
                 allow(masks[i], row.start[row.n_started])
             elif row.tail is None:
                 restricted.append(i)
+            else:
+                row.forbid_wrong_ends(masks[i])
         if restricted:
             answers = [rows[i].answer for i in restricted]
             filled = masks[restricted]
@@ -114,3 +131,8 @@ class AfterReasoning(Constraint):
 def allow(mask: np.ndarray, token: int) -> None:
     """Allow a token."""
     mask[token // 32] |= np.uint32(1 << token % 32)
+
+
+def forbid(mask: np.ndarray, token: int) -> None:
+    """Forbid a token."""
+    mask[token // 32] &= ~np.uint32(1 << token % 32)

@@ -18,7 +18,6 @@ NOTES = set(
     "$schema $id $defs definitions".split()
 )
 OBJECT = {"type", "properties", "required", "additionalProperties"}
-SCALARS = {"null", "boolean", "integer", "number"}
 # References that are followed one after the other, and alternatives of one value.
 MAX_REFERENCES, MAX_LEAVES = 32, 256
 # Keys of one object.
@@ -199,8 +198,3 @@ def is_text(leaf: Dict[str, Any]) -> bool:
     if "enum" in leaf:
         return isinstance(leaf["enum"][0], str)
     return leaf.get("type") == "string"
-
-
-def is_scalar(leaf: Dict[str, Any]) -> bool:
-    """Whether all values of a simple type are allowed."""
-    return keywords(leaf) == {"type"} and leaf["type"] in SCALARS

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from ..request.fields import AnswerFormat
 
 # Seconds for all grammars that are tried for the tools of a request.
-MAX_SECONDS = 2.0
+MAX_TOOL_SECONDS = 2.0
 
 # What is imported in functions needs MLX or llguidance.
 
 # What may stand before JSON: texts begin with a space for some tokenizers, and answers with
 # a line break or two after a reasoning.
-SPACE, BLANKS = '" "?', r"/[ \n]{0,4}/"
+LEADING_SPACE, LEADING_BLANKS = '" "?', r"/[ \n]{0,4}/"
 # The marks of the channels of gpt-oss, and an answer in the last one of them.
-MARKS = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+CHANNEL_MARKS = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
 CHANNELS = r"""reasoning* channel "final" message %s @answer
 reasoning: channel "analysis" message TEXT end begin "assistant"
 channel: <[%d]>
@@ -92,13 +92,13 @@ def constrain_calls(
 
     is_forced = parse_tool_choice(request.body).mode == "required"
     field = "tool_choice" if is_forced else "tools"
-    deadline = time.monotonic() + MAX_SECONDS
+    deadline = time.monotonic() + MAX_TOOL_SECONDS
 
     def check(grammar: str) -> str:
         from .grammars import compose, grammars_of
 
         if time.monotonic() > deadline:
-            message = f"tools take longer than {MAX_SECONDS:g} s to compile"
+            message = f"tools take longer than {MAX_TOOL_SECONDS:g} s to compile"
             raise RequestError(400, f"{message}; make them simpler", "tools")
         whole = compose(grammar, answer)
         return grammars_of(request, tokenizer, field).check(whole)
@@ -117,7 +117,7 @@ def answer_grammar(form: "AnswerFormat") -> Dict[str, Any]:
     Raises:
         RequestError: If it is wrong or too large.
     """
-    from .grammar_rules import JSON_OPTIONS
+    from .grammar_rules import JSON_OPTIONS, quoted
     from .grammars import MAX_LINES, check_bytes, check_schema
 
     field, kind, value = form
@@ -125,7 +125,7 @@ def answer_grammar(form: "AnswerFormat") -> Dict[str, Any]:
         check_schema(field, value)
         return {"json_schema": {**value, "x-guidance": JSON_OPTIONS}}
     if kind == "choice":
-        return {"lark_grammar": "start: " + " | ".join(map(json.dumps, value))}
+        return {"lark_grammar": "start: " + " | ".join(map(quoted, value))}
     if kind == "regex":
         from llguidance import LLMatcher
 
@@ -156,18 +156,16 @@ def answer_rules(request: RequestInfo, tokenizer: Any, form: "AnswerFormat") -> 
 
     is_json = form.kind == "json"
     hides_space = grammars_of(request, tokenizer, form.field).hides_space
-    leading = SPACE if is_json or hides_space else ""
+    leading = LEADING_SPACE if is_json or hides_space else ""
     if is_json and reasons_first(request, tokenizer):
-        leading = BLANKS
+        leading = LEADING_BLANKS
     if not isinstance(with_channels(tokenizer), Harmony):
         return f"{leading} @answer"
     if not begins_message(request.body):
         return f"{leading} @answer"
-    marks = [tokenizer.get_vocab().get(mark) for mark in MARKS]
+    marks = [tokenizer.get_vocab().get(mark) for mark in CHANNEL_MARKS]
     if None in marks:
-        message = (
-            f"{form.field} cannot be used with this model: it lacks a mark of {MARKS}"
-        )
+        message = f"{form.field} cannot be used with this model: it lacks a mark of {CHANNEL_MARKS}"
         raise RequestError(400, message, form.field)
     return CHANNELS % (leading, *marks)
 

@@ -18,7 +18,6 @@ from .schema_parts import (
     Schema,
     Schemas,
     copied,
-    is_scalar,
     is_text,
     keywords,
 )
@@ -41,6 +40,11 @@ LENGTHS = ("minLength", "maxLength")
 MAX_LENGTH, MAX_DEPTH = 4096, 64
 # A key that no schema lists, where keys are not in quotes.
 KEY = "/[A-Za-z_][A-Za-z0-9_-]{0,63}/"
+
+
+def is_scalar(leaf: Dict[str, Any]) -> bool:
+    """Whether all values of a simple type are allowed."""
+    return keywords(leaf) == {"type"} and leaf["type"] in SCALARS
 
 
 def bounds(leaf: Dict[str, Any], names: Tuple[str, str]) -> Optional[Tuple[int, str]]:
@@ -258,7 +262,7 @@ class PythonArguments(Arguments):
 
 
 @dataclass(frozen=True)
-class Tags:
+class TagMarks:
     """Tags around the texts of arguments.
 
     Args:
@@ -279,7 +283,7 @@ class Tags:
 class TaggedArguments(Arguments):
     """Tags around texts, of which those that are no strings are JSON."""
 
-    def __init__(self, rules: Rules, parameters: Schema, tags: Tags):
+    def __init__(self, rules: Rules, parameters: Schema, tags: TagMarks):
         super().__init__(rules, parameters)
         self.tags = tags
         self.values = Values(self, (*tags.lacks, tags.after_value.strip()))

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ..errors import RequestError, one_line
-from ..request.fields import parse_tool_choice
+from ..request.fields import ANY_OBJECT, parse_tool_choice
 from ..server.harmony import Harmony, with_channels
 from .grammar_rules import Marks, Rules, quoted
 from .tool_arguments import (
@@ -24,10 +24,9 @@ from .tool_arguments import (
     GemmaArguments,
     PythonArguments,
     TaggedArguments,
-    Tags,
+    TagMarks,
 )
 
-ANY_OBJECT = {"type": "object"}
 NO_ARGUMENTS = {"type": "object", "properties": {}}
 TOO_DEEP = "it is nested too deeply"
 
@@ -63,31 +62,31 @@ class Format:
     before_arguments: str = ""
     after: str = ""
     is_shared: bool = False
-    comma: str = "\0"
+    comma: str = "·"
     around: Tuple[str, str] = ("", "")
     is_json: bool = False
     is_single: bool = False
 
 
-def as_json(start: str, end: str) -> Format:
+def json_calls(start: str, end: str) -> Format:
     """Calls as objects with ``name`` and ``arguments``, which are read whatever the format.
     Where nothing tells their end, they are in an array."""
     return Format(
         start,
         end,
         Arguments,
-        '{\0"name"\0:\0',
-        '\0,\0"arguments"\0:\0',
-        '\1\0,\0"id"\0:\0"\3"\2\0}',
+        '{·"name"·:·',
+        '·,·"arguments"·:·',
+        '⟦·,·"id"·:·"ANY_ID"⟧·}',
         is_shared=not end,
-        comma="\0,\0",
+        comma="·,·",
         around=("", "") if end else ("[", "]"),
         is_json=True,
     )
 
 
 def tagged(
-    call: Tuple[str, str, str], tags: Tags, is_shared: bool = False
+    call: Tuple[str, str, str], tags: TagMarks, is_shared: bool = False
 ) -> Callable[[str, str], Format]:
     """A format with tags around the name and the arguments of a call."""
     arguments = partial(TaggedArguments, tags=tags)
@@ -101,10 +100,10 @@ def tagged(
     )
 
 
-def arg_tags(prefix: str) -> Callable[[str, str], Format]:
+def glm(prefix: str) -> Callable[[str, str], Format]:
     """GLM's format, in which some models mark the tags as their own."""
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
-    tags = Tags(f"<{key}>", f"</{key}>\0<{value}>", f"</{value}>", (f"<{key}>",))
+    tags = TagMarks(f"<{key}>", f"</{key}>·<{value}>", f"</{value}>", (f"<{key}>",))
     return tagged(("", "", ""), tags)
 
 
@@ -115,8 +114,8 @@ def gemma(quote: str) -> Callable[[str, str], Format]:
 
 # By the names of mlx-lm's parsers.
 FORMATS: Dict[str, Callable[[str, str], Format]] = {
-    "json_tools": as_json,
-    "mistral": partial(Format, before_arguments="\1[CALL_ID]\3\2[ARGS]"),
+    "json_tools": json_calls,
+    "mistral": partial(Format, before_arguments="⟦[CALL_ID]ANY_ID⟧[ARGS]"),
     "kimi_k2": partial(
         Format,
         before_name="<|tool_call_begin|>functions.",
@@ -130,7 +129,7 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
             '" index="INDEX"<|sep|>',
             "<|close|>call<|sep|>",
         ),
-        Tags(
+        TagMarks(
             '<|open|>argument key="',
             '" type="KIND"<|sep|>',
             "<|close|>argument<|sep|>",
@@ -145,14 +144,14 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
         before_arguments="(",
         after=")",
         is_shared=True,
-        comma=",\0",
+        comma=",·",
         around=("[", "]"),
     ),
     "gemma4": gemma('<|"|>'),
     "function_gemma": gemma("<escape>"),
     "qwen3_coder": tagged(
-        ("<function=", ">", "\0</function>"),
-        Tags(
+        ("<function=", ">", "·</function>"),
+        TagMarks(
             "<parameter=",
             ">\n",
             "\n</parameter>",
@@ -160,19 +159,19 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
         ),
     ),
     "minimax_m2": tagged(
-        ('<invoke name="', '">', "\0</invoke>"),
-        Tags('<parameter name="', '">', "</parameter>", ("<parameter name=",)),
+        ('<invoke name="', '">', "·</invoke>"),
+        TagMarks('<parameter name="', '">', "</parameter>", ("<parameter name=",)),
         is_shared=True,
     ),
     "minicpm5": tagged(
         ('"', '">', ""),
-        Tags('<param name="', '">', "</param>", ("<",), data=("<![CDATA[", "]]>")),
+        TagMarks('<param name="', '">', "</param>", ("<",), data=("<![CDATA[", "]]>")),
     ),
-    "glm47": arg_tags(""),
-    "longcat": arg_tags("longcat_"),
+    "glm47": glm(""),
+    "longcat": glm("longcat_"),
     "muse_spark": tagged(
-        ('<atem:invoke name="', '">', "\0</atem:invoke>"),
-        Tags(
+        ('<atem:invoke name="', '">', "·</atem:invoke>"),
+        TagMarks(
             '<atem:parameter name="',
             '">',
             "</atem:parameter>",
@@ -186,7 +185,7 @@ FORMATS: Dict[str, Callable[[str, str], Format]] = {
 # Each header may name the channel, and the type of the arguments.
 HARMONY_CALLS = partial(
     Format,
-    before_arguments="\1<|channel|>commentary\2\1 json\2\1 \2\1<|constrain|>json\2"
+    before_arguments="⟦<|channel|>commentary⟧⟦ json⟧⟦ ⟧⟦<|constrain|>json⟧"
     "<|message|>",
     is_single=True,
 )
@@ -368,7 +367,7 @@ class ToolGrammar:
                 return form, list(filter(None, calls))
         # Without the rules of the format.
         self.rules = Rules(self.marks)
-        form = as_json(start, end)
+        form = json_calls(start, end)
         calls = [self.write_call(form, function) for function in self.functions]
         return form, list(filter(None, calls))
 

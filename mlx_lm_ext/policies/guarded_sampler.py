@@ -87,8 +87,9 @@ class GuardedSampler:
         shared = [self.args, self.tokenizer, *self.requests]
         try:
             other.sampler = deepcopy(self.sampler, {id(x): x for x in shared})
-        except BaseException:
-            # What cannot be copied is made anew, as after a wait for memory.
+        except BaseException as e:
+            # It is made anew, as after a wait for memory.
+            self.policy_class.note_uncopied(e)
             other.make()
         return other
 

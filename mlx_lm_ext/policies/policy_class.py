@@ -8,7 +8,7 @@ kind does its work.
 import logging
 from typing import Any, Type
 
-from ..errors import RequestError
+from ..errors import RequestError, one_line
 from .loading import PolicyKind
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,12 @@ class PolicyClass:
         self.plugin = plugin
         self.default = default
         self.seconds = 0.0
+        # Whether the log says that its objects cannot be copied.
+        self.is_said = False
+
+    @property
+    def label(self) -> str:
+        return f"The {self.kind.title} {self.name!r} of {self.plugin}"
 
     def make(self, *args: Any) -> Any:
         """An object of the class. A class that raises ``RequestError`` refuses a request,
@@ -59,7 +65,16 @@ class PolicyClass:
         if self.cls is cls:
             self.cls = self.default
             logger.error(
-                f"The {self.kind.title} {self.name!r} of {self.plugin} failed; "
-                f"{self.default.name!r} replaces it",
+                f"{self.label} failed; {self.default.name!r} replaces it",
                 exc_info=error,
+            )
+
+    def note_uncopied(self, error: BaseException) -> None:
+        """Say once that an object of the class is made anew, because a copy of it has raised
+        ``error``."""
+        if not self.is_said:
+            self.is_said = True
+            logger.warning(
+                f"{self.label} cannot be copied, and is made anew for rows that are parted: "
+                + one_line(error)
             )

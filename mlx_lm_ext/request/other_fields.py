@@ -54,25 +54,6 @@ REFUSED: Dict[str, Tuple[Tuple[Any, ...], str]] = {
     "typical_p": ((1,), ""),
 }
 
-# Hints, and what is so in any case.
-WITHOUT_EFFECT = {
-    # Of OpenAI's API.
-    "metadata",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "verbosity",
-    # Of vLLM and llama.cpp. The last is of use with a repeat_penalty only.
-    "cache_prompt",
-    "guided_decoding_backend",
-    "spaces_between_special_tokens",
-    "repeat_last_n",
-}
-
-
 # Fields of text completions only, and of chats only.
 TEXT_ONLY = ("echo", "suffix")
 CHAT_ONLY = ("messages", "tools")

@@ -59,8 +59,10 @@ class Answers:
 
     def __init__(self, mailbox: Mailbox):
         self.mailbox = mailbox
-        # What has ended one of them, once the handler has taken it from the mailbox.
-        self.error: Optional[RequestError] = None
+        # What has ended some of them, once the handler has taken it from the mailbox.
+        self.errors: Dict["Request", RequestError] = {}
+        # Those that have ended for the handler.
+        self.ended: Set["Request"] = set()
 
     def receive(self, timeout: float) -> Dict["Request", List[Token]]:
         """Take all tokens that wait for the handler. Blocks until there is one, or until the
@@ -71,18 +73,24 @@ class Answers:
 
         Raises:
             RequestError: What ended one of the requests on the generation thread, once all
-              tokens that came before it were taken.
+              tokens that came before it were taken. Not if its answer had ended before.
         """
         tokens: Dict["Request", List[Token]] = {}
-        if self.error is None:
+        if not self.errors:
             for request, event in self.mailbox.take(timeout):
-                if isinstance(event, RequestError):
-                    self.error = event
-                    break
-                tokens.setdefault(request, []).append(event)
-        if self.error is not None and not tokens:
-            raise self.error
+                if not isinstance(event, RequestError):
+                    tokens.setdefault(request, []).append(event)
+                elif request not in self.ended:
+                    self.errors[request] = event
+        if self.errors and not tokens:
+            raise next(iter(self.errors.values()))
         return tokens
+
+    def end(self, request: "Request") -> None:
+        """An answer has ended for the handler, at a stop word for example: what ends its
+        request later ends none of the others."""
+        self.ended.add(request)
+        self.errors.pop(request, None)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -255,11 +263,6 @@ class Request(RequestInfo):
             self.put(NO_TIME)
         else:
             self.put(RequestError(503, reason))
-
-    def start(self) -> None:
-        """Note when it first started to run."""
-        if self.started is None:
-            self.started = self.clock()
 
     def stats(
         self, finish_reason: str, n_tokens: int, gaps: Sequence[float] = ()

@@ -58,7 +58,7 @@ class Constraints:
         self.rows = rows
         # Masks that are being filled.
         self.pending: List["Future[None]"] = []
-        self.advance(tokens)
+        self.begin_to_fill(self.constrained, tokens)
 
     @property
     def constrained(self) -> List[int]:
@@ -82,8 +82,10 @@ class Constraints:
 
     def advance(self, tokens: Sequence[Sequence[int]]) -> None:
         """Tell the constraints the tokens that each row has got, and begin to fill the masks
-        of the tokens after them."""
-        rows = self.constrained
+        of the tokens after them. Rows that have got none keep their masks."""
+        self.begin_to_fill([i for i in self.constrained if tokens[i]], tokens)
+
+    def begin_to_fill(self, rows: List[int], tokens: Sequence[Sequence[int]]) -> None:
         if rows:
             constraints = [self.rows[i] for i in rows]
             news = [[*tokens[i]] for i in rows]

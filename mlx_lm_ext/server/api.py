@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.server import CompletionRequest
 
@@ -51,25 +51,11 @@ logger = logging.getLogger(__name__)
 # Seconds without a new token after which a stream gets a keep-alive comment, and after
 # which it is checked that the client and the engine are still there.
 HEARTBEAT = 1.0
+# Seconds for the last events of answers to come after the engine has stopped.
+LAST_EVENTS = 3.0
 
 # The types of what a route gives, by its Python type.
 CONTENT_TYPES = {str: "text/plain; charset=utf-8", bytes: "application/octet-stream"}
-
-
-class Prepared(NamedTuple):
-    """A body that was checked.
-
-    Args:
-        completions (List[CompletionRequest]): Its prompts, or its messages.
-        model (ServedModel): The model that it names.
-        arrival (float): When it came, on the clock of the policies.
-        preparation (Preparation): Ends what takes too long.
-    """
-
-    completions: List[CompletionRequest]
-    model: ServedModel
-    arrival: float
-    preparation: Preparation
 
 
 def mean_logprob(answer: Delta) -> float:
@@ -121,7 +107,10 @@ class BatchAPIHandler(HTTPHandler):
         if METHODS.get(self.endpoint) != "POST":
             self.answer_route(raw)
             return
-        with self.submitted(raw, self.endpoint, self.keep_waiting) as requests:
+        submitted = self.submitted(raw, self.endpoint, self.keep_waiting)
+        # It may be large, and is not needed while the answer is made.
+        del raw
+        with submitted as requests:
             if self.stream:
                 self.send_stream(requests)
             else:
@@ -143,22 +132,20 @@ class BatchAPIHandler(HTTPHandler):
             RequestError: If they cannot be served.
         """
         engine = self.response_generator
-        engine.check_available()
         arrival = engine.policies.clock()
-        preparation = self.server.preparations.begin(self.client_is_gone)
-        with preparation.turn():
-            preparation.run(partial(self.parse, raw, endpoint))
+        preparation = self.check_body(raw, endpoint)
         del raw
         n_prompts = 1 if self.is_chat else len(self.body["prompt"])
         n = n_prompts * n_candidates(self.body)
         with engine.admission.admit(n, self.key_name) as ticket:
-            prepared = self.prepare(arrival, preparation, wait)
+            self.await_model(arrival, wait)
+            completions, model = self.take_prompts(preparation)
             with preparation.turn():
                 requests = engine.generate(
-                    prepared.completions,
+                    completions,
                     self.args,
                     self.body,
-                    prepared.model,
+                    model,
                     arrival,
                     self.request_id,
                     preparation,
@@ -187,14 +174,25 @@ class BatchAPIHandler(HTTPHandler):
         log_request(self.x_request_id, request, stats)
         self.response_generator.request_finished(request, stats)
 
-    def prepare(
-        self, arrival: float, preparation: Preparation, wait: Callable[[], None]
-    ) -> Prepared:
-        """Find the model of a body that was parsed, and take its prompts."""
-        engine = self.response_generator
-        self.await_model(arrival, wait)
+    def check_body(self, raw: bytes, endpoint: str) -> Preparation:
+        """Parse a body and check what can be checked without the model.
+
+        Returns:
+            Preparation: Ends what takes too long of what follows.
+        """
+        self.response_generator.check_available()
+        preparation = self.server.preparations.begin(self.client_is_gone)
+        with preparation.turn():
+            preparation.run(partial(self.parse, raw, endpoint))
+        return preparation
+
+    def take_prompts(
+        self, preparation: Preparation
+    ) -> Tuple[List[CompletionRequest], ServedModel]:
+        """The prompts of a body that was checked, or its messages, and the model that it
+        names."""
         # Not in a turn, because a model may have to be downloaded.
-        model = engine.describe(self.args)
+        model = self.response_generator.describe(self.args)
         if self.is_chat and not model.takes_images:
             leave_out_past_images(self.body["messages"])
         images = image_parts(self.body["messages"]) if self.is_chat else []
@@ -202,11 +200,9 @@ class BatchAPIHandler(HTTPHandler):
             with preparation.turn(self.server.preparations.fetches):
                 self.check_images(model, images, preparation)
         if self.is_chat:
-            completions = [self.handle_chat_completions()]
-        else:
-            completion = self.handle_text_completions()
-            completions = [replace(completion, prompt=p) for p in self.body["prompt"]]
-        return Prepared(completions, model, arrival, preparation)
+            return [self.handle_chat_completions()], model
+        completion = self.handle_text_completions()
+        return [replace(completion, prompt=p) for p in self.body["prompt"]], model
 
     def tokenize(self, raw: bytes, endpoint: str) -> List[int]:
         """The tokens of the prompt of a body.
@@ -216,18 +212,15 @@ class BatchAPIHandler(HTTPHandler):
             RequestError: If there is not one prompt, or it cannot be tokenized.
         """
         engine = self.response_generator
-        engine.check_available()
         arrival = engine.policies.clock()
-        preparation = self.server.preparations.begin(self.client_is_gone)
-        with preparation.turn():
-            preparation.run(partial(self.parse, raw, endpoint))
-        prepared = self.prepare(arrival, preparation, lambda: None)
-        if len(prepared.completions) > 1:
+        preparation = self.check_body(raw, endpoint)
+        self.await_model(arrival)
+        (completion, *others), model = self.take_prompts(preparation)
+        if others:
             raise RequestError(400, "prompt must be one prompt", "prompt")
-        (completion,) = prepared.completions
         with preparation.turn():
             return engine.tokens_of(
-                completion, self.args, self.body, prepared.model, preparation
+                completion, self.args, self.body, model, preparation
             )
 
     def keep_waiting(self) -> None:
@@ -237,7 +230,9 @@ class BatchAPIHandler(HTTPHandler):
             self.start_events()
             self.send_keepalive()
 
-    def await_model(self, arrival: float, wait: Callable[[], None]) -> None:
+    def await_model(
+        self, arrival: float, wait: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait until the served model is loaded.
 
         Args:
@@ -338,6 +333,8 @@ class BatchAPIHandler(HTTPHandler):
         while left:
             try:
                 received = requests[0].answers.receive(timeout=HEARTBEAT)
+                if not received:
+                    self.response_generator.check_available(LAST_EVENTS)
             except RequestError:
                 # What was held back is sent before the error.
                 for request in left & parsers.keys():
@@ -348,7 +345,6 @@ class BatchAPIHandler(HTTPHandler):
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
             if not received:
-                self.response_generator.check_available()
                 yield None
             for request, tokens in received.items():
                 if request not in left:
@@ -506,15 +502,20 @@ class BatchAPIHandler(HTTPHandler):
             self.send_content(response.status, content, kind, response.headers)
             return
         pieces = iter(content)
-        self.start_events(
-            response.status, kind or "text/event-stream", response.headers
-        )
-        if self.command != "HEAD":
+        kind = kind or "text/event-stream"
+        self.start_events(response.status, kind, response.headers)
+        if self.command == "HEAD":
+            return
+        try:
             for piece in pieces:
                 if piece is None:
                     self.send_keepalive()
                 elif piece:
                     self.write(piece.encode())
+        finally:
+            # An answer that it asks for ends with it.
+            close = getattr(pieces, "close", lambda: None)
+            close()
         self.end_events()
 
     def handle_health_check(self) -> None:

@@ -1,4 +1,5 @@
-"""The line of the log that each answer has."""
+"""The lines of the log that each answer has: how it went, and with ``--log-level DEBUG`` its
+text."""
 
 import logging
 
@@ -9,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_request(id: str, request: Request, stats: RequestStats) -> None:
-    """Log how a request went: no word of its prompt or its answer.
+    """Log how a request went.
 
     Args:
         id (str): The id that the client finds in the headers.
@@ -43,3 +44,8 @@ def log_request(id: str, request: Request, stats: RequestStats) -> None:
         "finish_reason": stats.finish_reason,
     }
     logger.info(f"{line}, {stats.finish_reason}", extra={"fields": fields})
+    if logger.isEnabledFor(logging.DEBUG):
+        decode = request.model.decoder.decode
+        answer = decode(request.generated[: stats.completion_tokens])
+        logger.debug(f"{id} prompt: {decode(request.prompt)!r}")
+        logger.debug(f"{id} answer: {answer!r}")

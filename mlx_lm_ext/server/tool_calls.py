@@ -35,7 +35,7 @@ from .tool_values import (
 )
 
 # Where the parsers are whose names are formats.
-FORMATS = ("mlx_lm.tool_parsers", __package__)
+PARSER_PACKAGES = ("mlx_lm.tool_parsers", __package__)
 
 # Characters of a call. While a pattern or JSON is read, all other threads wait.
 MAX_CALL = 1 << 18
@@ -71,7 +71,7 @@ class ToolCallParser:
     ):
         self.parser = parser
         package, _, name = (getattr(parser, "__module__", "") or "").rpartition(".")
-        self.format = name if package in FORMATS else ""
+        self.format = name if package in PARSER_PACKAGES else ""
         # Models of all formats write JSON now and then.
         self.headed = [JSON, *filter(None, [HEADED.get(self.format)])]
         self.parameters = {}
