@@ -10,7 +10,7 @@ LIMIT = 2048
 def pace(max_gap=1.0, decode=0.1, chunk=0.0, token=0.01, n_steps=30):
     """What is known after steps of 4 rows, whose chunks take a fixed time, and one for each
     token."""
-    known = Pace(max_gap, LIMIT)
+    known = Pace(max_gap, LIMIT, least=16)
     for n in (8, 16, 32, 64, 128, 256, 512, 1024, 2048):
         for _ in range(n_steps):
             known.note(0, [n], chunk + n * token)

@@ -8,6 +8,7 @@ from integrity import check
 from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import prefill
+from mlx_lm_ext.batch.pace import Pace
 from mlx_lm_ext.batch.prompts import LeanPromptBatch
 
 CACHE = ["--use-prompt-cache"]
@@ -17,15 +18,17 @@ CACHE = ["--use-prompt-cache"]
 def chunks(monkeypatch):
     """Gives ``(rows, width, end)`` of each chunk."""
     monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(prefill, "SHAPES", set())
     seen = []
     run = LeanPromptBatch.run
 
     def noted(batch, width):
         # The padding is gone after it.
         start = max(c.size() for c in batch.prompt_cache)
-        responses, size = run(batch, width)
-        seen.append((len(batch), size // len(batch), start + size // len(batch)))
-        return responses, size
+        result = run(batch, width)
+        width = result[1] // len(batch)
+        seen.append((len(batch), width, start + width))
+        return result
 
     monkeypatch.setattr(LeanPromptBatch, "run", noted)
     return seen
@@ -82,6 +85,34 @@ def test_chunk_of_a_prompt_that_runs_alone_is_a_power_of_two(
 ):
     monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
     assert prefill.chunk_width([n_left], budget) == width
+
+
+def test_chunk_of_a_new_shape_says_nothing_about_the_time_of_others(
+    start_engine, chunks, monkeypatch
+):
+    noted = []
+
+    def note(pace, n_rows, sizes, seconds):
+        noted.extend(sizes)
+
+    monkeypatch.setattr(Pace, "note", note)
+    engine = start_engine("llama")
+    prompt = "x" * 1000
+    read(submit(engine, prompt, max_tokens=1))
+    assert prefill.SHAPES == set(chunks)
+    assert not noted
+    # The same shapes once more, beside a stream, whose steps are timed.
+    stream = submit(engine, "y", max_tokens=400, ignore_eos=True)
+    assert stream.receive(timeout=60)
+    n_before = len(chunks)
+    read(submit(engine, prompt, max_tokens=1))
+    timed = [rows * width for rows, width, _ in chunks[n_before:]]
+    assert set(noted) <= set(timed) and noted
+    read(stream)
+
+
+def test_least_chunk_is_large_with_cuda(chunks):
+    assert prefill.least_chunk() == 256
 
 
 def test_nothing_is_padded_without_cuda():

@@ -68,7 +68,7 @@ def test_one_and_several_rows_run_before_the_first_request(
     assert set(sizes) == {1, 2}
     assert "Warmed up in" in caplog.text
     # Nothing is left of it.
-    assert engine.batch is None and engine.n_generated == 0
+    assert engine.batch is None and engine.counters.generated_tokens == 0
     assert len(read(submit(engine, "hello", max_tokens=3))) == 3
 
 
@@ -170,7 +170,7 @@ def test_server_serves_before_it_is_warm(start_engine, ended, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(WarmUp, "run", run)
         engine = start_engine("llama", *BACKGROUND)
-        assert engine.client.is_healthy
+        assert engine.client.status == "ok"
         for _ in range(2):
             assert len(read(submit(engine, "hello", max_tokens=3))) == 3
     # What was interrupted runs again.

@@ -41,7 +41,7 @@ from .generator import KVShape, LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
 from .kv_memory import KVMemory
 from .pace import Pace
-from .prefill import max_prefill_tokens
+from .prefill import least_chunk, max_prefill_tokens
 from .resumed import ResumedStopSequences
 from .row import Row
 from .sharing import MIN_SHARED, PrefixSharing
@@ -114,7 +114,7 @@ class Batch:
         self.generator: Optional[LeanBatchGenerator] = None
         self.rows: Dict[int, Row] = {}
         self.step_size = max_prefill_tokens(args.prefill_step_size)
-        self.pace = Pace(args.max_gap, MAX_CHUNKS * self.step_size)
+        self.pace = Pace(args.max_gap, MAX_CHUNKS * self.step_size, least_chunk())
         # When the last step had nothing more to wait for, if another one was to follow, and
         # the tokens of each chunk of prompts that it has handed to the device then.
         self.last_wait: Optional[float] = None
@@ -387,11 +387,14 @@ class Batch:
         if self.prefilling and not must_measure:
             self.prefill()
             self.handed_over = self.generator.chunk_sizes
+            if self.generator.prompts.has_new_shape:
+                self.interrupt()
         if not self.rows:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """The next step follows on something else than a step: its time says nothing."""
+        """The next step follows on something else than a step, or one that took a time of its
+        own: its time says nothing."""
         self.last_wait, self.handed_over = None, []
 
     def take_ended(self) -> Tuple[List[Request], int]:

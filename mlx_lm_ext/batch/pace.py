@@ -17,9 +17,6 @@ GAP_STEPS = 4
 MIN_GAP = 0.1
 # The part of the gap that is planned: steps take more and less time than the ones before.
 PLANNED = 0.8
-# However short the gap is to be, prompts get as much time as the decoding, and so many tokens:
-# fewer take hardly less time.
-MIN_CHUNK = 16
 # Tokens of the first chunk, of which nothing is known.
 FIRST_CHUNK = 64
 # How many steps with prompts follow each other before one without.
@@ -37,11 +34,14 @@ class Pace:
     Args:
         max_gap (Optional[float]): Seconds between two tokens of a stream (``--max-gap``).
         limit (int): The most tokens of prompts in a step.
+        least (int): However short the gap is to be, prompts get as much time as the decoding,
+          and so many tokens.
     """
 
-    def __init__(self, max_gap: Optional[float], limit: int):
+    def __init__(self, max_gap: Optional[float], limit: int, least: int = 1):
         self.max_gap = max_gap
         self.limit = limit
+        self.least = min(least, limit)
         # Seconds of a step that decodes rows, and of a token of a chunk of prompts: by the
         # number of bits of the number of rows, and of tokens.
         self.of_step: Dict[int, float] = {}
@@ -78,13 +78,13 @@ class Pace:
         if gap is None:
             gap = max(GAP_STEPS * decoding, MIN_GAP)
         n = self.n_within(max(PLANNED * gap - decoding, decoding))
-        return max(n, min(MIN_CHUNK, self.limit))
+        return max(n, self.least)
 
     def n_within(self, seconds: float) -> int:
         """How many tokens of prompts take so long, at least one. A token of a long chunk takes
         less time than one of a short chunk."""
         if not self.of_token:
-            return min(self.limit, FIRST_CHUNK)
+            return min(self.limit, max(FIRST_CHUNK, self.least))
         for bits in range(self.limit.bit_length(), 0, -1):
             longest = min((1 << bits) - 1, self.limit)
             cost = self.token_seconds(longest)

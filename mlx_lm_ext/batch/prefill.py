@@ -1,7 +1,7 @@
 """Decides how many tokens of each prompt the next step runs."""
 
 from itertools import accumulate
-from typing import List
+from typing import List, Set, Tuple
 
 from ..device import device_kind, on_cpu
 
@@ -9,6 +9,8 @@ from ..device import device_kind, on_cpu
 FREE_PADDING = 64
 # Tokens of the smallest chunk with CUDA. A larger one of up to 4 times as many takes as long.
 MIN_WIDTH = 32
+# With CUDA, the shapes of chunks that were run: rows, tokens of each, and where they end.
+SHAPES: Set[Tuple[int, int, int]] = set()
 
 
 def max_prefill_tokens(step_size: int) -> int:
@@ -21,6 +23,27 @@ def max_prefill_tokens(step_size: int) -> int:
         step_size (int): ``--prefill-step-size``.
     """
     return min(step_size, 256) if on_cpu() else step_size
+
+
+def least_chunk() -> int:
+    """How many tokens of prompts a step runs at least, because fewer take hardly less time.
+    With CUDA, a prompt in small chunks also meets more shapes, see ``padded_width``."""
+    return 256 if device_kind() == "cuda" else 16
+
+
+def is_planned(n_rows: int, width: int, end: int) -> bool:
+    """Whether the device has run a chunk of this shape before. If not, it is planned now, so
+    that its time says nothing about the next one.
+
+    Args:
+        n_rows (int): Prompts that run side by side.
+        width (int): Tokens of each, with the padding.
+        end (int): Places that the longest of them has then.
+    """
+    if device_kind() != "cuda" or (n_rows, width, end) in SHAPES:
+        return True
+    SHAPES.add((n_rows, width, end))
+    return False
 
 
 def runs_alone(n_left: int, n_known: int) -> bool:

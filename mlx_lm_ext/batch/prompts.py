@@ -18,7 +18,7 @@ from mlx_lm.generate import PromptProcessingBatch
 from ..cache.kinds import flatten, prepare_step, take_rows
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed
-from .prefill import padded_width
+from .prefill import is_planned, padded_width
 
 
 class PromptInProgress(NamedTuple):
@@ -117,12 +117,12 @@ class LeanPromptBatch(PromptProcessingBatch):
         self.prompt_cache, batch.prompt_cache = left, taken
         return batch
 
-    def run(self, width: int) -> Tuple[List[PromptProcessingBatch.Response], int]:
+    def run(self, width: int) -> Tuple[List[PromptProcessingBatch.Response], int, bool]:
         """Run up to ``width`` tokens of the current segment of each prompt.
 
         Returns:
-            Tuple: How far each prompt is then, and how many tokens the model runs, padding
-            included.
+            Tuple: How far each prompt is then, how many tokens the model runs, padding
+            included, and whether their time says something about the next ones.
         """
         # Wait for the last chunk: each one that is queued holds memory.
         self.wait()
@@ -159,7 +159,8 @@ class LeanPromptBatch(PromptProcessingBatch):
             for c in self.prompt_cache:
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
-        return responses, inputs.size
+        end = max(map(len, self.tokens)) + n_more
+        return responses, inputs.size, is_planned(len(tokens), width + n_more, end)
 
     def n_padding(self, width: int) -> int:
         """How many tokens of padding a chunk of ``width`` tokens gets in all rows. They are
@@ -182,8 +183,9 @@ class PromptBatches:
     def __init__(self) -> None:
         # The oldest first.
         self.batches: List[LeanPromptBatch] = []
-        # The batches of the last ``run``.
+        # The batches of the last ``run``, and whether the device had to plan one of its chunks.
         self.last: List[LeanPromptBatch] = []
+        self.has_new_shape = False
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches)
@@ -266,15 +268,16 @@ class PromptBatches:
         if self.last and oldest and oldest[0] not in self.last:
             order.remove(oldest[0])
             order = oldest + order
-        self.last = []
+        self.last, self.has_new_shape = [], False
         for batch in order:
             has_ended = False
             while not has_ended:
                 n = width(batch.segment_lengths, max(1, budget))
                 if sizes and cost(n * len(batch)) > budget:
                     return responses, sizes
-                more, size = batch.run(n)
+                more, size, is_known = batch.run(n)
                 self.last.append(batch)
+                self.has_new_shape |= not is_known
                 responses += more
                 sizes.append(size)
                 budget -= cost(size)
