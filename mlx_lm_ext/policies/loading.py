@@ -37,7 +37,10 @@ ROUTE = re.compile(r"/|(/[^/?#\s]+)+")
 # The plugins that are built in: their modules by their names, and their distribution.
 BUILTIN = {
     "builtin": "mlx_lm_ext.plugins.builtin",
+    "server_info": "mlx_lm_ext.plugins.server_info",
+    "status_page": "mlx_lm_ext.plugins.status_page",
     "structured": "mlx_lm_ext.plugins.structured",
+    "tokens": "mlx_lm_ext.plugins.tokens",
 }
 DIST = "mlx-lm-ext"
 
