@@ -11,7 +11,9 @@ from functools import partial
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 # As root there is no sandbox, and containers have little shared memory.
-FLAGS = "--headless=new --no-sandbox --disable-dev-shm-usage --disable-gpu --no-first-run"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-dev-shm-usage --disable-gpu --no-first-run"
+)
 # What a page is waited for, in seconds.
 PATIENCE = 60
 

@@ -509,12 +509,13 @@ class BatchAPIHandler(HTTPHandler):
         self.start_events(
             response.status, kind or "text/event-stream", response.headers
         )
-        if self.command != "HEAD":
-            for piece in pieces:
-                if piece is None:
-                    self.send_keepalive()
-                elif piece:
-                    self.write(piece.encode())
+        if self.command == "HEAD":
+            return
+        for piece in pieces:
+            if piece is None:
+                self.send_keepalive()
+            elif piece:
+                self.write(piece.encode())
         self.end_events()
 
     def handle_health_check(self) -> None:
