@@ -17,6 +17,7 @@ from mlx_lm_ext.request.fields import (
     FIELDS,
     GUIDED,
     MAX_ANSWERS,
+    MAX_CHOICES,
     MAX_MESSAGES,
     MAX_STOP_WORD,
     MAX_STOP_WORDS,
@@ -85,6 +86,7 @@ def test_other_limits_are_those_of_the_code():
         top.maximum,
     )
     assert set(GUIDED) <= set(COMMON)
+    assert COMMON["guided_choice"]["maxItems"] == MAX_CHOICES
 
 
 def test_statistics_are_all_described():
