@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from mlx_lm.server import CompletionRequest
@@ -506,12 +507,14 @@ class BatchAPIHandler(HTTPHandler):
             self.send_content(response.status, content, kind, response.headers)
             return
         pieces = iter(content)
+        # What is wrong with a request gets its status if the first piece tells.
+        first = None if self.command == "HEAD" else next(pieces, "")
         self.start_events(
             response.status, kind or "text/event-stream", response.headers
         )
         if self.command == "HEAD":
             return
-        for piece in pieces:
+        for piece in chain([first], pieces):
             if piece is None:
                 self.send_keepalive()
             elif piece:
