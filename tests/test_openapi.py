@@ -12,6 +12,7 @@ from mlx_lm_ext import __version__
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import ServerStatistics
+from mlx_lm_ext.plugins.tokens import MAX_TOKENS
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.request.fields import (
     FIELDS,
@@ -86,6 +87,8 @@ def test_other_limits_are_those_of_the_code():
         top.maximum,
     )
     assert set(GUIDED) <= set(COMMON)
+    tokens = SCHEMAS["DetokenizeRequest"]["properties"]["tokens"]
+    assert tokens["maxItems"] == MAX_TOKENS
     assert COMMON["guided_choice"]["maxItems"] == MAX_CHOICES
 
 

@@ -10,6 +10,7 @@ from test_api import CHAT, HELLO, WatchedEngine, assert_is_error, send_raw
 
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.errors import RequestError
+from mlx_lm_ext.plugins.tokens import MAX_TOKENS
 from mlx_lm_ext.policies.loading import PluginError, Plugins
 from mlx_lm_ext.routes import METHODS, Route, RouteResponse
 
@@ -134,6 +135,7 @@ def test_special_tokens_have_their_texts(start_server):
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [1, 2, 259]}, "tokens[2]"),
         ("/detokenize", {"tokens": [10**30]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1] * (MAX_TOKENS + 1)}, "tokens"),
         ("/detokenize", {"tokens": [], "model": "x" * 5000}, "model"),
         ("/detokenize", {"tokens": [], "model": "nobody/nothing"}, "model"),
     ],

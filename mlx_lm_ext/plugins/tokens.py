@@ -12,6 +12,10 @@ from ..routes import Route, RouteRequest
 
 # What is imported in functions needs MLX.
 
+# Tokens that are made text at a time: no other thread runs while a tokenizer does so, here for
+# a tenth of a second.
+MAX_TOKENS = 1 << 18
+
 
 @hookimpl
 def mlx_lm_register_routes(args: argparse.Namespace) -> List[Route]:
@@ -72,6 +76,7 @@ def detokenize(request: RouteRequest) -> Dict[str, Any]:
     from ..request.fields import (
         Field,
         as_integer,
+        check_count,
         check_field,
         check_required,
         check_type,
@@ -80,6 +85,7 @@ def detokenize(request: RouteRequest) -> Dict[str, Any]:
     body = read(request)
     check_required(body, "tokens")
     check_type("tokens", body["tokens"], list)
+    check_count("tokens", len(body["tokens"]), MAX_TOKENS)
     model = request.model(body.get("model"))
     tokens = list(map(as_integer, body["tokens"]))
     known = Field(int, 0, model.vocabulary_size - 1)
