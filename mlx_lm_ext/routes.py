@@ -28,12 +28,15 @@ class ModelInfo(NamedTuple):
           not be changed.
         vocabulary_size (int): How many token ids it has.
         context_length (Optional[int]): The most tokens of a prompt and its answer, if known.
+        decode (Callable[[List[int]], str]): Makes text of token ids. Those that only the model
+          has give nothing.
     """
 
     id: str
     tokenizer: Any
     vocabulary_size: int
     context_length: Optional[int]
+    decode: Callable[[List[int]], str]
 
 
 class RouteRequest(ABC):
@@ -108,6 +111,15 @@ class RouteRequest(ABC):
         Raises:
             RequestError: A 404 if there is none.
         """
+
+    @abstractmethod
+    def served_names(self) -> List[str]:
+        """What clients may call the served model."""
+
+    @abstractmethod
+    def plugins(self) -> Dict[str, str]:
+        """The distributions of the plugins that are loaded, with their versions, by the names
+        of the plugins."""
 
     @abstractmethod
     def statistics(self) -> ServerStatistics:

@@ -128,6 +128,7 @@ def start_server(start_engine):
         )
         threading.Thread(target=httpd.serve_forever).start()
         servers.append(httpd)
+        engine.httpd = httpd
         return engine, httpd.server_address[1]
 
     yield start

@@ -30,7 +30,7 @@ from mlx_lm_ext.interfaces import (
 )
 from mlx_lm_ext.policies import loading as plugins
 from mlx_lm_ext.policies.guard import Policies
-from mlx_lm_ext.policies.loading import EVICTION, PluginError, Plugins
+from mlx_lm_ext.policies.loading import BUILTIN, EVICTION, PluginError, Plugins
 from mlx_lm_ext.routes import Route
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -124,7 +124,7 @@ def test_modules_are_loaded_by_name_and_plugins_blocked(tmp_path, monkeypatch):
     for name in ("one_plugin", "two_plugin"):
         (tmp_path / f"{name}.py").write_text("'''Nothing.'''")
     found = Plugins(["one_plugin", "one_plugin", "two_plugin", "no:two_plugin"])
-    assert list(found.sources) == ["builtin", "metrics", "structured", "one_plugin"]
+    assert list(found.sources) == [*BUILTIN, "one_plugin"]
     assert "two_plugin: blocked" in found.describe(make_parser().parse_args([]))
 
 

@@ -1,17 +1,20 @@
 """The sample package: what it does to a server when pip installs it, and only then."""
 
 import ast
+import http.client
+import importlib.util
 import json
 import shutil
 import site
 import subprocess
 import sys
 import venv
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from conftest import server_process
-from helpers import call, stream
+from helpers import JSON, call, plugin, stream
 
 import mlx_lm_ext
 
@@ -43,6 +46,7 @@ def test_sample_uses_public_names_only():
                 "mlx_lm_ext",
                 "mlx_lm_ext.errors",
                 "mlx_lm_ext.interfaces",
+                "mlx_lm_ext.routes",
             )
             assert not any(alias.name.startswith("_") for alias in node.names)
         if isinstance(node, ast.Attribute):
@@ -58,6 +62,42 @@ def ask(port, prompt, **body):
 
 def cached(answer):
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture
+def sample(start_server):
+    """The port of a server with the routes of the sample plugin."""
+    name = "mlx_lm_sample_plugin"
+    spec = importlib.util.spec_from_file_location(name, SAMPLE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    routes = plugin(mlx_lm_register_routes=module.mlx_lm_register_routes)
+    return start_server("llama", "--max-tokens", "8", plugin=routes)[1]
+
+
+def test_sample_answers_chats_as_ollama_does(sample):
+    hello = dict(messages=[{"role": "user", "content": "hello"}])
+    _, expected = call(sample, "POST", "/v1/chat/completions", hello)
+    (choice,) = expected["choices"]
+    text = choice["message"]["content"]
+    status, answer = call(sample, "POST", "/api/chat", hello | {"stream": False})
+    assert (status, answer["done"], answer["done_reason"]) == (200, True, "length")
+    assert answer["message"] == {"role": "assistant", "content": text}
+    connection = http.client.HTTPConnection("127.0.0.1", sample, timeout=60)
+    connection.request("POST", "/api/chat", json.dumps(hello), JSON)
+    response = connection.getresponse()
+    assert response.getheader("Content-Type") == "application/x-ndjson"
+    lines = list(map(json.loads, response.read().splitlines()))
+    connection.close()
+    assert "".join(line["message"]["content"] for line in lines) == text
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert datetime.fromisoformat(lines[0]["created_at"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_sample_refuses_a_wrong_chat_with_a_400(streamed, sample):
+    status, answer = call(sample, "POST", "/api/chat", {"stream": streamed})
+    assert (status, answer["error"]["param"]) == (400, "messages")
 
 
 @pytest.mark.slow
@@ -105,6 +145,9 @@ def test_installed_sample_changes_what_the_server_does(
         body = dict(prompt="hello", allowed_characters=["a"])
         status, answer = call(port, "POST", "/v1/completions", body)
         assert (status, answer["error"]["param"]) == (400, "allowed_characters")
+        # The route.
+        body = dict(messages=[{"role": "user", "content": "hello"}], stream=False)
+        assert call(port, "POST", "/api/chat", body)[1]["done"]
         list(stream(port, "/v1/completions", prompt="hello", max_tokens=3))
         status, answer = call(port, "POST", "/v1/completions", dict(prompt=""))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -124,3 +167,4 @@ def test_installed_sample_changes_what_the_server_does(
         assert ask(port, "hello", banned_words=[banned])["choices"][0]["text"] == greedy
         body = dict(prompt="hello", sampler="mirostat")
         assert call(port, "POST", "/v1/completions", body)[0] == 400
+        assert call(port, "POST", "/api/chat", {})[0] == 404

@@ -142,7 +142,11 @@ class EngineClient:
             ModelDescription(wanted, "default_model", None)
         )
         return ModelInfo(
-            name, model.tokenizer, model.vocabulary_size, model.context_length
+            name,
+            model.tokenizer,
+            model.vocabulary_size,
+            model.context_length,
+            model.decoder.decode,
         )
 
     def generate(

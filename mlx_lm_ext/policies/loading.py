@@ -29,7 +29,7 @@ from pluggy import PluginManager, PluginValidationError
 
 from .. import __version__, hookspecs
 from ..interfaces import BatchSampler, EvictionPolicy, SchedulerPolicy
-from ..routes import METHODS, Route
+from ..routes import METHODS, MODELS, Route
 
 GROUP = "mlx_lm_ext"
 # The path of a route: the server looks paths up without doubled slashes and one at the end.
@@ -38,7 +38,10 @@ ROUTE = re.compile(r"/|(/[^/?#\s]+)+")
 BUILTIN = {
     "builtin": "mlx_lm_ext.plugins.builtin",
     "metrics": "mlx_lm_ext.plugins.metrics",
+    "server_info": "mlx_lm_ext.plugins.server_info",
+    "status_page": "mlx_lm_ext.plugins.status_page",
     "structured": "mlx_lm_ext.plugins.structured",
+    "tokens": "mlx_lm_ext.plugins.tokens",
 }
 DIST = "mlx-lm-ext"
 
@@ -334,7 +337,9 @@ def objection_to_route(route: Any) -> str:
         return f"the route {route.path} takes {route.method!r}, not GET or POST"
     if not ROUTE.fullmatch(route.path):
         return f"the path {route.path!r} of a route must be like /name/name"
-    if route.path.removeprefix("/v1") in METHODS:
+    path = route.path.removeprefix("/v1")
+    is_model = route.method == "GET" and path.startswith(f"{MODELS}/")
+    if path in METHODS or is_model:
         return f"{route.path} is a route of the server itself"
     if not callable(route.function):
         return f"the function of the route {route.path} cannot be called"

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.server import CompletionRequest
@@ -502,20 +503,21 @@ class BatchAPIHandler(HTTPHandler):
             self.send_content(response.status, content, kind, response.headers)
             return
         pieces = iter(content)
-        kind = kind or "text/event-stream"
-        self.start_events(response.status, kind, response.headers)
-        if self.command == "HEAD":
-            return
         try:
-            for piece in pieces:
+            # What is wrong with a request gets its status if the first piece tells.
+            first = None if self.command == "HEAD" else next(pieces, "")
+            kind = kind or "text/event-stream"
+            self.start_events(response.status, kind, response.headers)
+            if self.command == "HEAD":
+                return
+            for piece in chain([first], pieces):
                 if piece is None:
                     self.send_keepalive()
                 elif piece:
                     self.write(piece.encode())
         finally:
             # An answer that it asks for ends with it.
-            close = getattr(pieces, "close", lambda: None)
-            close()
+            getattr(pieces, "close", lambda: None)()
         self.end_events()
 
     def handle_health_check(self) -> None:

@@ -45,6 +45,13 @@ class HandlerRequest(RouteRequest):
     def model(self, name: Optional[str] = None) -> ModelInfo:
         return self.handler.response_generator.model_info(name)
 
+    def served_names(self) -> List[str]:
+        return list(self.handler.response_generator.served_names)
+
+    def plugins(self) -> Dict[str, str]:
+        sources = self.handler.response_generator.policies.plugins.sources
+        return {name: " ".join(source).strip() for name, source in sources.items()}
+
     def statistics(self) -> ServerStatistics:
         server = self.handler.server
         return self.handler.response_generator.statistics(len(server.connections))

@@ -1,6 +1,7 @@
 """A plugin that implements every hook. Copy what you need."""
 
 import json
+from datetime import datetime, timezone
 from threading import Lock
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_lm_ext.interfaces import (
     EvictionPolicy,
     SchedulerPolicy,
 )
+from mlx_lm_ext.routes import Route, RouteResponse
 
 log_lock = Lock()
 
@@ -183,6 +185,39 @@ class OnlyCharacters(Constraint):
 
     def fill(self, mask):
         mask[:] = self.mask
+
+
+@hookimpl
+def mlx_lm_register_routes():
+    return [Route("POST", "/api/chat", chat)]
+
+
+def chat(request):
+    """Answer the texts of a chat as Ollama's route of this name does."""
+    sent = request.json()
+    body = {name: sent.get(name) for name in ("model", "messages")}
+
+    def lines():
+        for chunk in request.stream(body):
+            if chunk is not None:
+                yield json.dumps(in_ollamas_shape(chunk, "delta")) + "\n"
+
+    if sent.get("stream", True):
+        return RouteResponse(lines(), content_type="application/x-ndjson")
+    return in_ollamas_shape(request.answer(body), "message")
+
+
+def in_ollamas_shape(response, field):
+    (choice,) = response["choices"]
+    reason = choice["finish_reason"]
+    time = datetime.fromtimestamp(response["created"], timezone.utc)
+    return {
+        "model": response["model"],
+        "created_at": time.isoformat(),
+        "message": {"role": "assistant", "content": choice[field].get("content", "")},
+        "done": reason is not None,
+        "done_reason": reason,
+    }
 
 
 @hookimpl
