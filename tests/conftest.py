@@ -112,7 +112,7 @@ def start_server(start_engine):
     """Starts HTTP servers in this process; gives (engine, port)."""
     servers = []
 
-    def start(*args, **kwargs):
+    def start(*args, tls=None, **kwargs):
         engine = start_engine(*args, **kwargs)
         args = engine.cli_args
         httpd = BatchHTTPServer(
@@ -125,6 +125,7 @@ def start_server(start_engine):
             max_connections=args.max_connections,
             idle_timeout=args.idle_timeout,
             header_timeout=args.header_timeout,
+            tls=tls,
         )
         threading.Thread(target=httpd.serve_forever).start()
         servers.append(httpd)

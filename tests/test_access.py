@@ -8,8 +8,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
-from functools import partial
 from queue import SimpleQueue
 
 import pytest
@@ -21,8 +19,6 @@ from test_operation import start_and_fail
 from mlx_lm_ext.arguments import parse_arguments
 from mlx_lm_ext.server import access
 from mlx_lm_ext.server.access import Keys
-from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.http_server import BatchHTTPServer
 from mlx_lm_ext.server.tls import make_context
 
 KEYS = [
@@ -240,25 +236,14 @@ def certificate(tmp_path_factory):
 
 
 @pytest.fixture
-def tls_server(certificate, start_engine):
-    """Starts an engine behind TLS; gives it, its port, and what clients trust."""
-    servers = []
+def tls_server(certificate, start_server):
+    """Starts servers of https; gives the engine, the port, and what clients trust."""
 
     def start(*args, **kwargs):
-        engine = start_engine(*args, **kwargs)
-        tls = make_context(*certificate)
-        httpd = BatchHTTPServer(
-            ("127.0.0.1", 0), partial(BatchAPIHandler, engine.client), tls=tls
-        )
-        threading.Thread(target=httpd.serve_forever).start()
-        servers.append(httpd)
-        trusted = ssl.create_default_context(cafile=certificate[0])
-        return engine, httpd.server_address[1], trusted
+        engine, port = start_server(*args, tls=make_context(*certificate), **kwargs)
+        return engine, port, ssl.create_default_context(cafile=certificate[0])
 
-    yield start
-    for httpd in servers:
-        httpd.shutdown()
-        httpd.server_close()
+    return start
 
 
 def connect(port, trusted):
