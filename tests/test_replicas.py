@@ -51,8 +51,7 @@ class Replica:
 def replicas(model_folder):
     started = []
     try:
-        for _ in range(2):
-            started.append(Replica(model_folder()))
+        started.extend(Replica(model_folder()) for _ in range(2))
         yield started
     finally:
         for replica in started:
@@ -117,6 +116,10 @@ def proxy(request, replicas, tmp_path):
     program = shutil.which(request.param, path=PATH)
     if program is None:
         pytest.skip(f"{request.param} is not installed")
+    for replica in replicas:
+        # A test may have ended it.
+        if replica.process.poll() is not None:
+            replica.start()
     port, addresses = free_port(), [f"127.0.0.1:{r.port}" for r in replicas]
     is_nginx = request.param == "nginx"
     (file,) = DEPLOY.glob(f"{request.param}.c*")
@@ -196,7 +199,7 @@ def test_second_turns_find_their_prefix(by, proxy):
             return two_turns(proxy, instructions, "Hello!", X_Conversation=f"c{i}")
         return two_turns(proxy, "You are an assistant. " * 20, f'Say "{i}".')
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(3) as pool:
         turns = list(pool.map(talk, range(N_CONVERSATIONS)))
     found = [
         second.usage["prompt_tokens_details"]["cached_tokens"]
@@ -213,8 +216,8 @@ def test_stream_comes_in_pieces(proxy):
     assert chat.is_complete
     first, *_, last = chat.times
     assert last - first > (last - start) / 2
-    # A token is at most a few milliseconds after the one before it.
-    assert len({round(t, 2) for t in chat.times}) > 20
+    # Not in lumps of 4 KB, with 16 events each.
+    assert len({round(t, 3) for t in chat.times}) > len(chat.times) / 4
 
 
 def test_server_that_is_killed_takes_along_only_streams_that_have_begun(
@@ -234,7 +237,6 @@ def test_server_that_is_killed_takes_along_only_streams_that_have_begun(
         killed.end("SIGKILL")
         for future in done:
             future.result()
-    killed.start()
     lost = [chat for chat in chats if not chat.is_complete]
     print(f"answered: {N_CHATS - len(lost)} of {N_CHATS}")
     assert all(chat.stream and chat.replica == name for chat in lost)
