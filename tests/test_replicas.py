@@ -22,7 +22,8 @@ import mlx_lm_ext
 DEPLOY = Path(mlx_lm_ext.__file__).parent / "examples" / "deploy"
 # Debian has them where the path of a user does not lead.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-LISTEN, ADDRESSES = "127.0.0.1:8080", ["127.0.0.1:8081", "127.0.0.1:8082"]
+# Those in the files: of the proxy and of the servers.
+ADDRESSES = ["127.0.0.1:8080", "127.0.0.1:8081", "127.0.0.1:8082"]
 N_CONVERSATIONS, N_CHATS = 20, 40
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,7 @@ class Replica:
     def start(self):
         self.running = server_process(*self.argv)
         self.port, _, self.process = self.running.__enter__()
+        self.name = f"127.0.0.1:{self.port}"
 
     def end(self, name):
         self.process.send_signal(getattr(signal, name))
@@ -68,11 +70,10 @@ class Proxy:
 
     Args:
         port (int): Where it listens.
-        names (List[str]): What it calls the two servers.
     """
 
-    def __init__(self, port, names):
-        self.port, self.names = port, names
+    def __init__(self, port):
+        self.port = port
 
     def request(self, method, path, body=None, **headers):
         """Send a request; gives the connection and the response."""
@@ -82,16 +83,16 @@ class Proxy:
         connection.request(method, path, raw, JSON | headers)
         return connection, connection.getresponse()
 
-    def wait_until_used(self, name):
+    def wait_until_used(self, replica):
         """Wait until requests go to a server again."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             connection, response = self.request("GET", "/health")
             response.read()
             connection.close()
-            if (response.status, response.headers["X-Replica"]) == (200, name):
+            if (response.status, response.headers["X-Replica"]) == (200, replica.name):
                 return
-        raise AssertionError(f"no request goes to {name}")
+        raise AssertionError(f"no request goes to {replica.name}")
 
 
 def nginx_command(text, folder):
@@ -120,17 +121,18 @@ def proxy(request, replicas, tmp_path):
         # A test may have ended it.
         if replica.process.poll() is not None:
             replica.start()
-    port, addresses = free_port(), [f"127.0.0.1:{r.port}" for r in replicas]
-    is_nginx = request.param == "nginx"
+    port = free_port()
     (file,) = DEPLOY.glob(f"{request.param}.c*")
     text = file.read_text()
-    for old, new in zip([LISTEN, *ADDRESSES], [f"127.0.0.1:{port}", *addresses]):
+    addresses = [f"127.0.0.1:{port}", *(replica.name for replica in replicas)]
+    for old, new in zip(ADDRESSES, addresses):
         assert text.count(old) == 1
         text = text.replace(old, new)
-    command = (nginx_command if is_nginx else haproxy_command)(text, tmp_path)
+    make_command = {"nginx": nginx_command, "haproxy": haproxy_command}[request.param]
+    command = make_command(text, tmp_path)
     # It listens when the command has ended, and goes on in the background.
     subprocess.run([program, *command], check=True, timeout=60)
-    yield Proxy(port, addresses if is_nginx else ["replica1", "replica2"])
+    yield Proxy(port)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
@@ -191,7 +193,7 @@ def two_turns(proxy, system, question, **headers):
 
 
 @pytest.mark.parametrize("by", ["header", "first message of the user"])
-def test_second_turns_find_their_prefix(by, proxy):
+def test_second_turns_find_their_prefix(by, proxy, replicas):
     def talk(i):
         if by == "header":
             # What users say is the same in all of them.
@@ -207,7 +209,7 @@ def test_second_turns_find_their_prefix(by, proxy):
         for first, second in turns
     ]
     assert sum(found) == N_CONVERSATIONS
-    assert {second.replica for _, second in turns} == set(proxy.names)
+    assert {second.replica for _, second in turns} == {r.name for r in replicas}
 
 
 def test_stream_comes_in_pieces(proxy):
@@ -227,19 +229,19 @@ def test_server_that_is_killed_takes_along_only_streams_that_have_begun(
         Chat(proxy, [message("user", f"Chat {i}")], stream=i % 2 == 0, max_tokens=200)
         for i in range(N_CHATS)
     ]
-    killed, name = replicas[0], proxy.names[0]
+    killed = replicas[0]
     with ThreadPoolExecutor(N_CHATS) as pool:
         done = [pool.submit(chat.run) for chat in chats]
         for chat in chats[::2]:
             chat.began.wait(60)
-            if chat.replica == name:
+            if chat.replica == killed.name:
                 break
         killed.end("SIGKILL")
         for future in done:
             future.result()
     lost = [chat for chat in chats if not chat.is_complete]
     print(f"answered: {N_CHATS - len(lost)} of {N_CHATS}")
-    assert all(chat.stream and chat.replica == name for chat in lost)
+    assert all(chat.stream and chat.replica == killed.name for chat in lost)
 
 
 def test_rolling_restart_loses_no_chat(proxy, replicas):
@@ -253,17 +255,17 @@ def test_rolling_restart_loses_no_chat(proxy, replicas):
             chats.append(Chat(proxy, [question], stream, max_tokens=50).run())
         return chats
 
-    for name in proxy.names:
-        proxy.wait_until_used(name)
+    for replica in replicas:
+        proxy.wait_until_used(replica)
     with ThreadPoolExecutor(4) as pool:
         done = [pool.submit(talk, i) for i in range(4)]
         try:
-            for replica, name in zip(replicas, proxy.names):
+            for replica in replicas:
                 assert replica.end("SIGTERM") == 0
                 replica.start()
-                proxy.wait_until_used(name)
+                proxy.wait_until_used(replica)
         finally:
             ended.set()
         chats = [chat for future in done for chat in future.result()]
-    assert {chat.replica for chat in chats} == set(proxy.names)
+    assert {chat.replica for chat in chats} == {r.name for r in replicas}
     assert all(chat.is_complete for chat in chats)
