@@ -96,20 +96,19 @@ class Proxy:
 
 
 def nginx_command(text, folder):
-    text = text.replace("/var/log/nginx", str(folder))
+    text = text.replace("/var/log/nginx", str(folder)).replace("/run", str(folder))
     # Its own folders are those of another user.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
     file = folder / "nginx.conf"
     file.write_text(text.replace("http {", "http { " + paths))
-    settings = f"pid {folder}/pid; error_log {folder}/errors;"
-    return ["-c", str(file), "-e", f"{folder}/errors", "-g", settings]
+    return ["-c", str(file), "-g", f"error_log {folder}/errors;"]
 
 
 def haproxy_command(text, folder):
     file = folder / "haproxy.cfg"
     file.write_text(text)
-    return ["-D", "-f", str(file), "-p", f"{folder}/pid"]
+    return ["-D", "-f", str(file), "-p", str(folder / "haproxy.pid")]
 
 
 @pytest.fixture(params=["nginx", "haproxy"])
@@ -133,7 +132,8 @@ def proxy(request, replicas, tmp_path):
     # It listens when the command has ended, and goes on in the background.
     subprocess.run([program, *command], check=True, timeout=60)
     yield Proxy(port)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    (pid,) = tmp_path.glob("*.pid")
+    os.kill(int(pid.read_text()), signal.SIGTERM)
 
 
 class Chat:
