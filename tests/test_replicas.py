@@ -4,6 +4,7 @@ addresses and folders are others."""
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -96,7 +97,7 @@ class Proxy:
 
 
 def nginx_command(text, folder):
-    text = text.replace("/var/log/nginx", str(folder)).replace("/run", str(folder))
+    text = re.sub("/run/|/var/log/nginx/", f"{folder}/", text)
     # Its own folders are those of another user.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
