@@ -20,6 +20,7 @@ from . import __version__, demo_model
 from .log import FORMATS
 from .policies.loading import KINDS, PluginError, Plugins
 from .server.access import Keys
+from .server.tls import make_context
 
 # The environment variable with API keys.
 KEY_VARIABLE = "MLX_LM_API_KEY"
@@ -212,14 +213,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-model-name",
         nargs="+",
         metavar="NAME",
-        help="what clients call the served model; answers have the first one; unset, what "
-        "--model says",
+        help="what clients may call the served model; metrics and the log have the first "
+        "one; unset, what --model says",
     )
     add(
         "--any-model-name",
         action="store_true",
-        help="answer requests for models that are not there with the served one, for clients "
-        "that insist on a name",
+        help="answer requests for models that are not on this machine with the served one, "
+        "for clients that insist on a name",
     )
     add(
         "--api-key",
@@ -233,6 +234,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--api-key-file",
         type=key_lines,
+        action="extend",
         default=[],
         metavar="FILE",
         help="a file with a [NAME:]KEY in each line",
@@ -255,14 +257,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--header-timeout",
-        type=number(float, 0),
+        type=number(float, 0.1),
         default=30.0,
         metavar="SECONDS",
         help="seconds for the headers of a request to arrive, from its first byte on",
     )
     add(
         "--idle-timeout",
-        type=number(float, 0),
+        type=number(float, 0.1),
         default=60.0,
         metavar="SECONDS",
         help="seconds after which a connection is closed whose client sends no request, or "
@@ -376,7 +378,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-queue",
         type=number(int, 1),
         default=1000,
-        help="answers that may wait for their turn; more are refused with HTTP 429",
+        help="answers that may wait for their turn, or be tokenized; more are refused with "
+        "HTTP 429",
     )
     add(
         "--max-requests-per-key",
@@ -545,13 +548,45 @@ def make_parser() -> argparse.ArgumentParser:
 
 def collect_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Set ``args.api_keys``, and take away the keys themselves: plugins get the arguments."""
-    keys = [*args.api_key, *args.api_key_file]
-    keys += os.environ.get(KEY_VARIABLE, "").split()
+    sources = {"--api-key": args.api_key, "--api-key-file": args.api_key_file}
+    if KEY_VARIABLE in os.environ:
+        sources[KEY_VARIABLE] = os.environ[KEY_VARIABLE].split()
+        if not sources[KEY_VARIABLE]:
+            # The server would be open to all without it.
+            parser.error(f"{KEY_VARIABLE} is set and has no key")
     del args.api_key, args.api_key_file
+    for name, keys in sources.items():
+        try:
+            Keys(keys)
+        except ValueError as e:
+            parser.error(f"{name}: {e}")
     try:
-        args.api_keys = Keys(keys)
+        args.api_keys = Keys([key for keys in sources.values() for key in keys])
     except ValueError as e:
-        parser.error(f"--api-key: {e}")
+        parser.error(f"{', '.join(sources)}: {e}")
+    if args.max_requests_per_key is not None and not args.api_keys:
+        parser.error("--max-requests-per-key needs --api-key")
+
+
+def load_certificate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set ``args.tls``: what connections are encrypted with, if they are."""
+    args.tls = None
+    files = [f for f in (args.ssl_certfile, args.ssl_keyfile) if f is not None]
+    if files and args.ssl_certfile is None:
+        parser.error("--ssl-keyfile needs --ssl-certfile")
+    for name, file in zip(("--ssl-certfile", "--ssl-keyfile"), files):
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            parser.error(f"argument {name}: the file cannot be read: {e}")
+        if file is files[-1] and "PRIVATE KEY" not in text:
+            parser.error(f"argument {name}: there is no private key in {file}")
+    try:
+        args.tls = make_context(*files) if files else None
+    except OSError as e:
+        parser.error(
+            f"argument --ssl-certfile: {' and '.join(files)} cannot be used: {e}"
+        )
 
 
 def parse_arguments(
@@ -578,8 +613,7 @@ def parse_arguments(
         plugins.add_arguments(parser)
         args = parser.parse_args(argv)
         collect_keys(parser, args)
-        if args.ssl_keyfile is not None and args.ssl_certfile is None:
-            parser.error("--ssl-keyfile needs --ssl-certfile")
+        load_certificate(parser, args)
         if args.list_plugins:
             print(plugins.describe(args))
             parser.exit()

@@ -16,14 +16,13 @@ import logging
 import os
 import re
 import signal
-import ssl
 import sys
 import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from threading import Thread
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from . import blas, cuda, demo_model, descriptors
 from .arguments import parse_arguments
@@ -39,8 +38,8 @@ EXAMPLE = (
     '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
 )
 # Seconds for the generation thread to end: it may be loading a model, or in a long step.
-# With ``CLOSE_TIMEOUT`` and the rest of the end it must be less than 10, after which
-# container engines kill.
+# With ``--shutdown-timeout 0``, all of the end takes less than 10, after which container
+# engines kill.
 STOP_TIMEOUT = 4.0
 
 
@@ -147,8 +146,10 @@ class BatchServer:
         policies = Policies(self.plugins, self.args)
         if mx.distributed.init().size() > 1:
             raise RuntimeError("several machines are not supported; use mlx_lm.server")
+        # Before a model is fetched.
+        routes = self.plugins.routes(self.args)
         self.find_model()
-        self.listen()
+        self.listen(routes)
         self.start_engine(policies)
         accepting = Thread(target=self.httpd.serve_forever)
         accepting.start()
@@ -163,12 +164,12 @@ class BatchServer:
         """Log where the server is, and a command to try it with."""
         args = self.args
         host = f"[{args.host}]" if ":" in args.host else args.host
-        scheme = "http" if args.ssl_certfile is None else "https"
-        port = self.httpd.server_address[1]
-        name = self.client.served_names[0]
-        logger.info(f"Serving {name} at {scheme}://{host}:{port}/v1")
         if args.host in ("", "0.0.0.0", "::"):
             host = "localhost"
+        scheme = "http" if args.ssl_certfile is None else "https"
+        port = self.httpd.server_address[1]
+        names = ", ".join(self.client.served_names)
+        logger.info(f"Serving {names} at {scheme}://{host}:{port}/v1")
         key = "-H 'Authorization: Bearer KEY' " if args.api_keys else ""
         seconds = time.perf_counter() - STARTED
         logger.info(
@@ -199,14 +200,16 @@ class BatchServer:
                 )
             logger.info(f"No --model was given: serving {args.model_id}")
 
-    def listen(self) -> None:
-        """Open the port. Connections are accepted later, when there is an engine."""
+    def listen(self, routes: Dict[Any, Any]) -> None:
+        """Open the port. Connections are accepted later, when there is an engine.
+
+        Args:
+            routes (Dict): The routes of plugins by method and path.
+        """
         from .server.browsers import is_loopback
         from .server.http_server import BatchHTTPServer
 
         args = self.args
-        tls = self.make_tls()
-        routes = self.plugins.routes(args)
         try:
             self.httpd = BatchHTTPServer(
                 (args.host, args.port),
@@ -218,7 +221,7 @@ class BatchServer:
                 max_connections=args.max_connections,
                 idle_timeout=args.idle_timeout,
                 header_timeout=args.header_timeout,
-                tls=tls,
+                tls=args.tls,
             )
         except (OSError, UnicodeError) as e:
             reason = getattr(e, "strerror", None) or e
@@ -228,24 +231,6 @@ class BatchServer:
                 f"Everybody who can reach {args.host} may use this server, because no "
                 "--api-key was given"
             )
-
-    def make_tls(self) -> Optional[ssl.SSLContext]:
-        """What connections are encrypted with, if they are.
-
-        Raises:
-            OSError: If the certificate or its key cannot be used.
-        """
-        from .server.tls import make_context
-
-        args = self.args
-        if args.ssl_certfile is None:
-            return None
-        try:
-            return make_context(args.ssl_certfile, args.ssl_keyfile)
-        except OSError as e:
-            names = " and ".join(filter(None, (args.ssl_certfile, args.ssl_keyfile)))
-            reason = getattr(e, "strerror", None) or e
-            raise OSError(f"--ssl-certfile: {names} cannot be used: {reason}")
 
     def start_engine(self, policies) -> None:
         """Start the generation thread, which begins to load the model."""
@@ -293,7 +278,8 @@ class BatchServer:
                     raise RuntimeError("no connections are accepted; the log says why")
         except KeyboardInterrupt:
             self.drain()
-            return
+            if not self.engine.ended.is_set():
+                return
         raise RuntimeError("the generation thread has failed; the log says why")
 
     def drain(self) -> None:
@@ -302,10 +288,9 @@ class BatchServer:
         end_at_once()
         admission = self.client.admission
         admission.close()
-        n = len(admission.tickets)
-        if n:
+        if n := len(admission.tickets):
             logger.info(
-                f"Stopping: {n} requests may end within "
+                f"Stopping: {n} of the requests may end within "
                 f"{self.args.shutdown_timeout:g} seconds (--shutdown-timeout)"
             )
         deadline = time.monotonic() + self.args.shutdown_timeout
@@ -328,6 +313,7 @@ class BatchServer:
                 )
         if self.httpd is not None:
             self.httpd.server_close()
+        logger.info("Stopped")
 
 
 if __name__ == "__main__":

@@ -221,8 +221,8 @@ class RequestStats:
     """How a request went. The counts are final, and those of the answer's ``usage``.
 
     Args:
-        finish_reason (str): "stop", "length", "tool_calls", "timeout" if it has taken longer
-          than ``--request-timeout``, "cancelled" if the client left, or "error".
+        finish_reason (str): "stop", "length", "tool_calls", "timeout" if there was no time for
+          more (``--request-timeout``, or the end of the server), "cancelled" if the client left, or "error".
         queue_seconds (Optional[float]): From its arrival until it started; None if it did
           not start.
         ttft (Optional[float]): Seconds from its arrival to its first token; None if it got
@@ -231,8 +231,8 @@ class RequestStats:
         prompt_tokens (int): Tokens of its prompt.
         cached_tokens (int): Tokens of its prompt that were taken from the prompt cache.
         completion_tokens (int): Tokens of its answer, up to what ended it.
-        gaps (Sequence[float]): Seconds between each two tokens of the answer, as they came
-          to the thread of its connection. Of tokens that came together, each has its share
+        gaps (Sequence[float]): Seconds between each two tokens of a stream, as they came to
+          the thread of its connection; none if the answer was not streamed. Of tokens that came together, each has its share
           of the time since those before them.
     """
 
@@ -258,7 +258,7 @@ class ServerStatistics:
         n_waiting (int): Requests that have not started.
         batch_size (int): How many requests can run at a time.
         n_connections (int): Connections that are open.
-        prompt_tokens (int): Tokens of the prompts of answers that have ended.
+        prompt_tokens (int): Tokens of the prompts of answers that have started and ended.
         cached_tokens (int): Those of them that were taken from the prompt cache.
         generated_tokens (int): Tokens of all answers.
         n_steps (int): Steps of the batch.

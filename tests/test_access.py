@@ -15,9 +15,9 @@ import pytest
 from conftest import server_process
 from helpers import JSON, call, plugin
 from test_api import WatchedEngine, chat, post_whole, send_raw
-from test_operation import start_and_fail
 
 from mlx_lm_ext.arguments import parse_arguments
+from mlx_lm_ext.routes import Route
 from mlx_lm_ext.server import access
 from mlx_lm_ext.server.access import Keys
 from mlx_lm_ext.server.tls import make_context
@@ -56,7 +56,14 @@ def test_key_has_the_name_before_its_colon_or_that_of_its_place():
 
 
 @pytest.mark.parametrize(
-    "keys", [["x", ""], ["x", "two words"], ["x", "höher"], ["a:same", "b:same"]]
+    "keys",
+    [
+        ["x", ""],
+        ["x", "two words"],
+        ["x", "höher"],
+        ["a:same", "b:same"],
+        ["key-2:x", "nameless"],
+    ],
 )
 def test_wrong_key_is_an_error_that_does_not_show_it(keys):
     with pytest.raises(ValueError) as e:
@@ -162,6 +169,48 @@ def test_body_of_a_request_without_a_key_is_not_waited_for(start_server):
     _, port = start_server("llama", *KEYS)
     head = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"
     assert send_raw(port, head, shut=False).startswith(b"HTTP/1.1 401 ")
+
+
+def test_connection_that_is_kept_open_keeps_no_key(start_server):
+    hook = plugin(
+        mlx_lm_register_routes=lambda: [
+            Route("GET", "/who", lambda r: {"who": r.key_name}, needs_key=False)
+        ]
+    )
+    _, port = start_server("llama", *KEYS, plugin=hook)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for path, headers, answer in (
+        ("/v1/models", JSON | bearer("secret-a"), None),
+        ("/who", JSON, {"who": None}),
+        ("/v1/models", JSON, None),
+    ):
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        assert answer in (None, content)
+    assert response.status == 401
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "argv, variable, name",
+    [
+        ([], " ", "MLX_LM_API_KEY"),
+        ([], "a:b c\u00e4", "MLX_LM_API_KEY"),
+        (["--api-key", "two words"], None, "--api-key"),
+        (["--max-requests-per-key", "3"], None, "--max-requests-per-key"),
+    ],
+)
+def test_wrong_keys_end_the_start_and_their_source_is_named(
+    argv, variable, name, monkeypatch, capsys
+):
+    if variable is not None:
+        monkeypatch.setenv("MLX_LM_API_KEY", variable)
+    with pytest.raises(SystemExit) as e:
+        parse_arguments(argv)
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {name}" in line
 
 
 def test_name_of_the_key_is_the_user_unless_the_request_names_one(start_server):
@@ -333,16 +382,25 @@ def test_idle_connection_over_tls_is_closed_when_the_server_ends(
         assert "did not end" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("content", [None, "no certificate"])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "No such file"),
+        ("a certificate", "there is no private key"),
+        ("no certificate and no PRIVATE KEY", "cannot be used"),
+    ],
+)
 def test_certificate_that_cannot_be_used_ends_the_start(
-    content, tmp_path, model_folder
+    content, reason, tmp_path, capsys
 ):
     file = tmp_path / "certificate.pem"
     if content is not None:
         file.write_text(content)
-    code, line = start_and_fail(model_folder(), "--ssl-certfile", str(file))
-    assert code == 1
-    assert "--ssl-certfile" in line and str(file) in line
+    with pytest.raises(SystemExit) as e:
+        parse_arguments(["--ssl-certfile", str(file)])
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--ssl-certfile" in line and str(file) in line and reason in line
 
 
 def test_keyfile_without_certificate_is_an_error(capsys):

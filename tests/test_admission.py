@@ -13,7 +13,7 @@ from test_api import WatchedEngine
 from mlx_lm_ext.engine.admission import MOST_WAIT, Admission
 from mlx_lm_ext.errors import RequestError
 
-LONG = dict(prompt="hello", max_tokens=4000)
+LONG = dict(prompt="hello", max_tokens=8000, ignore_eos=True)
 
 
 class Clock:
@@ -70,7 +70,7 @@ def test_request_that_is_refused_or_raises_leaves_nothing_behind():
     with pytest.raises(ArithmeticError):
         with gate.admit(1, "a"):
             raise ArithmeticError
-    assert not gate.tickets and not +gate.of_keys
+    assert not gate.tickets and not gate.ends
 
 
 def test_key_has_so_many_answers_whoever_else_has_some():
@@ -86,13 +86,15 @@ def test_wait_is_the_time_in_which_as_many_answers_have_ended():
     gate, clock = admission(max_queue=8)
     for _ in range(5):
         clock.now += 2.0
-        with gate.admit(1, None):
-            pass
+        with gate.admit(1, None) as ticket:
+            ticket.requests = [request(started=1.0)]
     with gate.admit(8, None):
-        clock.now += 2.0
-        # Five answers have ended in ten seconds.
+        # One answer has ended every two seconds.
         assert retry_after(gate) == 16
+        # A pause says nothing.
         clock.now += 1000
+        assert retry_after(gate) == 16
+    with gate.admit(80, None):
         assert retry_after(gate) == MOST_WAIT
 
 
@@ -178,16 +180,16 @@ def test_answer_ends_in_time_with_what_there_is_of_it(flags, start_server):
     hook = plugin(mlx_lm_request_finished=lambda stats: seen.put(stats))
     argv = ["llama", "--request-timeout", "0.3", *flags]
     _, port = start_server(*argv, plugin=hook)
-    status, answer = call(port, "POST", "/v1/completions", LONG | {"ignore_eos": True})
+    status, answer = call(port, "POST", "/v1/completions", LONG)
     (choice,) = answer["choices"]
     assert status == 200
     assert (choice["finish_reason"], choice["timeout"]) == ("length", True)
     n = answer["usage"]["completion_tokens"]
-    assert 0 < n < 4000
+    assert 0 < n < 8000
     _, other = start_server("llama", *flags)
     text = complete(other, "hello", max_tokens=n, ignore_eos=True)
     assert choice["text"] == text
-    *events, last = stream(port, "/v1/completions", **LONG, ignore_eos=True)
+    *events, last = stream(port, "/v1/completions", **LONG)
     (choice,) = last["choices"]
     assert (choice["finish_reason"], choice["timeout"]) == ("length", True)
     assert not any("timeout" in e["choices"][0] for e in events)

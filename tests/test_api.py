@@ -1245,7 +1245,7 @@ def test_stream_that_cannot_start_frees_its_row(start_server, monkeypatch):
 
 
 @pytest.mark.logs_errors
-def test_failure_in_a_stream_is_an_event(start_server):
+def test_failure_before_the_first_token_has_a_status_streamed_or_not(start_server):
     class FailingPlugin:
         @hookimpl
         def mlx_lm_make_logits_processors(self):
@@ -1256,8 +1256,22 @@ def test_failure_in_a_stream_is_an_event(start_server):
     assert status == 500
     assert answer["error"]["type"] == "server_error"
     assert "secret" not in answer["error"]["message"]
+    # Nothing of the stream was sent.
     raw = send_raw(port, post_whole(chat(stream=True), "1.0"), shut=False)
-    event = json.loads(raw.split(b"data: ")[1])
+    assert raw.startswith(b"HTTP/1.1 500 ")
+
+
+@pytest.mark.logs_errors
+def test_failure_in_the_middle_of_a_stream_is_an_event(start_server):
+    calls = iter([lambda tokens, logits: logits] * 3)
+
+    def processors(request):
+        return [lambda tokens, logits: next(calls)(tokens, logits)]
+
+    _, port = start_server(plugin=plugin(mlx_lm_make_logits_processors=processors))
+    raw = send_raw(port, post_whole(chat(stream=True), "1.0"), shut=False)
+    assert raw.startswith(b"HTTP/1.1 200 ")
+    event = json.loads(raw.split(b"data: ")[-1])
     assert event["error"]["type"] == "server_error"
     assert b"[DONE]" not in raw
 

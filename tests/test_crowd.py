@@ -88,11 +88,11 @@ def test_every_request_of_a_crowd_ends_once_and_nothing_is_left(start_server):
     assert engine.client.admission.wait_until_empty(60)
     wait_until_idle(engine)
     assert ends and set(ends.values()) == {1}
-    counters = engine.counters
-    assert (counters.n_running, counters.n_waiting, counters.batch_bytes) == (0, 0, 0)
+    statistics = engine.client.statistics(0)
+    assert (statistics.n_running, statistics.n_waiting) == (0, 0)
+    assert statistics.batch_bytes == 0
     cache = engine.prompt_cache
     assert cache.nbytes == sum(entry.nbytes for entry in cache.nodes) <= 2_000_000
-    assert not +engine.client.admission.of_keys
     body = dict(prompt="x", max_tokens=1)
     status, _ = call(port, "POST", "/v1/completions", body, **bearer("key-0"))
     assert status == 200

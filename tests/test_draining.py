@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import server_process
 from helpers import JSON, call
+from test_api import wait_until
 
 N_STREAMS = 32
 # Long enough that the signal comes in the middle.
@@ -87,9 +88,8 @@ def test_streams_end_as_ever_after_a_signal_and_others_are_refused(name, model_f
         for client in clients[:-1]:
             assert client.began.wait(60)
         process.send_signal(getattr(signal, name))
-        while (status := call(port, "GET", "/health"))[0] == 200:
-            pass
-        assert status == (503, {"status": "stopping"})
+        wait_until(lambda: call(port, "GET", "/health")[0] == 503)
+        assert call(port, "GET", "/health") == (503, {"status": "stopping"})
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", '{"prompt": "x"}', JSON)
         response = connection.getresponse()
@@ -142,8 +142,7 @@ def test_second_signal_ends_the_process_at_once(model_folder):
         client = Client(port, "endless", max_tokens=8000)
         assert client.began.wait(60)
         process.send_signal(signal.SIGTERM)
-        while call(port, "GET", "/health")[0] == 200:
-            pass
+        wait_until(lambda: call(port, "GET", "/health")[0] == 503)
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM

@@ -9,7 +9,8 @@ from ..device import device_kind, on_cpu
 FREE_PADDING = 64
 # Tokens of the smallest chunk with CUDA. A larger one of up to 4 times as many takes as long.
 MIN_WIDTH = 32
-# With CUDA, the shapes of chunks that were run: rows, tokens of each, and where they end.
+# With CUDA, the shapes of chunks that were run with the loaded model: rows, tokens of each, and
+# where they end.
 SHAPES: Set[Tuple[int, int, int]] = set()
 
 
@@ -31,8 +32,8 @@ def least_chunk() -> int:
     return 256 if device_kind() == "cuda" else 16
 
 
-def is_planned(n_rows: int, width: int, end: int) -> bool:
-    """Whether the device has run a chunk of this shape before. If not, it is planned now, so
+def note_shape(n_rows: int, width: int, end: int) -> bool:
+    """Note the shape of a chunk. Whether it is a new one, which the device has to plan first, so
     that its time says nothing about the next one.
 
     Args:
@@ -41,9 +42,9 @@ def is_planned(n_rows: int, width: int, end: int) -> bool:
         end (int): Places that the longest of them has then.
     """
     if device_kind() != "cuda" or (n_rows, width, end) in SHAPES:
-        return True
+        return False
     SHAPES.add((n_rows, width, end))
-    return False
+    return True
 
 
 def runs_alone(n_left: int, n_known: int) -> bool:

@@ -18,7 +18,7 @@ from mlx_lm.generate import PromptProcessingBatch
 from ..cache.kinds import flatten, prepare_step, take_rows
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed
-from .prefill import is_planned, padded_width
+from .prefill import note_shape, padded_width
 
 
 class PromptInProgress(NamedTuple):
@@ -122,7 +122,7 @@ class LeanPromptBatch(PromptProcessingBatch):
 
         Returns:
             Tuple: How far each prompt is then, how many tokens the model runs, padding
-            included, and whether their time says something about the next ones.
+            included, and whether the device has to plan a new shape for them.
         """
         # Wait for the last chunk: each one that is queued holds memory.
         self.wait()
@@ -160,7 +160,7 @@ class LeanPromptBatch(PromptProcessingBatch):
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
         end = max(map(len, self.tokens)) + n_more
-        return responses, inputs.size, is_planned(len(tokens), width + n_more, end)
+        return responses, inputs.size, note_shape(len(tokens), width + n_more, end)
 
     def n_padding(self, width: int) -> int:
         """How many tokens of padding a chunk of ``width`` tokens gets in all rows. They are
@@ -275,9 +275,9 @@ class PromptBatches:
                 n = width(batch.segment_lengths, max(1, budget))
                 if sizes and cost(n * len(batch)) > budget:
                     return responses, sizes
-                more, size, is_known = batch.run(n)
+                more, size, is_new = batch.run(n)
                 self.last.append(batch)
-                self.has_new_shape |= not is_known
+                self.has_new_shape |= is_new
                 responses += more
                 sizes.append(size)
                 budget -= cost(size)

@@ -1,14 +1,14 @@
 """Which requests the engine takes, and which it refuses because there are too many.
 
 Rules:
-1. A request counts from the moment that it is admitted until its answer was sent, whatever
-   becomes of it.
+1. A request counts from the moment that it is admitted until its answer was sent, or was given
+   to the route of a plugin, whatever becomes of it.
 2. A request that is refused costs nothing: it is neither tokenized nor submitted.
 3. Once closed, nothing more is admitted: what is counted can only become less.
 """
 
 import math
-from collections import Counter, deque
+from collections import deque
 from contextlib import contextmanager
 from threading import Condition
 from typing import Deque, Iterator, List, Optional, Set
@@ -63,8 +63,6 @@ class Admission:
         self.max_per_key = max_per_key
         self.clock = clock
         self.tickets: Set[Ticket] = set()
-        # Answers that wait or run, by the name of the key.
-        self.of_keys: "Counter[Optional[str]]" = Counter()
         self.is_closed = False
         # When the last answers have ended.
         self.ends: Deque[float] = deque(maxlen=N_RECENT)
@@ -86,20 +84,20 @@ class Admission:
         with self.changed:
             self.check(ticket)
             self.tickets.add(ticket)
-            self.of_keys[key_name] += n
         try:
             yield ticket
         finally:
             with self.changed:
                 self.tickets.remove(ticket)
-                self.of_keys[key_name] -= n
-                self.ends.extend([self.clock()] * n)
+                if ticket.requests:
+                    self.ends.extend([self.clock()] * n)
                 self.changed.notify_all()
 
     def check(self, ticket: Ticket) -> None:
         if self.is_closed:
             raise RequestError(503, "the server is stopping")
-        n_of_key, most = self.of_keys[ticket.key_name], self.max_per_key
+        most = self.max_per_key
+        n_of_key = sum(t.n for t in self.tickets if t.key_name == ticket.key_name)
         # A request that is alone is taken, however many answers it asks for.
         if most is not None and n_of_key and n_of_key + ticket.n > most:
             message = f"an API key may have {most} answers at a time"
@@ -119,9 +117,9 @@ class Admission:
         """The 429 for a request that comes after ``n`` others."""
         seconds = 1
         if len(self.ends) > 1:
-            passed = self.clock() - self.ends[0]
-            # The answers before it end in so many seconds, if others end as the last ones did.
-            seconds = math.ceil(n * passed / len(self.ends))
+            passed = self.ends[-1] - self.ends[0]
+            # The answers before it end in so many seconds, if they end as the last ones did.
+            seconds = math.ceil(n * passed / (len(self.ends) - 1))
         headers = {"Retry-After": str(min(max(1, seconds), MOST_WAIT))}
         return RequestError(429, message, code="rate_limit_exceeded", headers=headers)
 

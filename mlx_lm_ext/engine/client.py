@@ -299,8 +299,9 @@ class EngineClient:
 
     def request_finished(self, request: Request, stats: RequestStats) -> None:
         """Tell the plugins that observe requests that an answer has ended."""
+        is_started = stats.queue_seconds is not None
         with self.lock:
-            self.prompt_tokens["all"] += stats.prompt_tokens
+            self.prompt_tokens["all"] += stats.prompt_tokens if is_started else 0
             self.prompt_tokens["cached"] += stats.cached_tokens
         self.policies.request_finished(request, stats)
 
@@ -310,19 +311,17 @@ class EngineClient:
         Args:
             n_connections (int): Connections that are open.
         """
-        counters = asdict(self.counters)
-        # Those that the generation thread has not taken yet wait too.
-        counters["n_waiting"] = max(counters["n_waiting"], self.admission.n_waiting)
         return ServerStatistics(
             model=self.served_names[0],
             status=self.status,
             seconds=self.policies.clock() - self.started,
             batch_size=self.cli_args.batch_size,
+            n_waiting=self.admission.n_waiting,
             n_connections=n_connections,
             prompt_tokens=self.prompt_tokens["all"],
             cached_tokens=self.prompt_tokens["cached"],
             policy_seconds=self.policies.seconds,
-            **counters,
+            **asdict(self.counters),
         )
 
 

@@ -10,7 +10,6 @@ class Counters:
     may read it. For the fields see ``interfaces.ServerStatistics``."""
 
     n_running: int = 0
-    n_waiting: int = 0
     generated_tokens: int = 0
     n_steps: int = 0
     step_seconds: float = 0.0

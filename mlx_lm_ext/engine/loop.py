@@ -19,7 +19,7 @@ from threading import Event, Thread
 from typing import Deque, List, Optional, Sequence, cast
 
 from ..batch.batch import Batch
-from ..batch.prefill import max_prefill_tokens
+from ..batch.prefill import SHAPES, max_prefill_tokens
 from ..cache.prompt_cache import RadixPromptCache
 from ..errors import RequestError, internal_error
 from ..interfaces import SchedulerView
@@ -84,7 +84,6 @@ class Engine:
             model_provider, prompt_cache, lambda: self.inbox.is_closed, self.fail
         )
         self.load_error: Optional[Exception] = None
-        self.has_failed = False
         # What is left of the warm-up of the model that was loaded first, and the kernels for
         # which it waits.
         self.warm_up: Optional[WarmUp] = None
@@ -124,17 +123,18 @@ class Engine:
     # The generation thread from here on
 
     def run(self) -> None:
+        has_failed = False
         try:
             self.load()
             self.serve()
         except BaseException as e:
             # What requests and plugins raise does not come here.
             logger.critical("The generation thread has failed", exc_info=e)
-            self.has_failed = True
+            has_failed = True
             self.inbox.close("the engine has failed")
         self.loaded.set()
         try:
-            self.end()
+            self.end(has_failed)
         except BaseException:
             logger.exception("The generation thread could not free what it has")
         self.ended.set()
@@ -160,6 +160,7 @@ class Engine:
         """Run pieces of the warm-up until something is in the inbox."""
         while self.warm_up and not (self.inbox.has_new or self.kernels.is_running):
             self.warm_up.run_next(lambda: self.inbox.has_new)
+            self.counters.warm_up_left = len(self.warm_up)
 
     def serve(self) -> None:
         """Serve requests until the inbox is closed."""
@@ -187,12 +188,16 @@ class Engine:
                 self.recover(e)
             self.score()
 
-    def end(self) -> None:
-        """End all requests, and free all arrays on the thread that has made them."""
+    def end(self, has_failed: bool) -> None:
+        """End all requests, and free all arrays on the thread that has made them.
+
+        Args:
+            has_failed (bool): Whether that is because of an error.
+        """
         self.take_new(block=False)
         reason = str(self.inbox.reason)
         for request in self.unfinished:
-            if self.has_failed:
+            if has_failed:
                 request.put(RequestError(503, reason))
             else:
                 request.stop(reason)
@@ -226,7 +231,7 @@ class Engine:
         """Bring the counters up to date: the bytes once a second, and when nothing is left to
         do."""
         counters, now = self.counters, self.policies.clock()
-        counters.n_running, counters.n_waiting = self.n_running, len(self.waiting)
+        counters.n_running = self.n_running
         counters.warm_up_left = len(self.warm_up) if self.warm_up else 0
         if not is_idle and now - self.last_count < COUNT_INTERVAL:
             return
@@ -452,6 +457,8 @@ class Engine:
     def switch_model(self, key: ModelKey) -> None:
         """Load another model, when the batch is empty."""
         self.close_batch()
+        # What the device has planned for the other model says nothing about this one.
+        SHAPES.clear()
         self.warm_up = None
         self.model_provider.switch_to(key)
 
@@ -484,6 +491,7 @@ class Engine:
                 "min_tokens",
             )
         self.note_start(request)
+        self.counters.n_running = 1
         self.alone.serve(request)
         self.counters.generated_tokens += request.n_generated
         self.forget(request)

@@ -25,13 +25,15 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def mlx_lm_register_routes(args: argparse.Namespace) -> List[Route]:
     # The two hooks of a server share nothing but its arguments: this module is one object
     # for all servers of the process.
-    args.request_metrics = RequestMetrics()
-    return [Route("GET", "/metrics", partial(answer, args.request_metrics))]
+    args._request_metrics = RequestMetrics()
+    return [Route("GET", "/metrics", partial(answer, args._request_metrics))]
 
 
 @hookimpl
 def mlx_lm_request_finished(stats: RequestStats, args: argparse.Namespace) -> None:
-    args.request_metrics.add(stats)
+    # A server without HTTP, as in a test, has no routes.
+    if metrics := getattr(args, "_request_metrics", None):
+        metrics.add(stats)
 
 
 def answer(requests: RequestMetrics, request: RouteRequest) -> RouteResponse:

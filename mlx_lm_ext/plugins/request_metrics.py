@@ -9,8 +9,6 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..interfaces import RequestStats
 
-# How many values NumPy adds faster than a loop does.
-MANY = 100
 FINISH_REASONS = ("stop", "length", "tool_calls", "timeout", "cancelled", "error")
 
 # The buckets are vLLM's. Those of lengths do not depend on the model's context length, as
@@ -128,20 +126,9 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, values: Sequence[float]) -> None:
-        """Add values: one, or thousands at a time, as the gaps of a long answer are."""
-        if len(values) < MANY:
-            for value in values:
-                self.counts[bisect_left(self.bounds, value)] += 1
-            self.sum += sum(values)
-            return
-        # Imported late, because the command line is parsed before.
-        import numpy as np
-
-        found = np.asarray(values)
-        buckets = np.searchsorted(self.bounds, found)
-        counts = np.bincount(buckets, minlength=len(self.counts)).tolist()
-        self.counts = [a + b for a, b in zip(self.counts, counts)]
-        self.sum += float(found.sum())
+        for value in values:
+            self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += sum(values)
 
     @property
     def cumulative(self) -> List[int]:

@@ -4,6 +4,7 @@ programs that make clients or documentation of them."""
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, Dict, List
@@ -15,8 +16,10 @@ from ..routes import Route, RouteRequest
 @hookimpl
 def mlx_lm_register_routes(args: argparse.Namespace) -> List[Route]:
     description = read_description()
+    versions = {"mlx-lm-ext": __version__}
+    versions |= {name: version(name) for name in ("mlx-lm", "mlx")}
     return [
-        Route("GET", "/server_info", server_info),
+        Route("GET", "/server_info", partial(server_info, versions)),
         # It says what everybody may read in the source.
         Route("GET", "/openapi.json", lambda request: description, needs_key=False),
     ]
@@ -30,11 +33,10 @@ def read_description() -> Dict[str, Any]:
     return description
 
 
-def server_info(request: RouteRequest) -> Dict[str, Any]:
-    # Not the command line, which may have keys.
+def server_info(versions: Dict[str, str], request: RouteRequest) -> Dict[str, Any]:
+    # Not the command line: flags of other plugins may be secret.
     return {
-        "versions": {"mlx-lm-ext": __version__}
-        | {name: version(name) for name in ("mlx-lm", "mlx")},
+        "versions": versions,
         "names": request.served_names(),
         "plugins": request.plugins(),
         "statistics": asdict(request.statistics()),

@@ -89,6 +89,7 @@ def detokenize(request: RouteRequest) -> Dict[str, Any]:
     model = request.model(body.get("model"))
     tokens = list(map(as_integer, body["tokens"]))
     known = Field(int, 0, model.vocabulary_size - 1)
-    for i, token in enumerate(tokens):
-        check_field(f"tokens[{i}]", token, known)
+    if not all(type(t) is int and 0 <= t < model.vocabulary_size for t in tokens):
+        for i, token in enumerate(tokens):
+            check_field(f"tokens[{i}]", token, known)
     return {"prompt": model.decode(tokens)}

@@ -35,7 +35,7 @@ class Token(NamedTuple):
         logprob (Optional[float]): Its log probability, if the request asked for it.
         top (Tuple): ``(id, logprob)`` of the most likely tokens, if the request asked.
         finish_reason (Optional[str]): "stop" or "length" if it is the last token, or
-          "timeout" if there was no time for more.
+          "timeout" if there was no time for more, also because the server ends.
     """
 
     id: int
@@ -61,6 +61,8 @@ class Answers:
         self.mailbox = mailbox
         # What has ended some of them, once the handler has taken it from the mailbox.
         self.errors: Dict["Request", RequestError] = {}
+        # Whether one of them has a token.
+        self.has_begun = False
         # Those that have ended for the handler.
         self.ended: Set["Request"] = set()
 
@@ -254,25 +256,30 @@ class Request(RequestInfo):
 
     def stop(self, reason: str) -> None:
         """End it before it is finished, because no request is served any more. A stream ends
-        with an error. An answer in one piece ends with what there is: an error would lose it.
+        with an error. Answers in one piece end with what there is: an error would lose it.
 
         Args:
             reason (str): What the client is told.
         """
-        if self.generated and not self.stream:
+        if self.answers.has_begun and not self.stream:
             self.put(NO_TIME)
         else:
             self.put(RequestError(503, reason))
 
     def stats(
-        self, finish_reason: str, n_tokens: int, gaps: Sequence[float] = ()
+        self,
+        finish_reason: str,
+        n_tokens: int,
+        gaps: Sequence[float] = (),
+        ended: Optional[float] = None,
     ) -> RequestStats:
         """How it went (any thread).
 
         Args:
             finish_reason (str): How its answer has ended.
             n_tokens (int): Tokens of its answer, as in ``usage``.
-            gaps (Sequence[float]): Seconds between each two of them.
+            gaps (Sequence[float]): Seconds between each two of them, if they were streamed.
+            ended (Optional[float]): When it has ended; if not given, now.
         """
 
         def since_arrival(when: Optional[float]) -> Optional[float]:
@@ -282,7 +289,7 @@ class Request(RequestInfo):
             finish_reason,
             since_arrival(self.started),
             since_arrival(self.first_token),
-            self.clock() - self.arrival,
+            since_arrival(self.clock() if ended is None else ended) or 0.0,
             len(self.prompt),
             self.n_matched,
             n_tokens,
@@ -308,6 +315,7 @@ class Request(RequestInfo):
                 if self.first_token is None:
                     self.first_token = self.clock()
                 self.generated.append(event.id)
+                self.answers.has_begun = True
                 self.n_generated += 1
             self.finished = event.finish_reason is not None
             wakes = wakes or self.n_generated % TOKENS_PER_WAKE == 0

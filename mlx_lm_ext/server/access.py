@@ -15,6 +15,8 @@ from ..errors import RequestError
 
 # A key may have a name in front of it, with a colon between the two.
 NAMED = re.compile(r"(?:([\w.@-]+):)?([!-~]+)", re.ASCII)
+# The names of those that have none of their own.
+PLACE = re.compile(r"key-\d+")
 
 
 def digest(key: str) -> bytes:
@@ -43,6 +45,8 @@ class Keys:
                     f"key {i} must be KEY or NAME:KEY, of ASCII characters without blanks"
                 )
             name = match[1] or f"key-{i}"
+            if match[1] and PLACE.fullmatch(name):
+                raise ValueError(f"{name} is the name of a key without a name")
             if self.names.setdefault(digest(match[2]), name) != name:
                 raise ValueError(f"the keys of {name} and another name are the same")
 

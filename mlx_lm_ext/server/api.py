@@ -40,12 +40,12 @@ from ..request.request import NO_TOKEN, Request
 from ..request.served_model import ServedModel
 from ..routes import CHATS, HEALTH, METHODS, MODELS, RouteResponse
 from .answer import AnswerParser, Delta
-from .connection import GONE, HTTPHandler, clean
+from .answer_record import AnswerRecord
+from .connection import EVENTS, GONE, HTTPHandler, clean
 from .logprobs import chat_logprobs, in_json, text_logprobs
 from .model_list import cached_models
-from .request_log import log_request
+from .request_log import log_answer
 from .route_request import HandlerRequest
-from .token_gaps import TokenGaps
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,8 @@ def mean_logprob(answer: Delta) -> float:
 class BatchAPIHandler(HTTPHandler):
     """Upstream's handler on the batch engine, with checked bodies."""
 
-    # Tokens of each answer that have been handed out: when it has ended, those of ``usage``.
-    n_tokens: List[int] = []
-    # How each answer has ended.
-    reasons: List[str] = []
+    # How each of the answers goes that are made.
+    records: List[AnswerRecord] = []
 
     # Requests
 
@@ -132,6 +130,8 @@ class BatchAPIHandler(HTTPHandler):
             ConnectionError: If the client is gone.
             RequestError: If they cannot be served.
         """
+        if self.records:
+            raise RuntimeError("a request of a route has one answer at a time")
         engine = self.response_generator
         arrival = engine.policies.clock()
         preparation = self.check_body(raw, endpoint)
@@ -154,25 +154,29 @@ class BatchAPIHandler(HTTPHandler):
                 )
             ticket.requests = requests
             self.is_submitted = True
-            self.n_tokens = [0] * n
-            self.gaps = [TokenGaps() for _ in requests]
-            self.reasons = ["error"] * n
+            records = self.records = [
+                AnswerRecord(engine.policies.clock) for _ in requests
+            ]
             try:
                 yield requests
             except (*GONE, GeneratorExit):
-                self.reasons = ["cancelled"] * n
+                for record in records:
+                    record.end("cancelled")
                 raise
             finally:
+                self.records = []
                 for request in requests:
                     engine.cancel(request)
-                for request in requests:
-                    self.finish_request(request)
+                for request, record in zip(requests, records):
+                    record.end("error")
+                    self.finish_request(request, record)
 
-    def finish_request(self, request: Request) -> None:
+    def finish_request(self, request: Request, record: AnswerRecord) -> None:
         """Tell the log and the plugins that an answer has ended."""
-        i = request.index
-        stats = request.stats(self.reasons[i], self.n_tokens[i], self.gaps[i].seconds)
-        log_request(self.x_request_id, request, stats)
+        stats = request.stats(
+            record.finish_reason, record.n_tokens, record.gaps, record.ended
+        )
+        log_answer(self.x_request_id, request, stats)
         self.response_generator.request_finished(request, stats)
 
     def check_body(self, raw: bytes, endpoint: str) -> Preparation:
@@ -356,11 +360,12 @@ class BatchAPIHandler(HTTPHandler):
                     if self.body.get("echo"):
                         yield request, parsers[request].echo(request)
                 delta = parsers[request].feed(tokens)
-                self.gaps[request.index].add(len(delta.tokens))
-                yield request, delta
-                self.n_tokens[request.index] += len(delta.tokens)
+                record = self.records[request.index]
+                record.add(len(delta.tokens), is_timed=self.stream)
                 if delta.finish_reason is not None:
-                    self.reasons[request.index] = delta.finish_reason
+                    record.end(delta.finish_reason)
+                yield request, delta
+                if delta.finish_reason is not None:
                     left.remove(request)
                     self.response_generator.cancel(request)
 
@@ -413,9 +418,10 @@ class BatchAPIHandler(HTTPHandler):
 
     def send_stream(self, requests: List[Request]) -> None:
         """Send all answers in server-sent events."""
-        # Before the first token: some clients give up on a server that sends nothing.
-        self.start_events()
         for chunk in self.chunks(requests):
+            # Not before there is something to send: until then an error has a status of its
+            # own, and a proxy may ask another server.
+            self.start_events()
             if chunk is None:
                 self.send_keepalive()
             else:
@@ -429,7 +435,8 @@ class BatchAPIHandler(HTTPHandler):
         n = n_candidates(self.body)
         n_prompt = sum(len(request.prompt) for request in requests[::n])
         n_cached = sum(request.n_matched for request in requests[::n])
-        return self.completion_usage_response(n_prompt, sum(self.n_tokens), n_cached)
+        n_generated = sum(record.n_tokens for record in self.records)
+        return self.completion_usage_response(n_prompt, n_generated, n_cached)
 
     def make_response(
         self, request: Request, delta: Delta, is_first: bool = True
@@ -479,17 +486,24 @@ class BatchAPIHandler(HTTPHandler):
         found = self.plugin_route
         if found is None:
             raise self.wrong_route()
+        request = HandlerRequest(self, raw)
         try:
-            content = found.route.function(HandlerRequest(self, raw))
-            response = content
+            content = found.route.function(request)
             if not isinstance(content, RouteResponse):
-                response = RouteResponse(content)
-            self.send_route(response)
-        except (RequestError, *GONE):
+                content = RouteResponse(content)
+            self.send_route(content)
+        except RequestError:
             raise
-        except BaseException:
-            logger.exception(f"{found.plugin}: the route {found.route.path} failed")
+        except BaseException as e:
+            # What a plugin raises may be of the same kind as what a client that leaves causes.
+            if isinstance(e, GONE) and self.client_is_gone():
+                raise
+            logger.exception(
+                f"{found.plugin}: the route {found.route.path} failed: {self.x_request_id}"
+            )
             raise internal_error()
+        finally:
+            request.close()
 
     def send_route(self, response: RouteResponse) -> None:
         """Send what the route of a plugin has given."""
@@ -503,21 +517,17 @@ class BatchAPIHandler(HTTPHandler):
             self.send_content(response.status, content, kind, response.headers)
             return
         pieces = iter(content)
-        try:
-            # What is wrong with a request gets its status if the first piece tells.
-            first = None if self.command == "HEAD" else next(pieces, "")
-            kind = kind or "text/event-stream"
-            self.start_events(response.status, kind, response.headers)
-            if self.command == "HEAD":
-                return
-            for piece in chain([first], pieces):
-                if piece is None:
-                    self.send_keepalive()
-                elif piece:
-                    self.write(piece.encode())
-        finally:
-            # An answer that it asks for ends with it.
-            getattr(pieces, "close", lambda: None)()
+        kind = kind or EVENTS
+        # What is wrong with a request gets its status if the first piece tells.
+        first = None if self.command == "HEAD" else next(pieces, "")
+        self.start_events(response.status, kind, response.headers)
+        if self.command == "HEAD":
+            return
+        for piece in chain([first], pieces):
+            if piece is None and kind == EVENTS:
+                self.send_keepalive()
+            elif piece:
+                self.write(piece.encode())
         self.end_events()
 
     def handle_health_check(self) -> None:

@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 # What a read or a write raises if the client has left, is too slow, or breaks TLS.
 GONE = (ConnectionError, TimeoutError, ssl.SSLError)
-# The ids of requests that are taken from the client, for a log may be read by machines.
+# An ``X-Request-Id`` that is accepted: no blanks, because it is written into the log.
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# The type of server-sent events.
+EVENTS = "text/event-stream"
 # What follows the path in the first line of a request.
 QUERY = re.compile(r"\?\S*")
 
@@ -81,6 +83,9 @@ class HTTPHandler(APIHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    # What a subclass keeps of the current request.
+    body: Any = None
+    args: Any = None
     # Bytes that the server has reserved for the body of the current request.
     n_reserved = 0
     # Whether the client waits for "100 Continue" before it sends the body.
@@ -93,6 +98,8 @@ class HTTPHandler(APIHandler):
     # its API key.
     x_request_id = ""
     key_name: Optional[str] = None
+    # What was wrong with the request, for the log.
+    failure = ""
     # When the request had arrived, and whether it has been submitted to the engine.
     arrived = 0.0
     is_submitted = False
@@ -100,8 +107,9 @@ class HTTPHandler(APIHandler):
     prepared_since = 0.0
     # Whether the client has closed its sending side in time.
     is_half_closed = False
-    # Whether the response is a stream of events that has begun.
+    # Whether the response is a stream that has begun, and its type.
     in_events = False
+    events_type = EVENTS
 
     @property
     def max_body(self) -> int:
@@ -132,7 +140,8 @@ class HTTPHandler(APIHandler):
 
     def handle_one_request(self):
         self.incoming.begin()
-        self.x_request_id = uuid.uuid4().hex
+        self.x_request_id, self.key_name = uuid.uuid4().hex, None
+        self.failure = ""
         self.expects_continue = self.is_half_closed = self.is_submitted = False
         self.in_events = False
         super().handle_one_request()
@@ -205,8 +214,6 @@ class HTTPHandler(APIHandler):
             if self.needs_key and self.command != "OPTIONS":
                 self.key_name = self.server.keys.check(self.headers)
         except RequestError as e:
-            # Logged, because a browser hides the answer from the page that asked.
-            logger.info(f"A request is refused: {e}")
             self.refuse(e)
             return False
         return True
@@ -227,8 +234,6 @@ class HTTPHandler(APIHandler):
         try:
             self.respond(self.post)
         finally:
-            # An idle connection holds no body.
-            self.body = self.args = None
             self.server.release(self.n_reserved)
             self.n_reserved = 0
 
@@ -247,6 +252,7 @@ class HTTPHandler(APIHandler):
     def respond(self, method: Callable[[], None]) -> None:
         """Answer one request; what is raised becomes an error response."""
         self.created = int(time.time())
+        self.arrived = self.prepared_since = time.monotonic()
         try:
             try:
                 method()
@@ -259,6 +265,9 @@ class HTTPHandler(APIHandler):
                 self.send_failure(internal_error())
         except GONE:
             self.close_connection = True
+        finally:
+            # An idle connection holds no body.
+            self.body = self.args = None
 
     def ignore_body(self) -> None:
         """Close the connection after a request that should have no body and has one: it
@@ -392,7 +401,11 @@ class HTTPHandler(APIHandler):
 
     def send_failure(self, error: RequestError) -> None:
         """Send an error: as the last event of a stream, or as the whole response."""
-        if self.in_events:
+        self.failure = str(error)
+        if self.in_events and self.events_type != EVENTS:
+            # In a stream of another kind, only its missing end tells.
+            self.close_connection = True
+        elif self.in_events:
             self.send_event(json.dumps(error.to_json()))
             self.end_events()
         else:
@@ -401,13 +414,13 @@ class HTTPHandler(APIHandler):
     def start_events(
         self,
         status: int = 200,
-        content_type: str = "text/event-stream",
+        content_type: str = EVENTS,
         headers: Optional[Mapping[str, str]] = None,
     ) -> None:
         """Send the headers of a stream of server-sent events, unless it has begun."""
         if self.in_events:
             return
-        self.in_events = True
+        self.in_events, self.events_type = True, content_type
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Cache-Control", "no-cache")
@@ -445,6 +458,7 @@ class HTTPHandler(APIHandler):
     def refuse(self, error: RequestError) -> None:
         """Answer a request whose body is not read."""
         self.close_connection = self.is_unread = True
+        self.failure = str(error)
         self.headers = getattr(self, "headers", None) or Message()
         if self.request_version == self.default_request_version:
             # The version that a request without one has, which would get no headers.
@@ -461,7 +475,15 @@ class HTTPHandler(APIHandler):
         # Escaped, because a client chooses a part of it.
         line = line.encode("unicode_escape").decode()
         status = int(code)
+        fields = {
+            "request_id": self.x_request_id,
+            "client": self.address_string(),
+            "request": line,
+            "status": status,
+        }
+        message = f'{fields["client"]} "{line}" {status} {self.x_request_id}'
+        if self.failure:
+            fields["error"] = self.failure
+            message += f": {self.failure}".encode("unicode_escape").decode()
         level = logging.INFO if status >= 400 else logging.DEBUG
-        logger.log(
-            level, f'{self.address_string()} "{line}" {status} {self.x_request_id}'
-        )
+        logger.log(level, message, extra={"fields": fields})

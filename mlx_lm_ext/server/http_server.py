@@ -205,6 +205,9 @@ class BatchHTTPServer(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request, client_address):
-        if isinstance(sys.exc_info()[1], GONE):
+        error = sys.exc_info()[1]
+        if isinstance(error, ssl.SSLError):
+            logger.info(f"{client_address[0]}: no TLS: {error.reason or error}")
+        if isinstance(error, GONE):
             return
         logger.exception(f"A connection from {client_address[0]} failed")

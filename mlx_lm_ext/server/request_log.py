@@ -9,16 +9,18 @@ from ..request.request import Request
 logger = logging.getLogger(__name__)
 
 
-def log_request(id: str, request: Request, stats: RequestStats) -> None:
-    """Log how a request went.
+def log_answer(id: str, request: Request, stats: RequestStats) -> None:
+    """Log how an answer went.
 
     Args:
         id (str): The id that the client finds in the headers.
         request (Request): The request.
         stats (RequestStats): How it went.
     """
-    seconds = sum(stats.gaps)
-    speed = len(stats.gaps) / seconds if seconds else None
+    speed = None
+    if stats.ttft is not None and stats.completion_tokens > 1:
+        seconds = stats.seconds - stats.ttft
+        speed = (stats.completion_tokens - 1) / max(seconds, 1e-6)
     line = "" if request.key_name is None else f"{request.key_name} "
     line += f"{id}: {stats.prompt_tokens} prompt tokens"
     if stats.cached_tokens:

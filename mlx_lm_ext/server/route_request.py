@@ -1,7 +1,7 @@
 """A request to the route of a plugin, on the connection that it came on."""
 
 import json
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Generator, Iterator, List, Optional
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import RequestError
@@ -26,6 +26,12 @@ class HandlerRequest(RouteRequest):
         self.headers = handler.headers
         self.body = body
         self.key_name = handler.key_name
+        self.streams: List[Generator[Optional[Dict[str, Any]], None, None]] = []
+
+    def close(self) -> None:
+        """End the streams that the route has left open."""
+        for stream in self.streams:
+            stream.close()
 
     def json(self) -> Dict[str, Any]:
         check_size(self.body, self.handler.response_generator.cli_args.max_body_bytes)
@@ -36,6 +42,12 @@ class HandlerRequest(RouteRequest):
             return self.handler.whole(requests)
 
     def stream(self, body: Dict[str, Any]) -> Iterator[Optional[Dict[str, Any]]]:
+        self.streams.append(self.chunks(body))
+        return self.streams[-1]
+
+    def chunks(
+        self, body: Dict[str, Any]
+    ) -> Generator[Optional[Dict[str, Any]], None, None]:
         with self.handler.submitted(*encode(body, stream=True)) as requests:
             yield from self.handler.chunks(requests)
 
@@ -43,7 +55,9 @@ class HandlerRequest(RouteRequest):
         return self.handler.tokenize(*encode(body))
 
     def model(self, name: Optional[str] = None) -> ModelInfo:
-        return self.handler.response_generator.model_info(name)
+        engine = self.handler.response_generator
+        self.handler.await_model(engine.policies.clock())
+        return engine.model_info(name)
 
     def served_names(self) -> List[str]:
         return list(self.handler.response_generator.served_names)
