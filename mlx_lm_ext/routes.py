@@ -5,7 +5,8 @@ Rules:
 1. The function of a route runs on the thread of its connection, several at a time. It may
    block, which delays only its own answer.
 2. A route that raises fails its own request, with a 500 that tells the client nothing of
-   what was raised, or with what a ``RequestError`` says.
+   what was raised, or with what a ``RequestError`` says: ``raise RequestError(400, "text must be
+   a string", "text")`` (``mlx_lm_ext.errors``: a status, a message, the field at fault).
 """
 
 from abc import ABC, abstractmethod
@@ -85,11 +86,18 @@ class RouteRequest(ABC):
 
     @abstractmethod
     def stream(self, body: Dict[str, Any]) -> Iterator[Optional[Dict[str, Any]]]:
-        """The same in pieces, as they are made. One answer at a time is made for a request.
+        """The same in pieces, as they are made; ``body`` needs no ``stream``. An answer or a stream
+        must have ended before the request asks for the next one. The route gives the chunks the
+        form that its protocol has, as this one does for OpenAI's::
+
+            def chat(request):
+                for chunk in request.stream(request.json()):
+                    yield None if chunk is None else f"data: {json.dumps(chunk)}\\n\\n"
+                yield "data: [DONE]\\n\\n"
 
         Yields:
-            Optional[Dict[str, Any]]: The JSON of each chunk of the stream, and None for each
-            second without one.
+            Optional[Dict[str, Any]]: The JSON of each chunk, and None for each second without
+            one. The last chunk has no ``choices`` if ``stream_options`` asks for the usage.
         """
 
     @abstractmethod
@@ -132,8 +140,9 @@ class RouteResponse:
 
     Args:
         content (Any): A dictionary or a list, which is sent as JSON; a text; bytes; or an
-          iterator of texts, each of which is sent as it comes. None among these is sent as
-          a comment of server-sent events, so that nobody takes the connection for dead.
+          iterator of texts, each of which is sent as it comes; the headers are sent with the
+          first. None among these is sent as a comment of server-sent events, so that nobody
+          takes the connection for dead; streams of other types have no comments.
         status (int): The HTTP status.
         content_type (Optional[str]): The type of the content. If not given,
           ``application/json``, ``text/plain``, ``application/octet-stream`` or

@@ -1269,7 +1269,7 @@ def test_failure_in_the_middle_of_a_stream_is_an_event(start_server):
         return [lambda tokens, logits: next(calls)(tokens, logits)]
 
     _, port = start_server(plugin=plugin(mlx_lm_make_logits_processors=processors))
-    raw = send_raw(port, post_whole(chat(stream=True), "1.0"), shut=False)
+    raw = send_raw(port, post_whole(chat(stream=True, max_tokens=9), "1.0"), shut=False)
     assert raw.startswith(b"HTTP/1.1 200 ")
     event = json.loads(raw.split(b"data: ")[-1])
     assert event["error"]["type"] == "server_error"

@@ -516,8 +516,12 @@ class BatchAPIHandler(HTTPHandler):
         if isinstance(content, bytes):
             self.send_content(response.status, content, kind, response.headers)
             return
-        pieces = iter(content)
-        kind = kind or EVENTS
+        if not isinstance(content, Iterator):
+            raise TypeError(
+                f"it gave a {type(content).__name__}, not a RouteResponse, a dict, a list, a "
+                "str, bytes or an iterator"
+            )
+        pieces, kind = content, kind or EVENTS
         # What is wrong with a request gets its status if the first piece tells.
         first = None if self.command == "HEAD" else next(pieces, "")
         self.start_events(response.status, kind, response.headers)
