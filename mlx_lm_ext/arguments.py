@@ -95,11 +95,18 @@ def json_object(text: str) -> Dict[str, Any]:
     return value
 
 
+def served_name(text: str) -> str:
+    """An argument type: what clients call the model."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name")
+    return text
+
+
 def key_lines(path: str) -> List[str]:
     """An argument type: a file with an API key in each line. Empty lines, and those that begin
     with ``#``, do not count."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise argparse.ArgumentTypeError(f"the file cannot be read: {e}")
     keys = [line.strip() for line in lines]
@@ -211,6 +218,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--served-model-name",
+        type=served_name,
         nargs="+",
         metavar="NAME",
         help="what clients may call the served model; metrics and the log have the first "
@@ -257,14 +265,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--header-timeout",
-        type=number(float, 0.1),
+        type=number(float, 0.1, 1e6),
         default=30.0,
         metavar="SECONDS",
         help="seconds for the headers of a request to arrive, from its first byte on",
     )
     add(
         "--idle-timeout",
-        type=number(float, 0.1),
+        type=number(float, 0.1, 1e6),
         default=60.0,
         metavar="SECONDS",
         help="seconds after which a connection is closed whose client sends no request, or "
@@ -272,7 +280,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shutdown-timeout",
-        type=number(float, 0),
+        type=number(float, 0, 1e6),
         default=30.0,
         metavar="SECONDS",
         help="seconds after SIGTERM or Ctrl-C in which the requests that are there may end; a "

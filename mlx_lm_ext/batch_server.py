@@ -68,6 +68,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         code, error = 1, e
     except KeyboardInterrupt:
         pass
+    if error is not None and args.log_format == "json":
+        logger.critical(error)
+        error = None
     # If nobody reads the log lines, printing one more would block for ever.
     if log.drain(timeout=1.0):
         # Nobody may be left who reads it, or there may be no room on the disk.
@@ -93,6 +96,16 @@ def check_mlx_lm() -> None:
         raise RuntimeError(
             f"mlx-lm {installed} is installed, and mlx-lm-ext needs mlx-lm>=0.32.2,<0.33"
         )
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """The first signal: it ends what the main thread waits for.
+
+    Raises:
+        KeyboardInterrupt: Always.
+    """
+    end_at_once()
+    raise KeyboardInterrupt
 
 
 def end_at_once() -> None:
@@ -130,7 +143,10 @@ class BatchServer:
             KeyboardInterrupt: On SIGINT or SIGTERM.
         """
         # First, because the first process of a container is not ended by it otherwise.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, interrupt)
+        # A shell lets processes in the background ignore it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
         descriptors.raise_limit()
         check_mlx_lm()
         with stage("Importing mlx-lm"), descriptors.limit_kept():
@@ -285,7 +301,6 @@ class BatchServer:
     def drain(self) -> None:
         """Take no new requests, and wait until those that are there have ended, or for
         ``--shutdown-timeout``."""
-        end_at_once()
         admission = self.client.admission
         admission.close()
         if n := len(admission.tickets):
@@ -304,13 +319,16 @@ class BatchServer:
     def stop(self) -> None:
         """End what was started: open requests are told that the server is stopping."""
         end_at_once()
-        if self.accepting is not None:
-            self.httpd.shutdown()
+        if self.client is not None:
+            self.client.admission.close()
         if self.engine is not None:
             if not self.engine.stop_and_join(STOP_TIMEOUT):
                 logger.warning(
                     f"The generation thread did not end in {STOP_TIMEOUT:g} seconds"
                 )
+        # Last, so that those who come meanwhile are told.
+        if self.accepting is not None:
+            self.httpd.shutdown()
         if self.httpd is not None:
             self.httpd.server_close()
         logger.info("Stopped")

@@ -171,9 +171,51 @@ def test_reader_that_takes_nothing_does_not_delay_the_end_beyond_the_limit(
             assert time.monotonic() - start < 9
 
 
+def test_route_of_a_plugin_may_end_too(model_folder, tmp_path):
+    (tmp_path / "slow.py").write_text("""
+import sys, threading
+from mlx_lm_ext import hookimpl
+from mlx_lm_ext.routes import Route
+
+def wait(request):
+    print("entered", file=sys.stderr, flush=True)
+    threading.Event().wait(4)
+    return {"done": True}
+
+@hookimpl
+def mlx_lm_register_routes():
+    return [Route("GET", "/slow", wait)]
+""")
+    argv = ["--model", str(model_folder()), "--warmup", "off", "-p", "slow"]
+    with server_process(*argv, cwd=tmp_path) as (port, lines, process):
+        answers = []
+        client = threading.Thread(
+            target=lambda: answers.append(call(port, "GET", "/slow"))
+        )
+        client.start()
+        wait_until(lambda: "entered\n" in lines)
+        process.send_signal(signal.SIGTERM)
+        client.join(60)
+        assert process.wait(60) == 0
+    assert answers == [(200, {"done": True})]
+
+
+def test_body_that_has_not_arrived_at_the_end_is_a_503(model_folder):
+    with server(model_folder, "--shutdown-timeout", "0") as (port, _, process):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")
+            # It is read by now, as the answer to another request shows.
+            assert call(port, "GET", "/health")[0] == 200
+            process.send_signal(signal.SIGTERM)
+            assert s.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+        assert process.wait(60) == 0
+
+
 def test_idle_server_ends_at_once(model_folder):
     with server(model_folder) as (port, _, process):
-        with socket.create_connection(("127.0.0.1", port)) as idle:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as idle:
+            idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert idle.recv(1 << 16).endswith(b"}")
             start = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0

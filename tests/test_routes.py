@@ -273,6 +273,33 @@ def test_content_that_cannot_be_sent_is_an_error_of_the_plugin(
     assert "plugin 'test' (tests 0)" in only_error(caplog)
 
 
+@pytest.mark.logs_errors
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(headers={"X-Own": "snow \u2603"}),
+        dict(headers={"X-Own": "1\r\nX-Evil: 1"}),
+        dict(headers={"X Own": "1"}),
+        dict(headers={"Content-Length": "9"}),
+        dict(content_type="text/plain\r\nX-Evil: 1"),
+        dict(status=9999),
+        dict(content={"x": float("nan")}),
+    ],
+)
+def test_response_that_is_no_http_is_an_error_of_the_plugin(given, start_server):
+    def answer(request):
+        return RouteResponse(**{"content": {}} | given)
+
+    _, port = start_server(plugin=adding(get("/x", answer)))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for path, status in (("/x", 500), ("/health", 200)):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert (response.status, response.getheader("X-Evil")) == (status, None)
+        response.read()
+    connection.close()
+
+
 def test_head_is_a_get_without_its_content(start_server):
     seen = []
 

@@ -8,6 +8,10 @@ from statistics import mean
 import pytest
 from helpers import ALONE, JSON, Reference, call, plugin, submit, texts, wait_until_idle
 
+from mlx_lm_ext.request.request import Token
+from mlx_lm_ext.server.answer import Delta
+from mlx_lm_ext.server.api import rank
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -134,6 +138,20 @@ def test_each_answer_ends_by_itself(start_server):
     parts, reasons, _ = streamed(port, stop=stop, **body)
     assert parts == texts_of(answer)
     assert reasons == [c["finish_reason"] for c in answer["choices"]]
+
+
+def test_best_answers_are_those_that_had_time():
+    def answer(logprob, reason):
+        tokens = [] if logprob is None else [Token(1, logprob)]
+        return Delta(tokens=tokens, finish_reason=reason)
+
+    answers = [
+        answer(None, "timeout"),
+        answer(-1.0, "timeout"),
+        answer(-3.0, "stop"),
+        answer(-2.0, "length"),
+    ]
+    assert sorted(answers, key=rank) == [answers[i] for i in (3, 2, 1, 0)]
 
 
 def test_all_answers_of_a_client_that_leaves_are_cancelled(start_server, observed):

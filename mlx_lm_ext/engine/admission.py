@@ -93,6 +93,19 @@ class Admission:
                     self.ends.extend([self.clock()] * n)
                 self.changed.notify_all()
 
+    @contextmanager
+    def track(self) -> Iterator[None]:
+        """Let ``wait_until_empty`` wait for something that is no request to the engine."""
+        ticket = Ticket(0, None)
+        with self.changed:
+            self.tickets.add(ticket)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.tickets.remove(ticket)
+                self.changed.notify_all()
+
     def check(self, ticket: Ticket) -> None:
         if self.is_closed:
             raise RequestError(503, "the server is stopping")

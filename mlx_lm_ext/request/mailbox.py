@@ -68,8 +68,7 @@ class Mailbox:
         self.turn.acquire()
 
     def take(self, timeout: float) -> List[Any]:
-        """Take all events. Blocks until there is one that is due, or until the timeout, after
-        which it gives none.
+        """Take all events. Blocks until there is one that is due, or until the timeout.
 
         Args:
             timeout (float): Seconds.
@@ -85,7 +84,8 @@ class Mailbox:
             with turnstile.lock:
                 if self.is_waiting:
                     self.is_waiting = False
-                    return []
+                    events, self.events = self.events, []
+                    return events
             # It came into the line just now, so that its turn comes soon.
             self.turn.acquire()
         with turnstile.lock:

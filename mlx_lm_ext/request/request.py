@@ -67,8 +67,8 @@ class Answers:
         self.ended: Set["Request"] = set()
 
     def receive(self, timeout: float) -> Dict["Request", List[Token]]:
-        """Take all tokens that wait for the handler. Blocks until there is one, or until the
-        timeout, after which it gives none.
+        """Take all tokens that wait for the handler. Blocks until it is to be woken, or until the
+        timeout; there may be no token then.
 
         Args:
             timeout (float): Seconds.

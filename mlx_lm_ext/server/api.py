@@ -8,6 +8,7 @@ Rules:
 
 import json
 import logging
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +37,7 @@ from ..request.history import (
 from ..request.images import MAX_ALL_BYTES, image_parts, inline_images
 from ..request.other_fields import check_endpoint
 from ..request.preparation import Preparation
-from ..request.request import NO_TOKEN, Request
+from ..request.request import NO_TIME, NO_TOKEN, Request
 from ..request.served_model import ServedModel
 from ..routes import CHATS, HEALTH, METHODS, MODELS, RouteResponse
 from .answer import AnswerParser, Delta
@@ -55,14 +56,37 @@ HEARTBEAT = 1.0
 # Seconds for the last events of answers to come after the engine has stopped.
 LAST_EVENTS = 3.0
 
+# What a header may have (RFC 9110, section 5), in Latin-1.
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_VALUE = re.compile(r"[\t -~\u00a0-\u00ff]*")
 # The types of what a route gives, by its Python type.
 CONTENT_TYPES = {str: "text/plain; charset=utf-8", bytes: "application/octet-stream"}
 
 
-def mean_logprob(answer: Delta) -> float:
-    """The mean log probability of the tokens of a whole answer."""
+def rank(answer: Delta) -> Tuple[bool, bool, float]:
+    """Sorts whole answers: the one with the highest mean log probability of its tokens first, and
+    those for which there was no time last."""
     logprobs = [in_json(token.logprob) for token in answer.tokens]
-    return sum(logprobs) / max(1, len(logprobs))
+    mean = sum(logprobs) / max(1, len(logprobs))
+    return not logprobs, answer.finish_reason == "timeout", -mean
+
+
+def check_head(response: RouteResponse) -> None:
+    """Check what a route gives for the head of its response.
+
+    Raises:
+        ValueError: If it cannot be sent, or would be more than one header.
+    """
+    if not 200 <= response.status <= 599:
+        raise ValueError(f"its status is {response.status}")
+    for name, value in (
+        ("Content-Type", response.content_type or ""),
+        *response.headers.items(),
+    ):
+        if not (HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(str(value))):
+            raise ValueError(f"its header {name!r} cannot be sent")
+        if name.lower() in ("content-length", "transfer-encoding", "connection"):
+            raise ValueError(f"the server sends the header {name!r} itself")
 
 
 class BatchAPIHandler(HTTPHandler):
@@ -70,6 +94,8 @@ class BatchAPIHandler(HTTPHandler):
 
     # How each of the answers goes that are made.
     records: List[AnswerRecord] = []
+    # Whether an answer is made.
+    is_answering = False
 
     # Requests
 
@@ -130,8 +156,21 @@ class BatchAPIHandler(HTTPHandler):
             ConnectionError: If the client is gone.
             RequestError: If they cannot be served.
         """
-        if self.records:
+        if self.is_answering:
             raise RuntimeError("a request of a route has one answer at a time")
+        self.is_answering = True
+        try:
+            with self.submitted_alone(raw, endpoint, wait) as requests:
+                del raw
+                yield requests
+        finally:
+            self.is_answering = False
+
+    @contextmanager
+    def submitted_alone(
+        self, raw: bytes, endpoint: str, wait: Callable[[], None]
+    ) -> Iterator[List[Request]]:
+        """``submitted``, when no other answer is made."""
         engine = self.response_generator
         arrival = engine.policies.clock()
         preparation = self.check_body(raw, endpoint)
@@ -340,12 +379,23 @@ class BatchAPIHandler(HTTPHandler):
                 received = requests[0].answers.receive(timeout=HEARTBEAT)
                 if not received:
                     self.response_generator.check_available(LAST_EVENTS)
-            except RequestError:
+            except RequestError as e:
+                # An answer in one piece ends with what there is, as in ``Request.stop``: the
+                # engine is in a long step.
+                ends = e.status == 503 and self.is_stopping and not self.stream
+                if ends := ends and any(record.n_tokens for record in self.records):
+                    for request in left - parsers.keys():
+                        parsers[request] = AnswerParser(request)
                 # What was held back is sent before the error.
                 for request in left & parsers.keys():
-                    delta = parsers[request].feed([NO_TOKEN])
-                    delta.finish_reason = None
+                    delta = parsers[request].feed([NO_TIME if ends else NO_TOKEN])
+                    if ends:
+                        self.records[request.index].end("timeout")
+                    else:
+                        delta.finish_reason = None
                     yield request, delta
+                if ends:
+                    return
                 raise
             if self.client_is_gone():
                 raise ConnectionResetError("the client is gone")
@@ -397,7 +447,7 @@ class BatchAPIHandler(HTTPHandler):
         for i in range(0, len(made), n_made):
             group = made[i : i + n_made]
             if n_made > n:
-                group.sort(key=lambda pair: -mean_logprob(pair[1]))
+                group.sort(key=lambda pair: rank(pair[1]))
             yield from group[:n]
 
     def chunks(self, requests: List[Request]) -> Iterator[Optional[Dict[str, Any]]]:
@@ -488,10 +538,11 @@ class BatchAPIHandler(HTTPHandler):
             raise self.wrong_route()
         request = HandlerRequest(self, raw)
         try:
-            content = found.route.function(request)
-            if not isinstance(content, RouteResponse):
-                content = RouteResponse(content)
-            self.send_route(content)
+            with self.response_generator.admission.track():
+                content = found.route.function(request)
+                if not isinstance(content, RouteResponse):
+                    content = RouteResponse(content)
+                self.send_route(content)
         except RequestError:
             raise
         except BaseException as e:
@@ -508,8 +559,10 @@ class BatchAPIHandler(HTTPHandler):
     def send_route(self, response: RouteResponse) -> None:
         """Send what the route of a plugin has given."""
         content, kind = response.content, response.content_type
+        check_head(response)
         if isinstance(content, (dict, list)):
-            content, kind = json.dumps(content).encode(), kind or "application/json"
+            content = json.dumps(content, allow_nan=False).encode()
+            kind = kind or "application/json"
         elif isinstance(content, (str, bytes)):
             kind = kind or CONTENT_TYPES[type(content)]
             content = content.encode() if isinstance(content, str) else content

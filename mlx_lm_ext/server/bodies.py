@@ -67,7 +67,12 @@ class Incoming(io.RawIOBase):
             raise TimeoutError("the request did not arrive in time")
         if self.start is None:
             self.start = time.monotonic()
-        n = self.connection.recv_into(buffer)
+        # A record of TLS is read as a whole, and may not have arrived.
+        self.connection.settimeout(wait)
+        try:
+            n = self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(self.idle_timeout)
         self.n += n
         return n
 

@@ -28,7 +28,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from mlx_lm.server import APIHandler
 
 from ..errors import RequestError, internal_error
-from .bodies import BodyReader, Incoming
+from .bodies import SLICE, BodyReader, Incoming
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ GONE = (ConnectionError, TimeoutError, ssl.SSLError)
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 # The type of server-sent events.
 EVENTS = "text/event-stream"
-# What follows the path in the first line of a request.
+# What in the first line of a request may be secret: what follows the path, and a password.
 QUERY = re.compile(r"\?\S*")
+USER = re.compile(r"//[^/@\s]*@")
 
 # Seconds in which the rest of a refused body is read.
 LINGER = 3.0
@@ -304,6 +305,11 @@ class HTTPHandler(APIHandler):
             raw = reader.read()
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time")
+        except RequestError:
+            if self.is_stopping:
+                # The server has ended the connection itself.
+                raise RequestError(503, "the server is stopping")
+            raise
         self.close_connection, self.is_unread = close, False
         self.arrived = self.prepared_since = time.monotonic()
         if "User-Agent" not in self.headers:
@@ -397,7 +403,9 @@ class HTTPHandler(APIHandler):
             self.send_header(name, value)
         self.end_head()
         if self.command != "HEAD":
-            self.wfile.write(raw)
+            # In pieces, because the time for a client that takes nothing is that of a write.
+            for start in range(0, len(raw), SLICE):
+                self.wfile.write(raw[start : start + SLICE])
 
     def send_failure(self, error: RequestError) -> None:
         """Send an error: as the last event of a stream, or as the whole response."""
@@ -471,7 +479,7 @@ class HTTPHandler(APIHandler):
 
     def log_request(self, code="-", size="-"):
         # A client may have put a key into the query.
-        line = QUERY.sub("?...", self.requestline)
+        line = USER.sub("//...@", QUERY.sub("?...", self.requestline))
         # Escaped, because a client chooses a part of it.
         line = line.encode("unicode_escape").decode()
         status = int(code)
