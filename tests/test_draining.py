@@ -213,11 +213,12 @@ def test_body_that_has_not_arrived_at_the_end_is_a_503(model_folder):
 
 def test_idle_server_ends_at_once(model_folder):
     with server(model_folder) as (port, _, process):
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as idle:
-            idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            assert idle.recv(1 << 16).endswith(b"}")
-            start = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-            assert time.monotonic() - start < 5
-            assert idle.recv(1) == b""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status": "ok"}'
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert time.monotonic() - start < 5
+        assert connection.sock.recv(1) == b""
+        connection.close()
