@@ -907,6 +907,9 @@ class Socket:
     def recv_into(self, buffer):
         return self.connection.recv_into(buffer, 1)
 
+    def settimeout(self, seconds):
+        self.connection.settimeout(seconds)
+
 
 @pytest.mark.parametrize("seconds, n", [(0.0, 1), (60.0, 7)])
 def test_request_that_arrives_too_slowly_runs_out_of_time(seconds, n, monkeypatch):
