@@ -135,9 +135,9 @@ def test_cost_of_a_token_does_not_grow_with_the_answer(kind, words, monkeypatch)
 
 def test_time_to_find_what_may_change_does_not_grow_with_the_square_of_a_text():
     _, decoder = tokenizer_of("cleaned wordpiece")
-    start = time.perf_counter()
+    start = time.process_time()
     assert decoder.count_settled(" " * 20_000 + "a") == 20_001
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_tokens_that_have_piled_up_are_decoded_at_once(monkeypatch):
