@@ -255,7 +255,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ssl-keyfile",
         metavar="FILE",
-        help="its private key; unset, --ssl-certfile has that too",
+        help="private key of the certificate; unset, it is in --ssl-certfile",
     )
     add(
         "--max-connections",

@@ -4,7 +4,7 @@ Rules:
 1. A request counts from the moment that it is admitted until its answer was sent, or was given
    to the route of a plugin, whatever becomes of it.
 2. A request that is refused costs nothing: it is neither tokenized nor submitted.
-3. Once closed, nothing more is admitted: what is counted can only become less.
+3. Once closed, no request is admitted any more. Routes that need no engine are still tracked.
 """
 
 import math
@@ -84,14 +84,8 @@ class Admission:
         with self.changed:
             self.check(ticket)
             self.tickets.add(ticket)
-        try:
+        with self.held(ticket):
             yield ticket
-        finally:
-            with self.changed:
-                self.tickets.remove(ticket)
-                if ticket.requests:
-                    self.ends.extend([self.clock()] * n)
-                self.changed.notify_all()
 
     @contextmanager
     def track(self) -> Iterator[None]:
@@ -99,11 +93,19 @@ class Admission:
         ticket = Ticket(0, None)
         with self.changed:
             self.tickets.add(ticket)
+        with self.held(ticket):
+            yield
+
+    @contextmanager
+    def held(self, ticket: Ticket) -> Iterator[None]:
+        """Take a ticket back when the block ends."""
         try:
             yield
         finally:
             with self.changed:
                 self.tickets.remove(ticket)
+                if ticket.requests:
+                    self.ends.extend([self.clock()] * ticket.n)
                 self.changed.notify_all()
 
     def check(self, ticket: Ticket) -> None:

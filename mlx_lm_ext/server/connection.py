@@ -167,7 +167,7 @@ class HTTPHandler(APIHandler):
         try:
             connection = self.connection
             connection.settimeout(LINGER)
-            # What was encrypted is not decrypted.
+            # Not the methods of a TLS socket: what is thrown away need not be decrypted.
             socket.socket.shutdown(connection, socket.SHUT_WR)
             while time.monotonic() < end and socket.socket.recv(connection, 1 << 16):
                 pass
@@ -336,7 +336,7 @@ class HTTPHandler(APIHandler):
             if not events & POLLRDHUP:
                 # It may have sent another request. Where there is no event of its own for
                 # the end, only a read tells.
-                # The bytes may be encrypted.
+                # Not the method of a TLS socket, which cannot look at bytes without taking them.
                 peek = partial(socket.socket.recv, self.connection, 1, socket.MSG_PEEK)
                 if HAS_RDHUP or not events or peek():
                     return False
