@@ -207,6 +207,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several machines or GPUs").add_argument
+    add(
+        "--pipeline",
+        action="store_true",
+        help="under mlx.launch, give each rank some layers of the model; without it, each rank "
+        "has a part of all layers",
+    )
+    add(
+        "--rank-timeout",
+        type=number(float, 1),
+        default=120.0,
+        metavar="SECONDS",
+        help="under mlx.launch, end all ranks if one has made no progress for so long while "
+        "requests run",
+    )
+
+
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
@@ -549,6 +567,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_server_arguments(parser)
     add_batch_arguments(parser)
     add_cache_arguments(parser)
+    add_rank_arguments(parser)
     add_plugin_arguments(parser)
     add_request_defaults(parser)
     return parser

@@ -41,6 +41,9 @@ EXAMPLE = (
 # With ``--shutdown-timeout 0``, all of the end takes less than 10, after which container
 # engines kill.
 STOP_TIMEOUT = 4.0
+# The same after another rank was lost, for which it may wait in vain: long enough for the
+# handlers to tell their clients.
+LOST_TIMEOUT = 1.0
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -131,6 +134,7 @@ class BatchServer:
         self.httpd: Any = None
         self.engine: Any = None
         self.client: Any = None
+        self.group: Any = None
         self.accepting: Optional[Thread] = None
 
     def start(self) -> None:
@@ -150,31 +154,42 @@ class BatchServer:
         descriptors.raise_limit()
         check_mlx_lm()
         with stage("Importing mlx-lm"), descriptors.limit_kept():
-            import mlx.core as mx
             import mlx_lm.utils  # noqa: F401
 
             from .device import check_compiler, share_arenas
+            from .distributed.launch import join
+            from .policies.follower import FollowerPolicies
             from .policies.guard import Policies
 
         share_arenas()
         check_compiler()
         self.log.take_over("transformers", "huggingface_hub")
-        policies = Policies(self.plugins, self.args)
-        if mx.distributed.init().size() > 1:
-            raise RuntimeError("several machines are not supported; use mlx_lm.server")
-        # Before a model is fetched.
-        routes = self.plugins.routes(self.args)
-        self.find_model()
-        self.listen(routes)
-        self.start_engine(policies)
+        self.group = join(self.args)
+        if self.group.rank:
+            self.find_model()
+            self.start_engine(FollowerPolicies(self.args))
+        else:
+            policies = Policies(self.plugins, self.args)
+            # Before a model is fetched.
+            routes = self.plugins.routes(self.args)
+            self.find_model()
+            self.listen(routes)
+            self.start_engine(policies)
+            self.accept()
+        self.engine.loaded.wait()
+        if self.engine.load_error is not None:
+            raise RuntimeError(self.engine.load_error)
+        if self.group.rank:
+            logger.info(f"Rank {self.group.rank} of {self.group.size} is ready")
+        else:
+            self.tell_address()
+
+    def accept(self) -> None:
+        """Begin to accept connections."""
         accepting = Thread(target=self.httpd.serve_forever)
         accepting.start()
         # Assigned after its start, because ``stop`` waits for its end.
         self.accepting = accepting
-        self.engine.loaded.wait()
-        if self.engine.load_error is not None:
-            raise RuntimeError(self.engine.load_error)
-        self.tell_address()
 
     def tell_address(self) -> None:
         """Log where the server is, and a command to try it with."""
@@ -254,6 +269,8 @@ class BatchServer:
 
         from .cache.prompt_cache import RadixPromptCache
         from .engine.client import EngineClient
+        from .engine.group_inbox import GroupInbox
+        from .engine.inbox import Inbox
         from .engine.loop import Engine
         from .engine.models import BatchModelProvider
         from .server.api import BatchAPIHandler
@@ -264,21 +281,21 @@ class BatchServer:
                 max_bytes=self.args.radix_cache_size,
                 eviction=policies.eviction,
                 clock=policies.clock,
+                agree=self.group.agree,
             )
         fingerprint = get_system_fingerprint()
         # What was imported stays until the end. For the garbage collector to visit it
         # takes 20 to 160 ms, during which all streams would stand still.
         gc.freeze()
-        self.engine = Engine(BatchModelProvider(self.args), policies, cache)
-        self.client = EngineClient(
-            self.engine.model_provider,
-            policies,
-            self.engine.inbox,
-            self.engine.counters,
-        )
-        self.httpd.RequestHandlerClass = partial(
-            BatchAPIHandler, self.client, system_fingerprint=fingerprint
-        )
+        group = self.group
+        provider = BatchModelProvider(self.args, group)
+        inbox = GroupInbox(group, provider) if group.size > 1 else Inbox()
+        self.engine = Engine(provider, policies, cache, group, inbox)
+        if group.rank == 0:
+            self.client = EngineClient(provider, policies, inbox, self.engine.counters)
+            self.httpd.RequestHandlerClass = partial(
+                BatchAPIHandler, self.client, system_fingerprint=fingerprint
+            )
         self.engine.start()
 
     def wait(self) -> None:
@@ -288,15 +305,40 @@ class BatchServer:
         Raises:
             RuntimeError: If the generation thread or the accepting one has failed.
         """
+        if self.group.rank:
+            self.follow()
+            return
         try:
-            while not self.engine.ended.wait(1.0):
+            while not (self.engine.ended.wait(1.0) or self.group.must_stop):
                 if not self.accepting.is_alive():
                     raise RuntimeError("no connections are accepted; the log says why")
         except KeyboardInterrupt:
+            pass
+        if not self.engine.ended.is_set():
             self.drain()
-            if not self.engine.ended.is_set():
-                return
-        raise RuntimeError("the generation thread has failed; the log says why")
+        self.check_end()
+
+    def follow(self) -> None:
+        """Run what rank 0 decides, until it ends. It is told of a signal.
+
+        Raises:
+            RuntimeError: If the generation thread has failed.
+        """
+        try:
+            self.engine.ended.wait()
+        except KeyboardInterrupt:
+            self.group.ask_to_stop()
+            self.engine.ended.wait()
+        self.check_end()
+
+    def check_end(self) -> None:
+        """
+        Raises:
+            RuntimeError: If the generation thread or another rank has failed.
+        """
+        if self.engine.has_failed:
+            reason = "the generation thread has failed; the log says why"
+            raise RuntimeError(self.group.lost or reason)
 
     def drain(self) -> None:
         """Take no new requests, and wait until those that are there have ended, or for
@@ -322,9 +364,10 @@ class BatchServer:
         if self.client is not None:
             self.client.admission.close()
         if self.engine is not None:
-            if not self.engine.stop_and_join(STOP_TIMEOUT):
+            timeout = LOST_TIMEOUT if self.group.lost else STOP_TIMEOUT
+            if not self.engine.stop_and_join(timeout):
                 logger.warning(
-                    f"The generation thread did not end in {STOP_TIMEOUT:g} seconds"
+                    f"The generation thread did not end in {timeout:g} seconds"
                 )
         # Last, so that those who come meanwhile are told.
         if self.accepting is not None:

@@ -519,11 +519,11 @@ def test_request_that_cannot_be_taken_out_while_others_are_isolated_holds_up_nob
 @pytest.mark.logs_errors
 def test_request_that_ended_before_its_step_failed_has_ended(start_engine):
     class FailsInPrefill(Batch):
-        def prefill(self):
+        def prefill(self, *args):
             if self.requests and first.finished and not failures:
                 failures.append(True)
                 raise ArithmeticError("once")
-            super().prefill()
+            super().prefill(*args)
 
     class WatchedEngine(Engine):
         batch_class = FailsInPrefill

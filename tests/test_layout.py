@@ -34,6 +34,7 @@ ROOMS = [
     ("cache",),
     ("request",),
     ("interfaces", "hookspecs", "routes"),
+    ("distributed",),
     (
         "errors",
         "device",

@@ -190,8 +190,8 @@ def test_prompt_takes_what_a_running_request_has_of_it(architecture, start_engin
 
 def test_prompt_of_one_token_is_cancelled_before_its_first_step(start_engine):
     class CancellingBatch(Batch):
-        def prefill(self):
-            super().prefill()
+        def prefill(self, *args):
+            super().prefill(*args)
             for request in self.requests:
                 engine.client.cancel(request)
 

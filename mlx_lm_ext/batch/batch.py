@@ -10,7 +10,6 @@ Rules:
 
 import argparse
 import logging
-from functools import partial
 from typing import (
     Any,
     Callable,
@@ -30,12 +29,14 @@ from ..cache import growth
 from ..cache.prompt_cache import RadixPromptCache
 from ..cache.tree import Node, n_common
 from ..device import check_address_space
+from ..distributed.group import ONE_PROCESS, OneProcess
+from ..errors import internal_error
 from ..interfaces import Clock, RequestInfo, SchedulerPolicy, SchedulerView
 from ..request.mailbox import Turnstile
 from ..request.request import Request, Token
 from ..sampling.groups import RowSampler
 from ..sampling.penalties import PenaltyParameters
-from .batch_sampling import RowSampling
+from .batch_sampling import NoSampler, RowSampling
 from .end_ban import EndBan
 from .generator import KVShape, LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
@@ -82,6 +83,7 @@ class Batch:
         prompt_cache (Optional[RadixPromptCache]): Gives KV to rows and stores what they
           have run. Without one, KV is stored only while other requests wait for it.
         turnstile (Turnstile): Takes the tokens to the handlers.
+        group (OneProcess): The ranks that run the model.
     """
 
     grouping_class = Grouping
@@ -94,19 +96,22 @@ class Batch:
         policies: BatchPolicies,
         prompt_cache: Optional[RadixPromptCache],
         turnstile: Turnstile,
+        group: OneProcess = ONE_PROCESS,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.args = args
         self.policies = policies
         self.turnstile = turnstile
+        self.group = group
         self.kv_memory = KVMemory(model, args.max_kv_bytes)
+        self.kv_memory.bound(group.least(self.kv_memory.most_tokens))
         n_bytes = args.radix_cache_size
         if args.max_kv_bytes is None:
             n_bytes = min(n_bytes, self.kv_memory.limit)
         self.is_caching = prompt_cache is not None
         if prompt_cache is None:
-            prompt_cache = RadixPromptCache(clock=policies.clock)
+            prompt_cache = RadixPromptCache(clock=policies.clock, agree=group.agree)
         prompt_cache.max_bytes = n_bytes
         self.prompt_cache = prompt_cache
         self.storage = KVStorage(model, prompt_cache)
@@ -214,6 +219,7 @@ class Batch:
             self.generator = LeanBatchGenerator(
                 self.model,
                 self.make_grouping(),
+                self.group,
                 completion_batch_size=self.args.batch_size,
                 prefill_batch_size=min(
                     self.args.batch_size, self.args.prompt_concurrency
@@ -222,6 +228,34 @@ class Batch:
                 stream=mx.default_stream(mx.default_device()),
             )
         self.kv_memory.fit(request)
+        sampling, processors = self.group.on_first(
+            "sampling", lambda: self.make_sampling(request)
+        ) or (RowSampling(NoSampler()), [])
+        if self.is_caching:
+            self.store_running(request)
+        row, segments, caches = self.storage.fetch(request)
+        (row.uid,) = self.generator.insert_segments(
+            segments=[segments],
+            max_tokens=[request.args.max_tokens - len(request.generated)],
+            caches=[caches],
+            all_tokens=[request.tokens[: row.n_run]],
+            samplers=[sampling],
+            logits_processors=[processors],
+            stop_sequences=[
+                ResumedStopSequences(request.stop_sequences, request.generated)
+            ],
+        )
+        self.rows[row.uid] = row
+        self.sharing.forget(request)
+
+    def make_sampling(
+        self, request: Request
+    ) -> Tuple[RowSampling, List[Callable[[mx.array, mx.array], mx.array]]]:
+        """How the tokens of a request are chosen, and its logits processors.
+
+        Raises:
+            RequestError: If a plugin refuses it.
+        """
         sampler = self.policies.make_sampler(request.sampler, request, self.tokenizer)
         n_top = request.args.top_logprobs if request.args.logprobs else None
         penalties = PenaltyParameters.from_arguments(request.args.logits)
@@ -232,24 +266,10 @@ class Batch:
         if request.min_tokens and request.end_tokens:
             processors.append(EndBan(request))
         constraint = request.constraint and request.constraint.copy()
-        if self.is_caching:
-            self.store_running(request)
-        row, segments, caches = self.storage.fetch(request)
-        (row.uid,) = self.generator.insert_segments(
-            segments=[segments],
-            max_tokens=[request.args.max_tokens - len(request.generated)],
-            caches=[caches],
-            all_tokens=[request.tokens[: row.n_run]],
-            samplers=[
-                RowSampling(sampler, penalties, n_top, constraint, request.generated[:])
-            ],
-            logits_processors=[processors],
-            stop_sequences=[
-                ResumedStopSequences(request.stop_sequences, request.generated)
-            ],
+        sampling = RowSampling(
+            sampler, penalties, n_top, constraint, request.generated[:]
         )
-        self.rows[row.uid] = row
-        self.sharing.forget(request)
+        return sampling, processors
 
     def make_grouping(self) -> Grouping:
         """What decides which rows decode together."""
@@ -384,8 +404,14 @@ class Batch:
         self.last_wait, self.handed_over = now, []
         # A step that is not timed would leave the prompts out for nothing.
         must_measure = before is not None and self.pace.must_measure(n_rows)
-        if self.prefilling and not must_measure:
-            self.prefill()
+        budget = None
+        if self.prefilling:
+            budget = self.group.agree(
+                "tokens of prompts",
+                lambda: None if must_measure else self.plan_prefill(),
+            )
+        if budget is not None:
+            self.prefill(budget)
             self.handed_over = self.generator.chunk_sizes
             if self.generator.prompts.has_new_shape:
                 self.interrupt()
@@ -421,10 +447,16 @@ class Batch:
         for r in joined:
             self.rows[r.uid].is_prefilling = False
         self.reserve()
-        failed = self.generator.generation_batch.take_failed()
+        failed = self.take_failed_rows()
         self.deliver([r for r in responses if r.uid not in failed])
         self.drop(failed)
         return n_rows
+
+    def take_failed_rows(self) -> Dict[int, BaseException]:
+        """The rows whose constraints have failed in this step, and why."""
+        failed = self.generator.generation_batch.take_failed()
+        uids = self.group.agree("failed rows", lambda: list(failed))
+        return {uid: failed.get(uid) or internal_error() for uid in uids}
 
     def drop(self, failed: Dict[int, BaseException]) -> None:
         """Take out the rows whose constraints have failed."""
@@ -462,13 +494,19 @@ class Batch:
             {row: kv for row, kv in ended.items() if self.must_store(row)}
         )
 
-    def prefill(self) -> None:
-        """Run a part of the prompts."""
+    def plan_prefill(self) -> int:
+        """How many tokens of prompts the next step runs."""
         tokens = self.policies.scheduler.prefill_tokens(self.view)
-        limit = self.pace.limit
-        self.budget = self.step_size if tokens is None else min(tokens, limit)
-        cost = partial(self.pace.cost, self.budget)
-        responses = self.generator.prefill(self.budget, cost)
+        return self.step_size if tokens is None else min(tokens, self.pace.limit)
+
+    def prefill(self, budget: int) -> None:
+        """Run a part of the prompts, of so many tokens."""
+        self.budget = budget
+
+        def cost(n: int) -> int:
+            return self.group.agree("cost", lambda: self.pace.cost(budget, n))
+
+        responses = self.generator.prefill(budget, cost)
         self.reserve()
         for r in responses:
             row = self.rows[r.uid]

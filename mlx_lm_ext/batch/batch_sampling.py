@@ -45,6 +45,24 @@ class RowSampling:
     generated: Sequence[int] = ()
 
 
+class NoSampler:
+    """Stands for the sampler of a row whose tokens another process chooses."""
+
+    group = "none"
+
+    def extend(self, other: "NoSampler") -> None:
+        pass
+
+    def filter(self, keep: List[int]) -> None:
+        pass
+
+    def copy(self) -> "NoSampler":
+        return self
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        raise NotImplementedError
+
+
 class BatchSampling:
     """How the tokens of the rows of a batch are chosen.
 

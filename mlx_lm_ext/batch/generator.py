@@ -26,6 +26,7 @@ from mlx_lm.server import _make_logits_processors
 from ..cache.kinds import prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import device_kind, on_cpu
+from ..distributed.group import ONE_PROCESS, OneProcess
 from .batch_sampling import BatchSampling, RowSampling
 from .grouping import Grouping
 from .groups import GenerationGroups
@@ -134,9 +135,13 @@ class LeanGenerationBatch(GenerationBatch):
       then. With constraints, they are read before the model is handed over, and the masks for
       the next ones are filled meanwhile.
 
+    - The tokens are those of rank 0. The other ranks, whose rows have no sampler, run the
+      model.
+
     Args:
         samplers (List[RowSampling]): How the tokens of each row are chosen.
         *args, **kwargs: See ``GenerationBatch``.
+        group (OneProcess): The ranks that run the model.
     """
 
     _next_logprobs: List[Optional[Callable]]
@@ -150,8 +155,10 @@ class LeanGenerationBatch(GenerationBatch):
         tokens: List[List[int]],
         samplers: List[RowSampling],
         *args: Any,
+        group: OneProcess = ONE_PROCESS,
         **kwargs: Any,
     ):
+        self.group = group
         # Of the rows that have taken part in a step, and of the others, which follow them.
         self.sampling = BatchSampling([])
         self.joining = BatchSampling(samplers)
@@ -160,7 +167,7 @@ class LeanGenerationBatch(GenerationBatch):
         # tokens with their log probabilities, if they were needed before the next step.
         self.logits: Optional[mx.array] = None
         self.sampled: Optional[Tuple[mx.array, List[Optional[Callable]]]] = None
-        # Rows whose constraint has failed, and why.
+        # Rows whose constraint or logits processor has failed, and why.
         self.failed: Dict[int, BaseException] = {}
         # Upstream's constructor runs a step, which is skipped.
         self.is_new = True
@@ -176,7 +183,9 @@ class LeanGenerationBatch(GenerationBatch):
             self._num_tokens = [-1] * len(uids)
 
     @classmethod
-    def of_prompts(cls, batch: LeanPromptBatch) -> "LeanGenerationBatch":
+    def of_prompts(
+        cls, batch: LeanPromptBatch, group: OneProcess
+    ) -> "LeanGenerationBatch":
         """The batch that decodes these rows, of which only the last token is left."""
         return cls(
             batch.model,
@@ -190,6 +199,7 @@ class LeanGenerationBatch(GenerationBatch):
             batch.logits_processors,
             batch.stop_sequences,
             batch.max_tokens,
+            group=group,
         )
 
     @property
@@ -276,10 +286,21 @@ class LeanGenerationBatch(GenerationBatch):
         self.join()
         for row, token in zip(self.tokens, inputs.tolist()):
             row.append(token)
-        tokens, logprobs, to_evaluate = self.sample(self.run(inputs))
-        mx.async_eval(tokens, to_evaluate)
-        self._next_tokens = tokens
-        given = tokens.tolist()
+        logits = self.run(inputs)
+        logprobs: List[Optional[Callable]] = [None] * len(self.uids)
+
+        def choose() -> List[int]:
+            nonlocal logprobs
+            self._next_tokens, logprobs, to_evaluate = self.sample(logits)
+            mx.async_eval(self._next_tokens, to_evaluate)
+            return self._next_tokens.tolist()
+
+        if self.group.rank:
+            # Rank 0 needs the part of the others first.
+            mx.eval(logits)
+        given = self.group.agree("tokens", choose)
+        if self.group.rank:
+            self._next_tokens = mx.array(given, mx.uint32)
         self.sampling.constraints.advance([[t] for t in given])
         return given, logprobs
 
@@ -309,7 +330,12 @@ class LeanGenerationBatch(GenerationBatch):
 
     def sample_ahead(self) -> Tuple[mx.array, List[Optional[Callable]]]:
         """Sample the next tokens of the rows that have logits, without running the model."""
-        tokens, logprobs, to_evaluate = self.sample(self.logits)
+        if self.group.rank:
+            tokens, to_evaluate = mx.zeros(len(self.sampling), mx.uint32), []
+            logprobs: List[Optional[Callable]] = [None] * len(tokens)
+        else:
+            tokens, logprobs, to_evaluate = self.sample(self.logits)
+        tokens = self.group.first(tokens)
         mx.async_eval(tokens, to_evaluate)
         return tokens, logprobs
 
@@ -321,7 +347,7 @@ class LeanGenerationBatch(GenerationBatch):
             return None
         if self.sampled is None:
             self.sampled = self.sample_ahead()
-        if uid in self.failed:
+        if self.group.agree("failed row", lambda: uid in self.failed):
             # It has got a token that it may not have, and fails when it goes on.
             return None
         tokens, logprobs = self.sampled
@@ -379,7 +405,8 @@ class LeanGenerationBatch(GenerationBatch):
         return sampled
 
     def take_failed(self) -> Dict[int, BaseException]:
-        """The rows whose constraints have failed since this was last called, and why. They
+        """The rows whose constraints or logits processors have failed since this was last called,
+        and why. They
         have got tokens that they may not have."""
         failed, self.failed = self.failed, {}
         return failed
@@ -409,8 +436,12 @@ class LeanGenerationBatch(GenerationBatch):
             context = self._token_context[i].update_and_fetch(inputs[i : i + 1])
             contexts.append(context)
             row_logits = logits[i : i + 1]
-            for processor in processors[i]:
-                row_logits = processor(context, row_logits)
+            try:
+                for processor in processors[i]:
+                    row_logits = processor(context, row_logits)
+            except Exception as e:
+                self.failed[self.uids[i]] = e
+                row_logits = logits[i : i + 1]
             processed.append(row_logits)
         if rows:
             logits[mx.array(rows)] = mx.concatenate(processed)
@@ -424,13 +455,21 @@ class LeanBatchGenerator(BatchGenerator):
     Args:
         model (nn.Module): The model.
         grouping (Grouping): Which rows decode together.
+        group (OneProcess): The ranks that run the model.
         **kwargs: See ``BatchGenerator``.
     """
 
-    def __init__(self, model: Any, grouping: Grouping, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        grouping: Grouping,
+        group: OneProcess = ONE_PROCESS,
+        **kwargs: Any,
+    ):
         super().__init__(model, **kwargs)
+        self.group = group
         self.prompts = self._prompt_batch = PromptBatches()
-        self._generation_batch = GenerationGroups(grouping)
+        self._generation_batch = GenerationGroups(grouping, group.agree)
         # Rows of the last ``decode``, and tokens of each chunk of the last ``prefill``,
         # padding included.
         self.n_decoded = 0
@@ -525,7 +564,9 @@ class LeanBatchGenerator(BatchGenerator):
                 )
                 for uid, p in zip(batch.uids, batch.progress)
             ]
-        self._generation_batch.join([*map(LeanGenerationBatch.of_prompts, ended)])
+        self._generation_batch.join(
+            [LeanGenerationBatch.of_prompts(batch, self.group) for batch in ended]
+        )
         return responses
 
     def cut(self, uid: int, n: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mlx_lm.generate import GenerationBatch
 
+from ..distributed.group import ONE_PROCESS, Agree
 from .grouping import Grouping
 from .prompts import segmented
 
@@ -67,10 +68,13 @@ class GenerationGroups:
 
     Args:
         grouping (Grouping): Decides which rows make a group.
+        agree (Callable): Lets one of several processes decide, because the seconds of each are
+          its own; see ``distributed.group``.
     """
 
-    def __init__(self, grouping: Grouping):
+    def __init__(self, grouping: Grouping, agree: Agree = ONE_PROCESS.agree):
         self.grouping = grouping
+        self.agree = agree
         self.groups: List[Group] = []
         # Seconds that the others may take.
         self.credit = 0.0
@@ -138,7 +142,10 @@ class GenerationGroups:
         """
         responses: List[GenerationBatch.Response] = []
         n_before = len(self)
-        for group in self.due() if len(self.groups) > 1 else self.groups:
+        due = [*range(len(self.groups))]
+        if len(due) > 1:
+            due = self.agree("groups of a step", self.due)
+        for group in [self.groups[i] for i in due]:
             n_rows, start = len(group), time.perf_counter()
             responses += group.batch.next()
             group.longest += 1
@@ -151,8 +158,8 @@ class GenerationGroups:
             self.plan_at = self.n_steps
         return responses
 
-    def due(self) -> List[Group]:
-        """The groups that take part in the next step."""
+    def due(self) -> List[int]:
+        """Which groups take part in the next step."""
         main = max(self.groups, key=lambda group: (len(group), -group.seconds))
         others = [group for group in self.groups if group is not main]
         others.sort(key=lambda group: -group.n_waited)
@@ -168,13 +175,16 @@ class GenerationGroups:
                 due.append(group)
         for group in due:
             group.n_waited = 0
-        return due
+        return [self.groups.index(group) for group in due]
 
     # Which rows make a group
 
     def places_for(self, lengths: List[int]) -> List[int]:
         """Which group new rows of these lengths would join; see ``Grouping.place``."""
-        return self.grouping.place([group.lengths for group in self.groups], lengths)
+        groups = [group.lengths for group in self.groups]
+        return self.agree(
+            "groups of rows", lambda: self.grouping.place(groups, lengths)
+        )
 
     def join(self, batches: List[Any]) -> None:
         """Add the rows of some ``LeanGenerationBatch``, all of them new, to the groups where
@@ -218,7 +228,8 @@ class GenerationGroups:
         if not all(group.batch.is_settled for group in self.groups):
             return False
         self.plan_at = self.n_steps + INTERVAL
-        parts = self.grouping.plan([group.lengths for group in self.groups])
+        groups = [group.lengths for group in self.groups]
+        parts = self.agree("groups", lambda: self.grouping.plan(groups))
         if parts is None:
             return False
         self.move(parts)

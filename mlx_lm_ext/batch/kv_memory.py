@@ -68,6 +68,13 @@ class KVMemory:
             total += of_one * (1 if kept is None else kept)
         return n_rows * total
 
+    def bound(self, most_tokens: int) -> None:
+        """Lower the limit until a row that runs alone has room for no more tokens than that,
+        as many as with another process that runs the model too."""
+        if most_tokens < self.most_tokens:
+            self.limit = self.nbytes(1, most_tokens)
+            self.most_tokens = most_tokens
+
     @cached_property
     def most_tokens(self) -> int:
         """The most tokens that a row has room for if it runs alone."""

@@ -11,15 +11,27 @@ Rules:
 import heapq
 import logging
 import time
+import zlib
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
+from ..distributed.group import ONE_PROCESS, Agree
 from ..interfaces import Clock, Entry, EvictionPolicy
 from .kinds import Layout, nbytes_of_layers
 from .lru import LRU
@@ -106,6 +118,8 @@ class RadixPromptCache(LRUPromptCache):
           comparable with each other. Policies of plugins are wrapped in a guard that
           sees to this.
         clock (Clock): Gives seconds that never go back.
+        agree (Callable): Lets one of several processes, whose trees are the same, decide what
+          is evicted; see ``distributed.group``.
     """
 
     # Bytes of all nodes. ``LRUPromptCache`` computes it in a property.
@@ -117,8 +131,14 @@ class RadixPromptCache(LRUPromptCache):
         max_bytes: int = UNBOUNDED,
         eviction: Optional[EvictionPolicy] = None,
         clock: Clock = time.monotonic,
+        agree: Agree = ONE_PROCESS.agree,
     ):
         super().__init__(max_size, max_bytes)
+        self.agree = agree
+        # The numbers of the nodes, in the order in which they were made.
+        self.numbers = count(1)
+        # What has left since a decision was begun: why, and the number of the node.
+        self.left: List[Tuple[str, int]] = []
         self.eviction = LRU(Namespace(), clock) if eviction is None else eviction
         self.clock = clock
         # By model, and then by layout: quantized KV and plain KV cannot be shared.
@@ -271,16 +291,22 @@ class RadixPromptCache(LRUPromptCache):
         path = plan.node.path
         n_bytes = self.max_bytes - self.reserved - plan.n_bytes
         n_nodes = self.max_size - plan.splits - plan.adds
-        path_bytes = sum(node.entry.nbytes for node in path)
-        # If the path itself is too large, its snapshots leave: a later one will follow.
-        losers = []
-        if path_bytes > n_bytes:
-            losers = [node for node in path if node.can_lose_snapshot]
-            path_bytes -= sum(node.snapshot_nbytes for node in losers)
-        if path_bytes > n_bytes or len(path) > n_nodes:
+
+        def places_of_losers() -> Optional[List[int]]:
+            path_bytes = sum(node.entry.nbytes for node in path)
+            # If the path itself is too large, its snapshots leave: a later one will follow.
+            losers = []
+            if path_bytes > n_bytes:
+                losers = [i for i, node in enumerate(path) if node.can_lose_snapshot]
+                path_bytes -= sum(path[i].snapshot_nbytes for i in losers)
+            has_room = path_bytes <= n_bytes and len(path) <= n_nodes
+            return losers if has_room else None
+
+        losers = self.agree("room", places_of_losers)
+        if losers is None:
             return False
-        for node in losers:
-            self.drop_snapshot(node)
+        for i in losers:
+            self.drop_snapshot(path[i])
         self.evict(n_bytes, n_nodes, path)
         return True
 
@@ -306,6 +332,7 @@ class RadixPromptCache(LRUPromptCache):
             )
             run = tokens[plan.n_known :]
             node = Node(layout, node, run, plan.segments, entry)
+            node.number = next(self.numbers)
             node.parent.children[run[0]] = self.nodes[entry] = node
         if any(a is not None for a in plan.snapshot):
             node.snapshot = plan.snapshot
@@ -336,6 +363,7 @@ class RadixPromptCache(LRUPromptCache):
             Node: The upper of the two nodes, which is new.
         """
         upper = node.split(n)
+        upper.number = next(self.numbers)
         self.nodes[upper.entry] = upper
         self.unevaluated += [upper, node]
         self.eviction.on_split(upper.entry, node.entry)
@@ -372,6 +400,10 @@ class RadixPromptCache(LRUPromptCache):
             n_nodes (int): The most nodes that may be left.
             keep (Collection[Node]): Nodes that stay, even if too much is left.
         """
+        self.decide("evictions", lambda: self.evict_here(n_bytes, n_nodes, set(keep)))
+
+    def evict_here(self, n_bytes: int, n_nodes: int, keep: Set[Node]) -> None:
+        """``evict``, by the bytes and the policy of this process."""
 
         def fits() -> bool:
             return self.nbytes <= n_bytes and len(self) <= n_nodes
@@ -382,7 +414,6 @@ class RadixPromptCache(LRUPromptCache):
         for node in sorted(superseded, key=lambda node: node.entry.created):
             if self.nbytes > n_bytes and self.eviction.evictable(node.entry):
                 self.drop_snapshot(node)
-        keep = set(keep)
         leaves = [n for n in self.nodes.values() if not n.children and n not in keep]
         keys = self.eviction.rank([leaf.entry for leaf in leaves])
         # Equal keys are compared no further than by this number.
@@ -398,6 +429,7 @@ class RadixPromptCache(LRUPromptCache):
 
     def drop_snapshot(self, node: Node) -> None:
         """Drop the snapshot of a node. Its segments stay: longer prompts need them."""
+        self.left.append(("superseded", node.number))
         self.nbytes -= node.snapshot_nbytes
         node.entry.nbytes -= node.snapshot_nbytes
         node.snapshot = None
@@ -414,33 +446,84 @@ class RadixPromptCache(LRUPromptCache):
         Returns:
             Node: The lowest node above that is left, which may be the root.
         """
-        removed = []
-        while not removed or not (
-            node.parent is None or node.children or node.is_resumable or node in keep
+        above = self.remove_one(node, reason)
+        while not (
+            above.parent is None
+            or above.children
+            or above.is_resumable
+            or above in keep
         ):
-            entry, parent = node.entry, node.parent
-            removed.append(entry)
-            del self.nodes[entry]
-            del parent.children[node.tokens[0]]
-            self.nbytes -= entry.nbytes
-            self.counts[reason] += 1
-            node = parent
-        if node.parent is None and not node.children:
+            above = self.remove_one(above, reason)
+        return above
+
+    def remove_one(self, node: Node, reason: str) -> Node:
+        """Remove a leaf.
+
+        Returns:
+            Node: The node above it.
+        """
+        self.left.append((reason, node.number))
+        entry, parent = node.entry, node.parent
+        del self.nodes[entry]
+        del parent.children[node.tokens[0]]
+        self.nbytes -= entry.nbytes
+        self.counts[reason] += 1
+        if parent.parent is None and not parent.children:
             roots = self.roots[entry.model_key]
-            del roots[node.layout.key]
+            del roots[parent.layout.key]
             if not roots:
                 del self.roots[entry.model_key]
-        for entry in removed:
-            self.eviction.on_remove(entry, reason)
-        return node
+        self.eviction.on_remove(entry, reason)
+        return parent
 
     def expire(self) -> None:
         """Remove the entries that the policy calls expired, and all that follows them."""
+        self.decide("expiry", self.expire_here)
+
+    def expire_here(self) -> None:
+        """``expire``, by the clock and the policy of this process."""
         for entry in list(self.eviction.expired(self.clock())):
             if entry in self.nodes:
                 for node in reversed(self.nodes[entry].subtree):
                     if node.entry in self.nodes:
                         self.remove(node, "expired")
+
+    # Several processes
+
+    def decide(self, kind: str, run: Callable[[], None]) -> None:
+        """Let one process decide what leaves. The others, whose trees are the same, remove what
+        it has removed.
+
+        Args:
+            kind (str): What is decided.
+            run (Callable): Removes it.
+        """
+        is_mine = False
+
+        def make() -> List[Tuple[str, int]]:
+            nonlocal is_mine
+            is_mine, self.left = True, []
+            run()
+            return self.left
+
+        left = self.agree(kind, make)
+        if is_mine or not left:
+            return
+        nodes = {node.number: node for node in self.nodes.values()}
+        for reason, number in left:
+            if reason == "superseded":
+                self.drop_snapshot(nodes[number])
+            else:
+                self.remove_one(nodes[number], reason)
+
+    @property
+    def digest(self) -> int:
+        """A number that differs if the trees of two processes differ, but for their arrays."""
+        nodes = sorted(
+            (node.number, node.end, node.parent.number, node.snapshot is None)
+            for node in self.nodes.values()
+        )
+        return zlib.crc32(repr(nodes).encode())
 
     # Statistics
 

@@ -59,6 +59,9 @@ class Node:
         entry (Optional[Entry]): What policies see of the node. The root has none.
     """
 
+    # What it is called among processes whose trees are the same. The root is 0.
+    number = 0
+
     def __init__(
         self,
         layout: Layout,

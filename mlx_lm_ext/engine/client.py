@@ -217,6 +217,9 @@ class EngineClient:
             # Prompts with images are tokenized on the generation thread.
             if not image_parts(completion.messages):
                 self.tokenize(first, preparation)
+            elif self.model_provider.group.size > 1:
+                message = "images cannot be used with a model on several ranks"
+                raise RequestError(400, message, "messages", "unsupported_value")
             first.check_tokens()
             if first.segments:
                 first.fit_to_context()

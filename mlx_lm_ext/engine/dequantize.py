@@ -22,6 +22,7 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..device import device_kind, give_back_freed, usable_memory
+from ..distributed.group import ONE_PROCESS, OneProcess
 from ..log import stage
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,13 @@ PACKED = ("weight", "scales", "biases", "global_scale")
 KV_SHARE = 1 / 10
 
 
-def convert(models: Sequence[nn.Module], args: argparse.Namespace) -> None:
-    """Convert models that are served together, as ``--dequantize`` says.
+def convert(
+    models: Sequence[nn.Module],
+    args: argparse.Namespace,
+    group: OneProcess = ONE_PROCESS,
+) -> None:
+    """Convert models that are served together, as ``--dequantize`` says. Several ranks do it if
+    all of them have room for it.
 
     Raises:
         MemoryError: If that was asked for, and does not fit.
@@ -57,8 +63,6 @@ def convert(models: Sequence[nn.Module], args: argparse.Namespace) -> None:
     if kept := sorted({name for c in conversions for name in c.kept}):
         logger.info(f"Layers that stay quantized: {', '.join(kept)}")
     types = sorted({type_name(c.dtype) for c in conversions if c.dtype is not None})
-    if not types:
-        return
     before = sum(c.n_before for c in conversions)
     after = sum(c.n_after for c in conversions)
     memory = usable_memory()
@@ -69,7 +73,10 @@ def convert(models: Sequence[nn.Module], args: argparse.Namespace) -> None:
         max(c.n_working for c in conversions),
     )
     name = " and ".join(types)
-    if after + room > memory:
+    has_room = bool(group.least(int(not types or after + room <= memory)))
+    if not types:
+        return
+    if not has_room:
         figures = (
             f"in {name} the weights take {gigabytes(after)}, beside which KV needs "
             f"{gigabytes(room)}, and there are {gigabytes(memory)}"

@@ -5,6 +5,7 @@ from queue import Empty, SimpleQueue
 from threading import Event
 from typing import List, Optional
 
+from ..errors import RequestError
 from ..request.mailbox import Turnstile
 from ..request.request import Request
 
@@ -37,6 +38,11 @@ class Inbox:
     def is_closed(self) -> bool:
         return self.reason is not None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the generation thread is to end."""
+        return self.is_closed
+
     def close(self, reason: str) -> None:
         """Let no request be served any more, and wake the generation thread.
 
@@ -47,6 +53,16 @@ class Inbox:
             self.closed = time.monotonic()
             self.reason = reason
         self.requests.put(None)
+
+    def abandon(self, reason: str) -> None:
+        """End all requests that come or are here, on any thread: the generation thread cannot.
+
+        Args:
+            reason (str): What clients are told.
+        """
+        self.close(reason)
+        for request in Inbox.take(self, block=False):
+            request.put(RequestError(503, reason))
 
     @property
     def has_new(self) -> bool:

@@ -7,6 +7,8 @@ Rules:
    that cannot be batched, starts when the batch is empty.
 3. A step that raises fails only the requests that cause it. The others go on from the
    tokens that they have. An error before a request is in the batch fails that request only.
+4. With several ranks, each runs this loop. What could differ is agreed on, see
+   ``distributed.group``, and what raises on one of them ends all.
 """
 
 import gc
@@ -14,6 +16,7 @@ import logging
 import time
 import traceback
 from collections import deque
+from functools import partial
 from math import inf
 from threading import Event, Thread
 from typing import Deque, List, Optional, Sequence, cast
@@ -21,7 +24,9 @@ from typing import Deque, List, Optional, Sequence, cast
 from ..batch.batch import Batch
 from ..batch.prefill import SHAPES, max_prefill_tokens
 from ..cache.prompt_cache import RadixPromptCache
-from ..errors import RequestError, internal_error
+from ..distributed.connections import RankError
+from ..distributed.group import ONE_PROCESS, OneProcess
+from ..errors import RequestError, internal_error, one_line
 from ..interfaces import SchedulerView
 from ..policies.guard import Policies
 from ..request.request import NO_TIME, NO_TOKEN, Request
@@ -43,6 +48,8 @@ STATISTICS_INTERVAL = 10.0
 COUNT_INTERVAL = 1.0
 # Seconds between two looks whether all kernels are compiled.
 COMPILING_INTERVAL = 0.2
+# Places at which the ranks are the same between two comparisons of their prompt caches.
+DIGEST_INTERVAL = 64
 
 
 class Engine:
@@ -53,6 +60,8 @@ class Engine:
         policies (Policies): The policies and hooks of plugins.
         prompt_cache (Optional[RadixPromptCache]): Where KV is kept between requests.
           Without one, none is kept.
+        group (OneProcess): The ranks that run the model.
+        inbox (Optional[Inbox]): Where requests come from; a new one if not given.
     """
 
     batch_class = Batch
@@ -62,12 +71,15 @@ class Engine:
         model_provider: BatchModelProvider,
         policies: Policies,
         prompt_cache: Optional[RadixPromptCache] = None,
+        group: OneProcess = ONE_PROCESS,
+        inbox: Optional[Inbox] = None,
     ):
         self.model_provider = model_provider
         self.cli_args = model_provider.cli_args
         self.policies = policies
         self.prompt_cache = prompt_cache
-        self.inbox = Inbox()
+        self.group = group
+        self.inbox = inbox or Inbox()
         # Requests that have not started, in the order in which they are to start.
         self.waiting: Deque[Request] = deque()
         # Whether a request came or left since they were put in that order.
@@ -88,12 +100,21 @@ class Engine:
         # which it waits.
         self.warm_up: Optional[WarmUp] = None
         self.kernels = KernelBuild()
+        # Set when no request is served any more. Whether that is because of an error.
         self.ended = Event()
+        self.has_failed = False
+        self.n_places = 0
         self.counters = Counters()
         # Of the tokens that were generated, those that a line of the log has reported.
         self.n_reported = 0
+        # Whether KV expires by the eviction policy, and whether it is time to look for it.
+        self.has_expiry = self.prompt_cache is not None and bool(
+            group.agree("expiry of KV", lambda: policies.eviction.overrides("expired"))
+        )
+        self.must_expire = False
         self.last_report = self.last_count = policies.clock()
         self.thread = Thread(target=self.run)
+        group.on_lost(self.lose)
 
     # Any thread
 
@@ -120,21 +141,33 @@ class Engine:
         self.thread.join(timeout)
         return not self.thread.is_alive()
 
+    def lose(self, reason: str) -> None:
+        """Another rank is lost. The generation thread may wait for it for ever."""
+        self.has_failed = True
+        if not self.loaded.is_set():
+            self.load_error = RankError(reason)
+        self.inbox.abandon(reason)
+        self.loaded.set()
+        self.ended.set()
+
     # The generation thread from here on
 
     def run(self) -> None:
-        has_failed = False
         try:
             self.load()
             self.serve()
         except BaseException as e:
             # What requests and plugins raise does not come here.
-            logger.critical("The generation thread has failed", exc_info=e)
-            has_failed = True
-            self.inbox.close("the engine has failed")
+            self.has_failed = True
+            reason = "the engine has failed"
+            if self.group.size > 1:
+                reason = self.group.fail(f"rank {self.group.rank}: {one_line(e)}")
+            if self.group.lost is None or not isinstance(e, RuntimeError):
+                logger.critical("The generation thread has failed", exc_info=e)
+            self.inbox.close(reason)
         self.loaded.set()
         try:
-            self.end(has_failed)
+            self.end(self.has_failed)
         except BaseException:
             logger.exception("The generation thread could not free what it has")
         self.ended.set()
@@ -143,18 +176,36 @@ class Engine:
         """Load the model. With ``--warmup full``, warm it up too."""
         try:
             self.model_provider.switch_to(self.model_provider.default_key)
-            if self.cli_args.warmup != "off" and self.has_batches:
+            if self.group.size > 1:
+                self.check_ranks()
+            elif self.cli_args.warmup != "off" and self.has_batches:
                 self.warm_up = WarmUp.of_server(self.model_provider)
                 dtype = logits_type(self.model_provider.model)
                 self.kernels.start(type_name(dtype))
         except Exception as e:
             self.load_error = e
+            if self.group.size > 1:
+                reason = self.group.fail(f"rank {self.group.rank}: {one_line(e)}")
+                self.load_error = RankError(reason)
             self.inbox.close("the model cannot be loaded")
         if self.warm_up and self.cli_args.warmup == "full":
             while self.kernels.is_running and not self.inbox.is_closed:
                 time.sleep(COMPILING_INTERVAL)
             self.warm_up.run_all(lambda: self.inbox.is_closed)
         self.loaded.set()
+
+    def check_ranks(self) -> None:
+        """Check what has to be so with several ranks, of a model that is loaded.
+
+        Raises:
+            RuntimeError: If it is not so.
+        """
+        if not self.has_batches:
+            raise RuntimeError(
+                "the model cannot be served by several ranks, because its requests cannot be "
+                "batched"
+            )
+        self.group.compare(self.model_provider.digests)
 
     def warm_up_while_idle(self) -> None:
         """Run pieces of the warm-up until something is in the inbox."""
@@ -164,13 +215,17 @@ class Engine:
 
     def serve(self) -> None:
         """Serve requests until the inbox is closed."""
-        while not self.inbox.is_closed:
+        while not self.inbox.is_done:
             is_idle = not (self.waiting or self.n_running)
             self.count(is_idle)
             self.report(is_idle)
             if is_idle:
                 self.warm_up_while_idle()
+                self.group.advance(is_busy=False)
             self.take_new(block=is_idle)
+            self.group.advance(is_busy=True)
+            self.check_trees()
+            self.expire()
             if is_idle:
                 self.last_report = self.policies.clock()
             try:
@@ -188,12 +243,26 @@ class Engine:
                 self.recover(e)
             self.score()
 
+    def check_trees(self) -> None:
+        """Compare the prompt caches of several ranks now and then.
+
+        Raises:
+            RankError: If they differ.
+        """
+        cache = self.batch.prompt_cache if self.batch is not None else self.prompt_cache
+        if self.group.size == 1 or cache is None:
+            return
+        self.n_places += 1
+        if self.n_places % DIGEST_INTERVAL == 0:
+            self.group.check("digest of the prompt cache", cache.digest)
+
     def end(self, has_failed: bool) -> None:
         """End all requests, and free all arrays on the thread that has made them.
 
         Args:
             has_failed (bool): Whether that is because of an error.
         """
+        self.group.leave()
         self.take_new(block=False)
         reason = str(self.inbox.reason)
         for request in self.unfinished:
@@ -252,13 +321,18 @@ class Engine:
         n = self.counters.generated_tokens - self.n_reported
         self.n_reported += n
         self.last_report += seconds
+        self.must_expire = True
         try:
-            if self.prompt_cache is not None:
-                self.prompt_cache.expire()
             if n or not is_idle:
                 logger.info("; ".join(self.describe(n, seconds)))
         except Exception:
             logger.exception("What was done cannot be logged")
+
+    def expire(self) -> None:
+        """Let expired KV leave, if the policy has a time for it: every few seconds."""
+        if self.has_expiry and self.group.agree("expire", lambda: self.must_expire):
+            self.must_expire = False
+            self.prompt_cache.expire()
 
     def describe(self, n_tokens: int, seconds: float) -> List[str]:
         """What was done in the last seconds, and what is there."""
@@ -279,8 +353,7 @@ class Engine:
             block (bool): Wait until there is one, or something else to do.
         """
         timeout = None
-        is_caching = block and self.prompt_cache is not None
-        if is_caching and self.policies.eviction.overrides("expired"):
+        if block and self.has_expiry:
             # Expired KV leaves while the engine is idle, too.
             timeout = STATISTICS_INTERVAL
         if self.warm_up:
@@ -348,12 +421,13 @@ class Engine:
             self.start_waiting()
             if self.batch is not None:
                 self.batch.drop_unneeded()
-        except BaseException:
+        except BaseException as e:
+            self.survive(e)
             logger.exception("Starting the waiting requests failed")
 
     def start_waiting(self) -> None:
         for request in list(self.waiting):
-            if self.n_running >= self.max_rows or self.inbox.is_closed:
+            if self.n_running >= self.max_rows or self.inbox.is_done:
                 return
             try:
                 if not self.is_turn(request):
@@ -361,16 +435,22 @@ class Engine:
                 if request.awaits_logprobs:
                     if self.scores is not None:
                         continue  # one prompt at a time
-                    if self.batch and not self.batch.fits(request):
+                    if self.batch and not self.group.agree(
+                        "start of scores", partial(self.batch.fits, request)
+                    ):
                         return
                 elif self.batch is not None and request.max_tokens:
                     if self.batch.must_wait(request):
                         continue
-                    if not self.batch.can_start(request, self.scored):
+                    if not self.group.agree(
+                        "start", partial(self.batch.can_start, request, self.scored)
+                    ):
                         return
                 self.waiting.remove(request)
                 self.begin(request)
             except BaseException as e:
+                if not isinstance(e, RequestError):
+                    self.survive(e)
                 if request in self.waiting:
                     self.waiting.remove(request)
                 self.fail(request, e)
@@ -424,14 +504,24 @@ class Engine:
                 self.policies,
                 self.prompt_cache,
                 self.inbox.turnstile,
+                self.group,
             )
 
     def order_waiting(self) -> None:
         """Put the waiting requests in the order of the scheduler policy."""
         self.changed = False
+        if self.group.size == 1:
+            self.waiting = self.ordered()
+            return
+        numbers = self.group.agree("order", lambda: [r.number for r in self.ordered()])
+        found = {r.number: r for r in self.waiting}
+        self.waiting = deque(found[number] for number in numbers)
+
+    def ordered(self) -> Deque[Request]:
+        """The waiting requests in the order of the scheduler policy."""
         scheduler = self.policies.scheduler
         if not scheduler.overrides("order"):
-            return
+            return self.waiting
         arrived = sorted(self.waiting, key=lambda r: r.arrival)
         cache = self.prompt_cache if self.batch is None else self.batch.prompt_cache
         if len(arrived) <= scheduler.most_known and cache is not None:
@@ -442,7 +532,7 @@ class Engine:
             view = SchedulerView(self.policies.clock(), (), self.cli_args.batch_size)
         else:
             view = self.batch.view
-        self.waiting = deque(cast(Sequence[Request], scheduler.order(arrived, view)))
+        return deque(cast(Sequence[Request], scheduler.order(arrived, view)))
 
     @property
     def has_batches(self) -> bool:
@@ -501,7 +591,9 @@ class Engine:
     def preempt(self) -> None:
         """Put the newest requests back to those that wait, until the KV of the others fits
         into the memory in the next step."""
-        while self.batch is not None and self.batch.outgrows_memory:
+        while self.batch is not None and self.group.agree(
+            "outgrown memory", lambda: self.batch.outgrows_memory
+        ):
             request = self.batch.newest
             # First, because the batch may fail.
             self.waiting.appendleft(request)
@@ -540,7 +632,11 @@ class Engine:
         request, n = scores.request, None
         try:
             if self.batch:
-                n = self.policies.scheduler.prefill_tokens(self.batch.view)
+                view = self.batch.view
+                n = self.group.agree(
+                    "tokens to score",
+                    partial(self.policies.scheduler.prefill_tokens, view),
+                )
                 self.batch.interrupt()
             if not scores.step(scores.step_size if n is None else n):
                 return
@@ -552,6 +648,7 @@ class Engine:
             self.waiting.appendleft(request)
             self.changed = True
         except BaseException as e:
+            self.survive(e)
             # The frames hold the arrays of the chunk.
             traceback.clear_frames(e.__traceback__)
             self.fail(request, e)
@@ -560,6 +657,7 @@ class Engine:
     def recover(self, error: BaseException) -> None:
         """After a failed step: fail the requests that make it fail, and let the others start
         again."""
+        self.survive(error)
         suspects = [r for r in self.running if not r.finished]
         for request in suspects:
             request.is_suspect = True
@@ -573,9 +671,16 @@ class Engine:
     def restart(self, error: BaseException) -> None:
         """After requests could not leave the batch: no step of those that stay has failed, and
         all of them start again."""
+        self.survive(error)
         logger.error("Requests could not be taken out of the batch", exc_info=error)
         traceback.clear_frames(error.__traceback__)
         self.put_back(self.running)
+
+    def survive(self, error: BaseException) -> None:
+        """Let an error end the engine if there are other ranks: they are in the middle of a step
+        in which this one does not take part any more."""
+        if self.group.size > 1:
+            raise error
 
     def put_back(self, requests: List[Request]) -> int:
         """Empty the batch, and let the requests that have not ended start again before all

@@ -20,6 +20,8 @@ from mlx_lm.server import ModelDescription
 from mlx_lm.utils import load_config, load_tokenizer
 
 from ..device import on_cpu, process_limit
+from ..distributed.group import ONE_PROCESS, OneProcess
+from ..distributed.launch import check_heads, weights
 from ..errors import RequestError, one_line
 from ..log import stage
 from ..request.served_model import ModelKey, ServedModel
@@ -50,15 +52,19 @@ def takes_images(config: Dict[str, Any]) -> bool:
     return bool(config.get("vision_config")) and kind in PROCESSORS
 
 
-def check_room(path: Path) -> None:
+def check_room(path: Path, n_ranks: int) -> None:
     """Refuse a model whose weights are larger than the memory limit of this process: the
     system would end the process.
+
+    Args:
+        path (Path): Its folder.
+        n_ranks (int): How many processes share them out.
 
     Raises:
         MemoryError: If its files are larger than the limit.
     """
     limit = process_limit()
-    n_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    n_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors")) // n_ranks
     if on_cpu() and limit is not None and n_bytes > limit:
         raise MemoryError(
             f"its weights take {n_bytes / 1e9:.1f} GB, and a limit of this process "
@@ -71,10 +77,12 @@ class BatchModelProvider(ModelProviderBase):
 
     Args:
         cli_args (argparse.Namespace): The command line.
+        group (OneProcess): The ranks that run the model.
     """
 
-    def __init__(self, cli_args):
+    def __init__(self, cli_args, group: OneProcess = ONE_PROCESS):
         super().__init__(cli_args)
+        self.group = group
         self._lock, self._describing = Lock(), Lock()
         # In the order in which they were last asked for.
         self._served: "OrderedDict[ModelKey, ServedModel]" = OrderedDict()
@@ -93,6 +101,11 @@ class BatchModelProvider(ModelProviderBase):
         names = self.resolve(model)
         if names == self.resolve(default):
             return self.default_key
+        if self.group.size > 1:
+            asked = zip(PARAMS, names, self.resolve(default))
+            param, name = next((p, n) for p, n, served in asked if n != served)
+            message = f"{param} {name!r} is not what the {self.group.size} ranks serve"
+            raise self.not_found(param, message)
         model_name, adapter, draft = map(self._allow, PARAMS, names, self.default_key)
         return model_name, adapter, draft
 
@@ -272,11 +285,12 @@ class BatchModelProvider(ModelProviderBase):
         path = self._locate(key)
         try:
             with stage(f"Loading {key[0]}"):
-                check_room(path)
+                self.check_shares(path)
                 self.load(*key)
             dequantize.convert(
                 [m for m in (self.model, self.draft_model) if m is not None],
                 self.cli_args,
+                self.group,
             )
         except Exception as e:
             # The frames hold arrays, and the error goes to another thread.
@@ -290,6 +304,23 @@ class BatchModelProvider(ModelProviderBase):
         if self.cli_args.generation_config == "model":
             logger.info(f"Sampling by {FILE}: {served.sampling or 'it gives none'}")
         self._keep(served)
+
+    def check_shares(self, path: Path) -> None:
+        """Check that there is room for the weights, and that they can be shared out among the
+        ranks.
+
+        Raises:
+            MemoryError: If there is no room.
+            ValueError: If they cannot be shared out.
+        """
+        check_room(path, self.group.size)
+        if self.tensor_group is not None:
+            check_heads(text_config(load_config(path)), self.group.size)
+
+    @property
+    def digests(self) -> Dict[str, str]:
+        """A digest of each file of the loaded model."""
+        return weights(self._locate(self.model_key))
 
     def unusable(self, param: str, name: str, reason: Exception) -> RequestError:
         """The 404 for a model that a request may name, and that cannot be loaded."""

@@ -125,6 +125,8 @@ class Request(RequestInfo):
         forgotten (bool): Whether the scheduler policy was told that it has ended.
         index (int): Its place among the answers to one HTTP request.
         answers (Answers): Takes its events to the handler.
+        number (Optional[int]): What it is called among several ranks, from when the generation
+          thread has it.
         reads_each (bool): Whether the handler wants each token as soon as it is made.
     """
 
@@ -149,6 +151,7 @@ class Request(RequestInfo):
     forgotten: bool = False
     index: int = 0
     answers: Answers = field(default_factory=lambda: Answers(Mailbox(Turnstile())))
+    number: Optional[int] = None
     reads_each: bool = True
 
     @property
