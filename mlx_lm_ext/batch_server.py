@@ -25,7 +25,7 @@ from threading import Thread
 from typing import Any, Dict, List, Optional
 
 from . import blas, cuda, demo_model, descriptors
-from .arguments import parse_arguments
+from .arguments import make_parser, parse_arguments
 from .folders import cache_directory
 from .log import LogWriter, stage
 from .policies.loading import PluginError, Plugins
@@ -164,7 +164,7 @@ class BatchServer:
         share_arenas()
         check_compiler()
         self.log.take_over("transformers", "huggingface_hub")
-        self.group = join(self.args)
+        self.group = join(self.args, vars(make_parser().parse_args([])))
         if self.group.rank:
             self.find_model()
             self.start_engine(FollowerPolicies(self.args))

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,40 @@ def jobs(n=36):
         )
         for i, tail in enumerate(texts(n, longest=40, seed=2))
     ]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 23, 456]}},
+    "required": ["n"],
+}
+# What rank 0 does with the logits, and what it computes of prompts.
+OTHERS = [
+    dict(prompt="abc abc", max_tokens=9, echo=True, logprobs=2),
+    dict(prompt="one two", max_tokens=9, repetition_penalty=1.3, logit_bias={"40": 9}),
+    dict(prompt="three", max_tokens=40, min_tokens=20, stop_token_ids=[50, 60, 70]),
+    dict(prompt="four", max_tokens=9, n=3, temperature=1, seed=5),
+    dict(prompt="five", max_tokens=0),
+    dict(prompt="six", max_tokens=9, top_k=-5),
+    dict(
+        messages=[{"role": "user", "content": "seven"}],
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": SCHEMA},
+        },
+    ),
+]
+
+
+def answers_to_others(port):
+    """What is said, or refused."""
+    found = []
+    for body in OTHERS:
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        status, answer = call(port, "POST", path, body)
+        said = [(c.get("text"), c.get("message")) for c in answer.get("choices", ())]
+        found.append((status, said, answer.get("error")))
+    return found
 
 
 def answers(port, bodies):
@@ -136,6 +170,8 @@ def expected(start_server, model_folder, folder, monkeypatch):
     def get(name, bodies):
         monkeypatch.setattr("tiny_models.make_model", lambda path, name: folder(name))
         _, port = start_server(name, "--use-prompt-cache")
+        if bodies is OTHERS:
+            return answers_to_others(port)
         return answers(port, bodies)
 
     return get
@@ -157,6 +193,7 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
         assert answers(port, bodies) == expected("llama", bodies)
         leaving.join()
         assert answers(port, bodies) == expected("llama", bodies)
+        assert answers_to_others(port) == expected("llama", OTHERS)
         done = statistics(port)
         assert done["evictions"]["evicted"] > 0 and done["cached_tokens"] > 0
         # What the ranks cannot serve is refused.
@@ -219,16 +256,25 @@ def test_mlx_launch_starts_the_ranks(folder, tmp_path):
     command = [str(launch), "-n", "2", "--starting-port", str(first)]
     command += [sys.executable, "-m", "mlx_lm_ext.batch_server"]
     command += ["--model", str(folder("llama")), "--port", str(port)]
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, **pipes, text=True, start_new_session=True
     ) as process:
         try:
             for line in process.stderr:
                 if "Ready after" in line:
                     break
             assert complete(port, "abc", max_tokens=3, temperature=0)
+            # As Ctrl-C in a terminal does. The launcher ends first.
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(30)
+            with pytest.raises(ProcessLookupError):
+                deadline = time.monotonic() + 30
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
         finally:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # A rank is lost
@@ -263,6 +309,8 @@ def test_plugin_that_raises_fails_its_request_or_is_replaced(folder, tmp_path):
         texts_ = [complete(port, p, max_tokens=9) for p in texts(6, seed=5)]
         assert all(texts_)
         body = dict(prompt="x", max_tokens=9, fails=True)
+        assert call(port, "POST", "/v1/completions", body)[0] == 500
+        body = dict(body, fails="hook")
         assert call(port, "POST", "/v1/completions", body)[0] == 500
         assert complete(port, "abc", max_tokens=3)
         assert "ArithmeticError: order" in first.log
@@ -307,6 +355,8 @@ def mlx_lm_make_logits_processors(request, tokenizer, args):
     def fail(tokens, logits):
         raise ArithmeticError("processor")
 
+    if request.body.get("fails") == "hook":
+        raise ArithmeticError("hook")
     return [fail] if request.body.get("fails") else []
 """
 

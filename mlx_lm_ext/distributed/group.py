@@ -9,14 +9,16 @@ Rules:
    next line, and a rank that waits for it sleeps.
 """
 
-from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, TypeVar
+import logging
+from typing import Any, Callable, Dict, List, Optional, TypeVar
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ..errors import RequestError, internal_error
 from .connections import Connections, RankError
 from .heartbeat import Heartbeat
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,9 +37,11 @@ class OneProcess:
         Args:
             kind (str): What is decided.
             make (Callable): Decides it, on rank 0 only. Gives what JSON has: the other ranks get
-              tuples as lists. It may raise a ``RequestError``, which is raised on all ranks.
+              tuples as lists.
 
         Raises:
+            RequestError: If ``make`` has raised one: on all ranks, so that the same request fails
+              on all. What else it raises becomes one of them, and is logged.
             RankError: If rank 0 has decided something else, or is lost.
         """
         return make()
@@ -126,8 +130,6 @@ class Ranks(OneProcess):
         self.rank, self.size = group.rank(), group.size()
         self.connections = Connections(self.rank, self.size, self.share)
         self.heartbeat = Heartbeat(self.rank, self.connections.lives, timeout)
-        # What rank 0 has told and was not asked for yet.
-        self.told: Deque[List[Any]] = deque()
         # Whether ``make`` is running: what it asks for itself is not told.
         self.is_deciding = False
         self.is_over = False
@@ -143,9 +145,12 @@ class Ranks(OneProcess):
         self.is_deciding = True
         try:
             value = make()
-        except RequestError as e:
+        except Exception as e:
+            if not isinstance(e, RequestError):
+                logger.error(f"Rank 0 could not decide: {kind}", exc_info=e)
+                e = internal_error()
             self.connections.tell([kind, None, [e.status, str(e), e.param, e.code]])
-            raise
+            raise e
         finally:
             self.is_deciding = False
         self.connections.tell([kind, value])

@@ -6,7 +6,7 @@ import hashlib
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
 import mlx.core as mx
 
@@ -38,11 +38,13 @@ MAY_DIFFER = {
 PIECE = 1 << 16
 
 
-def join(args: argparse.Namespace) -> OneProcess:
+def join(args: argparse.Namespace, names: Iterable[str]) -> OneProcess:
     """The group of this process: that of its launcher, or one of its own.
 
     Args:
         args (argparse.Namespace): The command line.
+        names (Iterable[str]): The arguments that are not those of plugins, which run on rank 0
+          only.
 
     Raises:
         RankError: If the other ranks cannot be reached, or differ from this one.
@@ -63,7 +65,7 @@ def join(args: argparse.Namespace) -> OneProcess:
         return OneProcess()
     check_arguments(args)
     ranks = Ranks(group, args.rank_timeout)
-    ranks.compare(facts(args))
+    ranks.compare(facts(args, names))
     return ranks
 
 
@@ -85,7 +87,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def facts(args: argparse.Namespace) -> Dict[str, str]:
+def facts(args: argparse.Namespace, names: Iterable[str]) -> Dict[str, str]:
     """What has to be the same on all ranks before the model is loaded."""
     found = {"the device": device_kind()}
     for package in PACKAGES:
@@ -93,9 +95,8 @@ def facts(args: argparse.Namespace) -> Dict[str, str]:
             found[f"the version of {package}"] = version(package)
         except PackageNotFoundError:
             continue
-    for name, value in vars(args).items():
-        if name not in MAY_DIFFER:
-            found[flag(name)] = str(value)
+    for name in sorted(set(names) - MAY_DIFFER):
+        found[flag(name)] = str(getattr(args, name))
     return found
 
 

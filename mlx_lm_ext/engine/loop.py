@@ -323,7 +323,8 @@ class Engine:
         self.last_report += seconds
         self.must_expire = True
         try:
-            if n or not is_idle:
+            # The others would say the same.
+            if (n or not is_idle) and self.group.rank == 0:
                 logger.info("; ".join(self.describe(n, seconds)))
         except Exception:
             logger.exception("What was done cannot be logged")
