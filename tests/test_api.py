@@ -303,7 +303,10 @@ def test_health_tells_whether_the_engine_serves(start_server):
     assert call(port, "GET", "/health") == (503, {"status": "loading"})
     engine.loaded.set()
     engine.stop_and_join()
-    assert call(port, "GET", "/health") == (503, {"status": "unavailable"})
+    assert call(port, "GET", "/health") == (
+        503,
+        {"status": "unavailable", "reason": "the server is stopping"},
+    )
     assert call(port, "POST", CHAT, {"messages": HELLO})[0] == 503
 
 

@@ -299,6 +299,18 @@ def test_loss_of_a_rank_ends_all(name, lost, folder, tmp_path):
         assert "Traceback" not in other.log
 
 
+def test_health_says_why_a_group_has_ended(start_server):
+    """In one process: it is gone soon after that."""
+    engine, port = start_server()
+    with open_stream(port, max_tokens=4000, ignore_eos=True) as response:
+        engine.lose("rank 1 has ended")
+        health = {"status": "unavailable", "reason": "rank 1 has ended"}
+        assert call(port, "GET", "/health") == (503, health)
+        assert "rank 1 has ended" in response.read().decode().split("\n\n")[-2]
+    status, answer = call(port, "POST", "/v1/completions", dict(prompt="a"))
+    assert (status, answer["error"]["message"]) == (503, "rank 1 has ended")
+
+
 def test_plugin_that_raises_fails_its_request_or_is_replaced(folder, tmp_path):
     """Plugins run on rank 0 only."""
     (tmp_path / "failing.py").write_text(PLUGIN)

@@ -589,8 +589,10 @@ class BatchAPIHandler(HTTPHandler):
 
     def handle_health_check(self) -> None:
         engine = self.response_generator
-        status = engine.status
-        self.send_json(200 if status == "ok" else 503, {"status": status})
+        health = {"status": engine.status}
+        if engine.status == "unavailable":
+            health["reason"] = str(engine.inbox.reason)
+        self.send_json(200 if health["status"] == "ok" else 503, health)
 
     def model_entry(self, id: str) -> Dict[str, Any]:
         """A model as JSON. It is the same in each list: it has not the time of this request."""
