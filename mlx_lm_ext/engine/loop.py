@@ -159,10 +159,11 @@ class Engine:
         except BaseException as e:
             # What requests and plugins raise does not come here.
             self.has_failed = True
-            reason = "the engine has failed"
+            mine = "the engine has failed"
             if self.group.size > 1:
-                reason = self.group.fail(f"rank {self.group.rank}: {one_line(e)}")
-            if self.group.lost is None or not isinstance(e, RuntimeError):
+                mine = f"rank {self.group.rank}: {one_line(e)}"
+            reason = self.group.fail(mine)
+            if reason == mine:
                 logger.critical("The generation thread has failed", exc_info=e)
             self.inbox.close(reason)
         self.loaded.set()
