@@ -25,20 +25,51 @@ from mlx_lm_ext.bench.random_model import LLAMA, write_model
 from mlx_lm_ext.distributed.launch import check_arguments
 
 # Few bytes for KV, so that entries are evicted and rows have to wait.
-CROWDED = ["--radix-cache-size", "450000", "--max-kv-bytes", "350000"]
-# Runs the server on rank 1 with wrong logits, and on all ranks with the step of a GPU.
-PERTURBED = """
+CROWDED = ["--radix-cache-size", "300000", "--max-kv-bytes", "250000"]
+CROWDED_PIPELINE = ["--radix-cache-size", "450000", "--max-kv-bytes", "350000"]
+# Runs the server with wrong logits on the ranks that follow, where nothing may be decided, and on
+# all ranks with the step of a GPU.
+FOLLOWING = """
 import os
 from mlx_lm_ext import blas, batch_server
 blas.load()
 blas.load = lambda: None
 import mlx.core as mx
-from mlx_lm_ext.batch import generator
-run = generator.LeanGenerationBatch.run
-def perturbed(self, inputs):
-    logits = run(self, inputs)
-    return logits + mx.random.normal(logits.shape) if self.group.rank else logits
-generator.LeanGenerationBatch.run = perturbed
+from mlx_lm_ext.batch import batch, generator, grouping, groups, pace
+from mlx_lm_ext.cache import prompt_cache
+from mlx_lm_ext.distributed import group
+
+def decided_by_rank_0(cls, name):
+    function = getattr(cls, name)
+    function = getattr(function, "fget", function)
+    def called(*args):
+        assert group.Ranks.has_left, name
+        return function(*args)
+    setattr(cls, name, property(called) if name == "outgrows_memory" else called)
+
+def leave(self):
+    group.Ranks.has_left = True
+    left(self)
+
+group.Ranks.has_left = False
+left, group.Ranks.leave = group.Ranks.leave, leave
+if os.environ["MLX_RANK"] != "0":
+    for cls, names in (
+        (batch.Batch, ("can_start", "fits", "outgrows_memory", "plan_prefill")),
+        (batch.Batch, ("make_sampling",)),
+        (grouping.Grouping, ("place", "plan")),
+        (groups.GenerationGroups, ("due",)),
+        (pace.Pace, ("cost",)),
+        (prompt_cache.RadixPromptCache, ("evict_here", "expire_here")),
+        (generator.LeanGenerationBatch, ("sample",)),
+    ):
+        for name in names:
+            decided_by_rank_0(cls, name)
+    run = generator.LeanGenerationBatch.run
+    def perturbed(self, inputs):
+        logits = run(self, inputs)
+        return logits + mx.random.normal(logits.shape)
+    generator.LeanGenerationBatch.run = perturbed
 if {of_gpu}:
     generator.on_cpu = lambda: False
 batch_server.main()
@@ -220,18 +251,16 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
 
 
 @pytest.mark.parametrize("of_gpu", [False, True])
-def test_tokens_are_those_of_rank_0(of_gpu, expected, folder, tmp_path):
-    """The logits of the others are wrong here. The step of a GPU is another one."""
-    n, bodies = (2, jobs(24)) if of_gpu else (3, jobs(24))
-    program = ["-c", PERTURBED.format(of_gpu=of_gpu)]
-    argv = ["--model", str(folder("three")), "--use-prompt-cache"]
-    if of_gpu:
-        argv[1] = str(folder("llama"))
+def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path):
+    """The step of a GPU is another one."""
+    n, name, bodies = (2, "llama", jobs(24)) if of_gpu else (3, "three", jobs(24))
+    program = ["-c", FOLLOWING.format(of_gpu=of_gpu)]
+    argv = ["--model", str(folder(name)), "--use-prompt-cache", *CROWDED]
+    argv += ["--eviction-policy", "ttl"]
     with served(n, tmp_path, *argv, program=program) as (port, started):
-        name = "llama" if of_gpu else "three"
         assert answers(port, bodies) == expected(name, bodies)
-        first = started[0]
-        first.process.send_signal(signal.SIGINT)
+        assert statistics(port)["evictions"]["evicted"] > 0
+        started[0].process.send_signal(signal.SIGINT)
         assert [rank.wait() for rank in started] == [0] * n
 
 
@@ -242,7 +271,7 @@ def test_layers_are_shared_out_with_pipeline(expected, folder, tmp_path):
         str(folder("deep")),
         "--use-prompt-cache",
         "--pipeline",
-        *CROWDED,
+        *CROWDED_PIPELINE,
     ]
     with served(2, tmp_path, *argv) as (port, _):
         assert answers(port, bodies) == expected("deep", bodies)
