@@ -24,7 +24,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 # From the highest to the lowest. A module may import those of its own line and of the lines
 # below it.
 ROOMS = [
-    ("bench", "examples", "plugins"),
+    ("bench", "examples", "plugins", "testing"),
     ("batch_server", "arguments"),
     ("engine",),
     ("policies",),
