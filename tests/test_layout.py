@@ -6,6 +6,7 @@ that is loaded by its name, as plugins are, is not imported.
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -344,7 +345,24 @@ def test_every_package_that_is_imported_is_declared():
     distributions = packages_distributions()
     for _, where, name in imports(PACKAGE):
         root = name.partition(".")[0]
-        if root in sys.stdlib_module_names or root == PACKAGE.name:
+        # The sample plugin is a project of its own, and its tests import it.
+        own = (PACKAGE.name, "mlx_lm_sample_plugin")
+        if root in sys.stdlib_module_names or root in own:
             continue
         names = {d.lower().replace("_", "-") for d in distributions[root]}
         assert names & declared, f"{where} imports {root}"
+
+
+def test_package_imports_no_mlx():
+    code = "import sys, mlx_lm_ext; print('mlx.core' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert result.stdout == "False\n"
+
+
+def test_files_say_what_they_are():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text()
+        if text:
+            assert ast.get_docstring(ast.parse(text)), path.name
