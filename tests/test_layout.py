@@ -366,3 +366,31 @@ def test_files_say_what_they_are():
         text = path.read_text()
         if text:
             assert ast.get_docstring(ast.parse(text)), path.name
+
+
+# What the guide names of mlx-lm's repository that no wheel has.
+UPSTREAMS_OWN = {
+    "setup.py",
+    "test_generate.py",
+    "test_prompt_cache.py",
+    "test_sample_utils.py",
+    "test_server.py",
+    "unittest",
+}
+
+
+def test_what_the_guide_for_contributors_names_is_there():
+    root, upstream = PACKAGE.parent, Path(mlx_lm.__file__).parent
+    guide = (root / "CONTRIBUTING.md").read_text().partition("## Rooms")[2]
+    files = [*PACKAGE.rglob("*.py"), *upstream.glob("*.py"), *root.glob("tests/*.py")]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+
+    def is_there(name: str) -> bool:
+        if "/" in name or re.search(r"\.(py|md|json|toml)$", name):
+            # Also a file of the room that the sentence is about.
+            places = (root, PACKAGE, upstream, *PACKAGE.iterdir())
+            return any((place / name).exists() for place in places)
+        return words.issuperset(name.split("."))
+
+    names = set(re.findall(r"`([\w./]+)`", guide))
+    assert [n for n in names - UPSTREAMS_OWN if not is_there(n)] == []
