@@ -454,7 +454,7 @@ SCHEDULING = [
     (WantsUsers, "order.* raised KeyError: 'user'"),
     (Twice, r"returned request 'r\d+' twice; right is some or all of the waiting"),
     (OrdersRunning, r"returned 'r\d+', which does not wait; right is some or all"),
-    (OrdersIds, r"returned \"'r\d+'\"|returned 'r\d+', which does not wait"),
+    (OrdersIds, r"returned 'r\d+', which does not wait; right is some or all"),
     (OrdersNumber, r"order.* returned \d+; right is some or all"),
     (SortsInPlace, "order.* changed the list; right is to change nothing"),
     (ChangesRequests, r"on_start.* changed body of request 'r\d+'; right is to change"),

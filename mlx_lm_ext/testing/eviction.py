@@ -182,8 +182,9 @@ class WatchedEviction(EvictionPolicy):
             method,
             [arg],
             f"returned {a!r} and then {b!r}, and nothing happened in between",
-            "to change nothing, and so to return the same. What is drawn at random can be "
-            "drawn in on_insert and on_split, and kept in entry.data",
+            "to change nothing, and so to return the same. The time is that of the clock that "
+            "it was made with. What is drawn at random can be drawn in on_insert and "
+            "on_split, and kept in entry.data",
         )
 
     def check_priority(self, method: str, args: Sequence[Any], value: Any) -> None:

@@ -154,11 +154,18 @@ class Trace:
         Returns:
             Dict[str, List[int]]: The tokens of each request, by its id.
         """
-        rng = random.Random(self.seed)
         states = random.getstate(), np.random.get_state()
         random.seed(global_seed)
         np.random.seed(global_seed)
         mx.random.seed(global_seed)
+        try:
+            return self.run_batches()
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+    def run_batches(self) -> Dict[str, List[int]]:
+        rng = random.Random(self.seed)
         waiting = self.requests()
         groups: List[Rows] = []
         tokens: Dict[str, List[int]] = {request.id: [] for request in waiting}
@@ -196,8 +203,6 @@ class Trace:
                 else:
                     rows.requests = []
             groups = [rows for rows in groups if rows.requests]
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         if watched is not None:
             watched.warn_if_slow()
         return tokens
