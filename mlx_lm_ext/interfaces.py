@@ -11,6 +11,7 @@ Rules:
 3. A policy that raises, or returns what it may not, is named in the log once. The built-in
    one replaces it until the server ends, and the requests go on. Nothing can replace a
    constraint: its request fails.
+4. ``testing`` checks that a policy or a sampler keeps this contract, without a server.
 """
 
 import argparse
@@ -124,9 +125,10 @@ class EvictionPolicy(ABC):
         """The entry with the lowest priority is evicted first.
 
         Called only for entries that nothing follows, which are the only ones that can be
-        evicted: what many prompts begin with leaves last. May return any values that can
-        be compared with each other. It must change nothing, and take the same time however
-        full the cache is.
+        evicted: what many prompts begin with leaves last. May return any values of one kind
+        that can be compared with each other: numbers, tuples of numbers, or objects of a
+        class. It must change nothing, give the same as long as nothing happens, and take the
+        same time however full the cache is.
         """
 
     def rank(self, entries: List[Entry]) -> List[Tuple[Any, ...]]:
@@ -135,7 +137,8 @@ class EvictionPolicy(ABC):
         of many entries at once.
 
         Returns:
-            A tuple for each entry: whether it is pinned, and its priority.
+            A tuple for each entry: whether it is pinned, and its priority. Which other
+            entries are ranked with it must not matter.
         """
         return [(not self.evictable(e), self.priority(e)) for e in entries]
 
@@ -366,7 +369,7 @@ class SchedulerPolicy(ABC):
         ``view.gap_tokens`` keeps the gaps of running streams within ``--max-gap``.
 
         Returns:
-            ``None`` for ``--prefill-step-size``.
+            At least 1, or ``None`` for ``--prefill-step-size``.
         """
         return None
 
@@ -393,6 +396,9 @@ class BatchSampler(ABC):
     Rows of very different lengths run in batches of their own. The object of the rows that
     are parted is copied with ``copy.deepcopy`` (not the arguments of its constructor), and
     each of the two gets ``filter``. If it cannot be copied, new objects are made.
+
+    What it draws at random comes from ``request.args.seed``, or from ``mx.random``, so that it
+    can be drawn again.
 
     Args:
         args (argparse.Namespace): The command line, with the flags that plugins added.
@@ -429,7 +435,7 @@ class BatchSampler(ABC):
 
         Returns:
             Token ids of shape (rows,). Do not evaluate them: the server does, once for the
-            whole step.
+            whole step. A token whose value is minus infinity is forbidden.
         """
 
 

@@ -23,16 +23,9 @@ import pytest
 import tiny_models
 
 from mlx_lm_ext.arguments import make_parser
-from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
-from mlx_lm_ext.engine.client import EngineClient
-from mlx_lm_ext.engine.loop import Engine
-from mlx_lm_ext.engine.models import BatchModelProvider
 from mlx_lm_ext.policies import loading
-from mlx_lm_ext.policies.guard import Policies
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.access import Keys
-from mlx_lm_ext.server.api import BatchAPIHandler
-from mlx_lm_ext.server.http_server import BatchHTTPServer
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +56,13 @@ def start_engine(request, model_folder, caplog):
     notice it. So a test fails if an error was logged, unless it has the marker
     ``logs_errors``.
     """
+    # They may not fit another mlx-lm, of which test_upstream_contract.py says what is different.
+    from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+    from mlx_lm_ext.engine.client import EngineClient
+    from mlx_lm_ext.engine.loop import Engine
+    from mlx_lm_ext.engine.models import BatchModelProvider
+    from mlx_lm_ext.policies.guard import Policies
+
     engines = []
 
     def start(
@@ -110,6 +110,9 @@ def start_engine(request, model_folder, caplog):
 @pytest.fixture
 def start_server(start_engine):
     """Starts HTTP servers in this process; gives (engine, port)."""
+    from mlx_lm_ext.server.api import BatchAPIHandler
+    from mlx_lm_ext.server.http_server import BatchHTTPServer
+
     servers = []
 
     def start(*args, tls=None, **kwargs):

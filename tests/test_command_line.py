@@ -14,6 +14,7 @@ from conftest import server_process
 from helpers import complete
 from mlx_lm.server import ModelDescription
 
+from mlx_lm_ext import batch_server
 from mlx_lm_ext.arguments import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -245,3 +246,16 @@ def test_readme_lists_every_argument():
         for option in action.option_strings:
             if option.startswith("--"):
                 assert f"`{option}" in README, option
+
+
+@pytest.mark.parametrize(
+    "version, good",
+    [("0.32.2", True), ("0.32.10", True), ("0.32.1", False), ("0.33.0rc1", False)],
+)
+def test_other_series_of_upstream_are_refused(version, good, monkeypatch):
+    monkeypatch.setattr(batch_server, "version", lambda name: version)
+    if good:
+        batch_server.check_mlx_lm()
+    else:
+        with pytest.raises(RuntimeError, match=version):
+            batch_server.check_mlx_lm()

@@ -6,6 +6,7 @@ that is loaded by its name, as plugins are, is not imported.
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -24,7 +25,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 # From the highest to the lowest. A module may import those of its own line and of the lines
 # below it.
 ROOMS = [
-    ("bench", "examples", "plugins"),
+    ("bench", "examples", "plugins", "testing"),
     ("batch_server", "arguments"),
     ("engine",),
     ("policies",),
@@ -345,7 +346,52 @@ def test_every_package_that_is_imported_is_declared():
     distributions = packages_distributions()
     for _, where, name in imports(PACKAGE):
         root = name.partition(".")[0]
-        if root in sys.stdlib_module_names or root == PACKAGE.name:
+        # The sample plugin is a project of its own, and its tests import it.
+        own = (PACKAGE.name, "mlx_lm_sample_plugin")
+        if root in sys.stdlib_module_names or root in own:
             continue
         names = {d.lower().replace("_", "-") for d in distributions[root]}
         assert names & declared, f"{where} imports {root}"
+
+
+def test_package_imports_no_mlx():
+    code = "import sys, mlx_lm_ext; print('mlx.core' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert result.stdout == "False\n"
+
+
+def test_files_say_what_they_are():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text()
+        if text:
+            assert ast.get_docstring(ast.parse(text)), path.name
+
+
+# What the guide names of mlx-lm's repository that no wheel has.
+UPSTREAMS_OWN = {
+    "setup.py",
+    "test_generate.py",
+    "test_prompt_cache.py",
+    "test_sample_utils.py",
+    "test_server.py",
+    "unittest",
+}
+
+
+def test_what_the_guide_for_contributors_names_is_there():
+    root, upstream = PACKAGE.parent, Path(mlx_lm.__file__).parent
+    guide = (root / "CONTRIBUTING.md").read_text().partition("## Rooms")[2]
+    files = [*PACKAGE.rglob("*.py"), *upstream.glob("*.py"), *root.glob("tests/*.py")]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+
+    def is_there(name: str) -> bool:
+        if "/" in name or re.search(r"\.(py|md|json|toml)$", name):
+            # Also a file of the room that the sentence is about.
+            places = (root, PACKAGE, upstream, *PACKAGE.iterdir())
+            return any((place / name).exists() for place in places)
+        return words.issuperset(name.split("."))
+
+    names = set(re.findall(r"`([\w./]+)`", guide))
+    assert [n for n in names - UPSTREAMS_OWN if not is_there(n)] == []

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from queue import SimpleQueue
@@ -114,6 +115,23 @@ def test_plugin_of_the_readme_works_as_printed(tmp_path, monkeypatch):
     args, found = parse_arguments(arguments)
     policy = Policies(found, args).eviction.policy
     assert policy.priority(SimpleNamespace(nbytes=7)) == -7
+
+
+def test_test_of_the_readme_passes_and_fails_as_printed(tmp_path, monkeypatch):
+    plugin, test = (
+        re.search(rf"```python\n({start}.*?)```", README, re.DOTALL)[1]
+        for start in ("from mlx_lm_ext import hookimpl", "from largest")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    # What is imported here is forgotten afterwards.
+    monkeypatch.setitem(sys.modules, "largest", None)
+    for right, wrong in [("", ""), ("return -entry.nbytes", "entry.nbytes = 0")]:
+        (tmp_path / "largest.py").write_text(plugin.replace(right, wrong))
+        del sys.modules["largest"]
+        names = {}
+        exec(test, names)
+        with pytest.raises(AssertionError) if wrong else nullcontext():
+            names["test_largest_first_keeps_the_contract"]()
 
 
 # Finding

@@ -53,6 +53,15 @@ def test_sample_uses_public_names_only():
             assert not node.attr.startswith("_") or node.attr == "__init__"
 
 
+@pytest.mark.slow
+def test_own_tests_of_the_sample_pass_where_it_is_not_installed(tmp_path):
+    folder = shutil.copytree(SAMPLE, tmp_path / "sample")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 passed" in result.stdout
+
+
 def ask(port, prompt, **body):
     body = dict(prompt=prompt, max_tokens=8, **body)
     status, answer = call(port, "POST", "/v1/completions", body)
