@@ -260,7 +260,8 @@ def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path)
     with served(n, tmp_path, *argv, program=program) as (port, started):
         assert answers(port, bodies) == expected(name, bodies)
         assert statistics(port)["evictions"]["evicted"] > 0
-        started[0].process.send_signal(signal.SIGINT)
+        name = signal.SIGTERM if of_gpu else signal.SIGINT
+        started[0].process.send_signal(name)
         assert [rank.wait() for rank in started] == [0] * n
 
 

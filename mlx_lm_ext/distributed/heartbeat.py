@@ -15,8 +15,8 @@ from typing import Callable, Dict, Iterator, List, Optional
 
 # Seconds between two beats, and without one after which a rank counts as lost. To load a
 # model or a library may keep its threads from running for longer.
-INTERVAL = 1.0
-SILENCE = 4.0
+INTERVAL = 0.5
+SILENCE = 3.0
 SILENCE_AT_START = 60.0
 # Seconds for the reason why another rank has ended to come, after its connection has.
 GRACE = 1.0
