@@ -7,10 +7,11 @@ from helpers import plugin, read, saying, submit
 
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome, expand, length
+from mlx_lm_ext.bench.fit_costs import fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
 from mlx_lm_ext.bench.replay import main
 from mlx_lm_ext.bench.replay_figures import fairness, hit_ratio
-from mlx_lm_ext.bench.simulated_engine import Costs, replay
+from mlx_lm_ext.bench.simulated_engine import Costs, SimulatedBatch, replay
 from mlx_lm_ext.interfaces import EvictionPolicy, RequestStats
 from mlx_lm_ext.policies import eviction, scheduling
 from mlx_lm_ext.policies.loading import Plugins
@@ -64,22 +65,30 @@ def test_a_replay_gives_the_same_times_again():
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("memory", [[], ["--max-kv-bytes", "4000"]])
-def test_every_request_ends_once_with_its_answer(scheduler, memory):
+@pytest.mark.parametrize("memory", [[], ["--max-kv-bytes", "3000"]])
+def test_every_request_ends_once_with_its_answer(scheduler, memory, monkeypatch):
+    preempted = []
+    preempt = SimulatedBatch.preempt
+    monkeypatch.setattr(
+        SimulatedBatch,
+        "preempt",
+        lambda batch, request: preempted.append(preempt(batch, request)),
+    )
     rng = random.Random(scheduler)
     arrivals = [
         Arrival(
-            rng.uniform(0, 20),
+            i / 3 if i < 46 else 50 + i / 1000,
             [(rng.randint(1, 5), rng.randint(1, 400)), (10 + i, rng.randint(1, 300))],
-            [(1000 + i, rng.randint(1, 300))],
+            # After many short answers, four long ones.
+            [(1000 + i, 900 if i >= 46 else rng.randint(1, 60))],
             user=rng.choice("abc"),
             priority=rng.randint(-2, 2),
-            max_tokens=rng.choice([None, 500]),
+            max_tokens=rng.choice([None, 1000]),
         )
         for i in range(50)
     ]
-    arrivals.sort(key=lambda a: a.seconds)
     outcomes = run(arrivals, "--scheduler", scheduler, *memory)
+    assert bool(preempted) == bool(memory)
     assert [o.arrival for o in outcomes] == [a.seconds for a in arrivals]
     for arrival, outcome in zip(arrivals, outcomes):
         stats = outcome.stats
@@ -260,6 +269,23 @@ def test_fair_scheduler_is_fairer_than_order_of_arrival():
     assert fairness(fair, 5) > fairness(first, 5) + 0.05
 
 
+# Costs
+
+
+@pytest.mark.parametrize("costs", [COSTS, Costs(0.02, 0.0004, 0.001)])
+def test_costs_are_found_in_the_times_of_requests(costs):
+    outcomes = run(generate("chats", 80, 0.3, 1.0, seed=0), costs=costs)
+    fitted = fit_costs(outcomes)
+    assert fitted.step == pytest.approx(costs.step, rel=0.1)
+    assert fitted.row == pytest.approx(costs.row, rel=0.1)
+    assert fitted.token == pytest.approx(costs.token, rel=0.25)
+
+
+def test_costs_cannot_be_found_in_a_few_requests():
+    with pytest.raises(ValueError, match="8 or more recorded answers of 4 or more"):
+        fit_costs([outcome(0.0, "a", 0, 1, 2)] * 7)
+
+
 # Generators
 
 
@@ -314,6 +340,7 @@ def test_the_table_has_a_row_for_each_pair_of_policies(capsys, tmp_path):
         (["chats", "--scheduler", "x"], "error: --scheduler must be one of fair, "),
         (["chats", "--kv-bits", "8"], "--kv-bits: requests that run one at a time"),
         (["chats", "--port", "80"], "unrecognized arguments: --port 80"),
+        (["chats", "--fit-costs"], "or more recorded answers of 4 or more tokens, and"),
         (["chats", "--requests", "0"], "--requests: 0 must be at least 1"),
     ],
 )

@@ -199,9 +199,11 @@ def test_a_recorded_run_finds_as_much_when_it_is_replayed(record):
 
 def test_table_begins_with_what_was_recorded(record, capsys):
     port, recorded = record
-    conversation(port)
-    main([str(recorded(3))])
-    _, _, first, second = capsys.readouterr().out.splitlines()
+    for _ in range(3):
+        conversation(port)
+    main([str(recorded(9)), "--fit-costs"])
+    costs, _, _, _, first, second = capsys.readouterr().out.splitlines()
+    assert costs.startswith("fitted: --step-seconds ")
     assert first.startswith("| recorded | 0.")
     assert second.startswith("| lru, fcfs | 0.")
 

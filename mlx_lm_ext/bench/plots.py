@@ -138,8 +138,10 @@ def save_replay(
         bars = axis.barh(runs, lengths, color=OURS)
         texts = ["" if np.isnan(v) else f"{v:.3g}" for v in lengths]
         axis.bar_label(bars, texts, padding=2)
-        axis.set(title=name, xlim=(0, None))
-        axis.margins(x=0.25)
+        axis.set(title=name)
+        # Room for the longest text.
+        axis.margins(x=0.3)
+        axis.set_xlim(left=0)
     save(figure, path)
 
 

@@ -22,6 +22,7 @@ from mlx_lm_ext.arguments import make_parser as make_server_parser
 from mlx_lm_ext.arguments import names, number
 from mlx_lm_ext.bench.arguments import plot_file
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome
+from mlx_lm_ext.bench.fit_costs import fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
 from mlx_lm_ext.bench.replay_figures import Figure, figures
 from mlx_lm_ext.bench.simulated_engine import Costs, replay
@@ -86,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=seconds,
         default=DEFAULT_COSTS.token,
         help="what a token of a prompt takes",
+    )
+    add(
+        "--fit-costs",
+        action="store_true",
+        help="take these three from the times that were recorded, see fit_costs.py",
     )
     add(
         "--kv-bytes-per-token",
@@ -169,9 +175,15 @@ def run_all(args: argparse.Namespace, plugins: Plugins) -> List[Run]:
         RuntimeError: If a replay fails.
     """
     arrivals = read_arrivals(args)
-    costs = Costs(args.step_seconds, args.row_seconds, args.token_seconds)
     runs: List[Run] = []
     measured = [a.measured for a in arrivals if a.measured is not None]
+    costs = Costs(args.step_seconds, args.row_seconds, args.token_seconds)
+    if args.fit_costs:
+        costs = fit_costs(measured)
+        fitted = (
+            f"--{name}-seconds {value:.3g}" for name, value in costs._asdict().items()
+        )
+        print(f"fitted: {' '.join(fitted)}\n")
     if measured:
         runs.append(("recorded", measured))
     for eviction, scheduler in product(
