@@ -7,13 +7,27 @@ known to go on after one.
 """
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+)
 
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome, Runs, length
 from mlx_lm_ext.interfaces import RequestStats
+
+T = TypeVar("T")
 
 
 def read_trace(path: Path) -> List[Arrival]:
@@ -26,31 +40,53 @@ def read_trace(path: Path) -> List[Arrival]:
         ValueError: If it is no trace, or has no requests. Names the line.
         OSError: If it cannot be read.
     """
-    reader = TraceReader()
-    arrivals = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            arrivals.append(reader.read(json.loads(line)))
-        except KeyError as e:
-            raise ValueError(f"{path}, line {n}: there is no {e.args[0]}")
-        except (TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f"{path}, line {n}: {e}")
-    if not arrivals:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+
+    def of_each(read: Callable[[Any], T], values: Sequence[Any]) -> List[T]:
+        found = []
+        for (n, _), value in zip(numbered, values):
+            try:
+                found.append(read(value))
+            except KeyError as e:
+                raise ValueError(f"{path}, line {n}: there is no {e.args[0]}")
+            except (TypeError, ValueError, AttributeError) as e:
+                raise ValueError(f"{path}, line {n}: {e}")
+        return found
+
+    objects = of_each(json.loads, [line for _, line in numbered])
+    if not objects:
         raise ValueError(f"{path} has no requests")
+    reader = TraceReader()
+    of_each(reader.note, objects)
+    arrivals = of_each(reader.read, objects)
     first = min(a.seconds for a in arrivals)
     moved = [replace(a, seconds=a.seconds - first) for a in arrivals]
     return sorted(moved, key=lambda a: a.seconds)
 
 
 class TraceReader:
-    """Makes requests of the lines of a trace."""
+    """Makes requests of the lines of a trace. All of them have to be noted before the first is
+    read."""
 
     def __init__(self) -> None:
         self.ids = count(1)
-        # The tokens of the blocks, by their hashes.
-        self.tokens: Dict[int, int] = {}
+        # The tokens by what tells them from others.
+        self.tokens: Dict[Any, int] = {}
+        # The blocks that follow a block, as the letters of their tokens, and how many of them
+        # begin with some letters.
+        self.blocks: Set[Tuple[int, str]] = set()
+        self.counts: "Counter[Tuple[int, str]]" = Counter()
+
+    def note(self, line: Dict[str, Any]) -> None:
+        """Note the blocks of a line."""
+        for block in letter_blocks(line):
+            if block not in self.blocks:
+                self.blocks.add(block)
+                before, letters = block
+                self.counts.update(
+                    (before, letters[: i + 1]) for i in range(len(letters))
+                )
 
     def read(self, line: Dict[str, Any]) -> Arrival:
         """The request of a line.
@@ -61,16 +97,17 @@ class TraceReader:
         n_prompt, n_answer = line["input_length"], max(1, line["output_length"])
         if type(n_prompt) is not int or n_prompt < 1:
             raise ValueError(f"input_length must be at least 1, not {n_prompt!r}")
-        size = line.get("block_size", 16 if "chat_id" in line else 512)
-        hashes = list(line["hash_ids"])
-        if "output_hash_ids" in line:
-            # These go on from the first block that is not full of the prompt.
-            hashes[n_prompt // size :] = line["output_hash_ids"]
-        whole = self.runs(hashes, size, n_prompt + n_answer)
-        prompt = cut(whole, 0, n_prompt)
-        answer = cut(whole, n_prompt, n_prompt + n_answer)
-        if "output_hash_ids" not in line:
-            answer = [(next(self.ids), n_answer)]
+        if "token_hashes" in line:
+            runs = [run for block in letter_blocks(line) for run in self.parts(*block)]
+        else:
+            size = line.get("block_size", 16 if "chat_id" in line else 512)
+            runs = self.whole_blocks(line["hash_ids"], size, n_prompt)
+        prompt, answer = cut(runs, 0, n_prompt), cut(runs, n_prompt, length(runs))
+        # What is not known is like nothing else.
+        if n_more := n_prompt - length(prompt):
+            prompt.append((next(self.ids), n_more))
+        if n_more := n_answer - length(answer):
+            answer.append((next(self.ids), n_more))
         segments = tuple((kind, n) for kind, n in line.get("segments", ()))
         if segments and length(segments) != n_prompt:
             raise ValueError(
@@ -88,20 +125,42 @@ class TraceReader:
             measured=measured(line, seconds),
         )
 
-    def runs(self, hashes: List[int], size: int, n_tokens: int) -> Runs:
-        """The runs of blocks of ``size`` tokens. What is missing of ``n_tokens`` is like
-        nothing else."""
-        runs = []
-        for h in hashes:
-            n = min(size, n_tokens)
-            if n > 0:
-                if h not in self.tokens:
-                    self.tokens[h] = next(self.ids)
-                runs.append((self.tokens[h], n))
-            n_tokens -= n
-        if n_tokens > 0:
-            runs.append((next(self.ids), n_tokens))
+    def token(self, key: Any) -> int:
+        if key not in self.tokens:
+            self.tokens[key] = next(self.ids)
+        return self.tokens[key]
+
+    def whole_blocks(self, hashes: List[int], size: int, n_tokens: int) -> Runs:
+        """The runs of blocks of ``size`` tokens, up to ``n_tokens``."""
+        sizes = (min(size, n_tokens - i * size) for i in range(len(hashes)))
+        return [(self.token(h), n) for h, n in zip(hashes, sizes) if n > 0]
+
+    def parts(self, before: int, letters: str) -> Runs:
+        """The runs of a block. Each ends where another block parts from this one, or ends."""
+        runs, start = [], 0
+        for end in range(1, len(letters) + 1):
+            is_common = end < len(letters) and (
+                self.counts[before, letters[:end]]
+                == self.counts[before, letters[: end + 1]]
+            )
+            if not is_common:
+                runs.append((self.token((before, letters[: start + 1])), end - start))
+                start = end
         return runs
+
+
+def letter_blocks(line: Dict[str, Any]) -> Iterator[Tuple[int, str]]:
+    """The blocks of a line of this server's: the hash of what comes before, and the letters of
+    the tokens. None for other lines."""
+    letters = line.get("token_hashes")
+    if letters is None:
+        return
+    size = line["block_size"]
+    n_whole = line["input_length"] // size
+    hashes = line["hash_ids"][:n_whole] + line["output_hash_ids"]
+    for i, before in enumerate([line["cache_key"], *hashes]):
+        if block := letters[i * size : (i + 1) * size]:
+            yield before, block
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:

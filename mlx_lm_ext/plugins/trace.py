@@ -15,14 +15,16 @@ import secrets
 import time
 from array import array
 from hashlib import blake2b
+from string import ascii_letters, digits
 from threading import Lock
 from typing import Any, Dict, List, Optional, Sequence
 
 from .. import hookimpl
 from ..interfaces import RequestInfo, RequestStats
 
-# Tokens of a block: few, because the replay knows no more of where two prompts part.
+# Tokens of a block.
 BLOCK = 16
+LETTERS = ascii_letters + digits + "-_"
 # JSON's numbers are exact below 2**53.
 MASK = (1 << 53) - 1
 
@@ -87,18 +89,20 @@ class Recorder:
     def describe(self, request: RequestInfo, stats: RequestStats) -> Dict[str, Any]:
         """The fields of the line of a request. Times are in milliseconds."""
         prompt, answer = request.prompt, request.generated[: stats.completion_tokens]
-        n_whole = len(prompt) // BLOCK * BLOCK
-        whole = self.chain(
-            self.digest(repr(request.cache_key).encode()), prompt[:n_whole]
-        )
-        rest = prompt[n_whole:]
+        root = self.digest(repr(request.cache_key).encode())
+        hashes = self.chain(root, prompt + answer)
+        n_whole = len(prompt) // BLOCK
+        # The last block of the prompt may go on with the answer.
+        end = self.chain(hashes[n_whole], prompt[n_whole * BLOCK :])[1:]
         return {
             "timestamp": round(1000 * (self.clock_start + request.arrival)),
             "input_length": len(prompt),
             "output_length": len(answer),
-            "hash_ids": numbers(whole[1:] + self.chain(whole[-1], rest)[1:]),
+            "hash_ids": numbers(hashes[1 : n_whole + 1] + end),
             # From the first block on that is not full of the prompt.
-            "output_hash_ids": numbers(self.chain(whole[-1], rest + answer)[1:]),
+            "output_hash_ids": numbers(hashes[n_whole + 1 :]),
+            "token_hashes": self.letters(hashes, prompt + answer),
+            "cache_key": numbers([root])[0],
             "block_size": BLOCK,
             "segments": [
                 [kind, len(tokens)]
@@ -132,6 +136,22 @@ class Recorder:
             block = array("q", tokens[i : i + BLOCK]).tobytes()
             hashes.append(self.digest(hashes[-1] + block))
         return hashes
+
+    def letters(self, hashes: Sequence[bytes], tokens: Sequence[int]) -> str:
+        """A letter for each token, which tells where within a block two requests part. It is
+        made of the token and all before it, and wrong one time in 64.
+
+        Args:
+            hashes (Sequence[bytes]): What ``chain`` gives for the tokens.
+            tokens (Sequence[int]): The tokens.
+        """
+        found = []
+        for i, before in zip(range(0, len(tokens), BLOCK), hashes):
+            state = blake2b(before, digest_size=1, key=self.salt, person=b"token")
+            for token in tokens[i : i + BLOCK]:
+                state.update(array("q", [token]).tobytes())
+                found.append(LETTERS[state.digest()[0] % 64])
+        return "".join(found)
 
     def pseudonym(self, user: Optional[str]) -> Optional[str]:
         """What stands for a user, whose name may be personal."""
