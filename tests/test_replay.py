@@ -202,7 +202,10 @@ def conversations(rng, n):
         yield Arrival(10.0 * i, prompt, answer)
 
 
-@pytest.mark.parametrize("policy", EVICTIONS)
+@pytest.mark.parametrize(
+    "policy",
+    [n if n == "lru" else pytest.param(n, marks=pytest.mark.slow) for n in EVICTIONS],
+)
 def test_as_many_tokens_come_from_the_cache_as_with_a_real_model(policy, start_engine):
     arrivals = [*conversations(random.Random(policy), 40)]
     n_bytes = 512 * 1200

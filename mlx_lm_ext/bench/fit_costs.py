@@ -2,7 +2,8 @@
 
 While an answer is made, each of its tokens is a step; the tokens of all answers together are the
 rows of these steps, and the prompts that run meanwhile are the rest of the time. Prompts and
-answers are taken to be spread evenly over their time.
+answers are taken to be spread evenly over their time. Prompts of a few tokens take so little of
+it that the cost of a token may come out as 0.
 """
 
 from typing import List, Sequence
@@ -17,6 +18,8 @@ from mlx_lm_ext.bench.simulated_engine import Costs
 MIN_TOKENS = 4
 # Answers from which the costs can be told.
 MIN_ANSWERS = 8
+# Seconds of a step, at least.
+MIN_STEP = 1e-6
 
 
 def fit_costs(outcomes: Sequence[Outcome]) -> Costs:
@@ -53,7 +56,8 @@ def fit_costs(outcomes: Sequence[Outcome]) -> Costs:
             ]
         )
     seconds = ends[fitted] - firsts[fitted]
-    return Costs(*least_squares(np.array(rows), seconds))
+    step, row, token = least_squares(np.array(rows), seconds)
+    return Costs(max(step, MIN_STEP), row, token)
 
 
 def overlap(

@@ -22,7 +22,7 @@ from mlx_lm_ext.arguments import make_parser as make_server_parser
 from mlx_lm_ext.arguments import names, number
 from mlx_lm_ext.bench.arguments import plot_file
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome
-from mlx_lm_ext.bench.fit_costs import fit_costs
+from mlx_lm_ext.bench.fit_costs import MIN_STEP, fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
 from mlx_lm_ext.bench.replay_figures import Figure, figures
 from mlx_lm_ext.bench.simulated_engine import Costs, replay
@@ -72,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     seconds = number(float, 0, 1e6)
     add(
         "--step-seconds",
-        type=seconds,
+        # Time has to pass.
+        type=number(float, MIN_STEP, 1e6),
         default=DEFAULT_COSTS.step,
         help="what a call of the model takes at least",
     )
@@ -121,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of what is generated")
     add(
         "--window",
-        type=number(float, 1e-3),
+        type=number(float, 0.1),
         default=10.0,
         metavar="SECONDS",
         help="windows of time for the fairness, see replay_figures.py",
