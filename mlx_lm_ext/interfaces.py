@@ -173,6 +173,12 @@ class RequestInfo:
           tokens after a stop word are dropped: for final counts see ``RequestStats``.
         key_name (Optional[str]): The name of the API key that it came with. None if the
           server asks for none.
+        prompt (List[int]): The tokens of its prompt. Those of a prompt with images are not
+          known before it starts, and are empty until then.
+        segments (List[List[int]]): The prompt, cut where its KV is worth keeping.
+        segment_types (List[str]): The cache type of each segment: "system", "user" or
+          "assistant".
+        generated (List[int]): The tokens of its answer so far.
     """
 
     id: str
@@ -184,6 +190,16 @@ class RequestInfo:
     n_matched: int = 0
     n_generated: int = 0
     key_name: Optional[str] = None
+    prompt: List[int] = field(default_factory=list)
+    segments: List[List[int]] = field(default_factory=list)
+    segment_types: List[str] = field(default_factory=list)
+    generated: List[int] = field(default_factory=list)
+
+    @property
+    def cache_key(self) -> Tuple[Any, ...]:
+        """Requests with different keys share no KV. It names the model, and if KV is not
+        shared among them, the API key and the ``cache_salt``."""
+        raise NotImplementedError
 
     @property
     def vocabulary_size(self) -> int:

@@ -16,6 +16,7 @@ from mlx_lm.server import ModelDescription
 
 from mlx_lm_ext import batch_server
 from mlx_lm_ext.arguments import make_parser
+from mlx_lm_ext.policies.loading import Plugins
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -242,7 +243,9 @@ def test_chat_template_of_the_command_line_is_used(model_folder, start_engine):
 
 
 def test_readme_lists_every_argument():
-    for action in make_parser()._actions:
+    parser = make_parser()
+    Plugins(autoload=False).add_arguments(parser)
+    for action in parser._actions:
         for option in action.option_strings:
             if option.startswith("--"):
                 assert f"`{option}" in README, option

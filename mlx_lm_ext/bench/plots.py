@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from mlx_lm_ext.bench import timings
 from mlx_lm_ext.bench.outcomes import Figure
@@ -115,6 +115,33 @@ def save_tradeoff(
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.set_major_formatter("{x:g}")
+    save(figure, path)
+
+
+def save_replay(
+    names: List[str], values: Dict[str, List[Optional[float]]], path: Path
+) -> None:
+    """Plot the figures of a replay: a panel for each, with a bar for each run.
+
+    Args:
+        names (List[str]): The names of the figures.
+        values (Dict[str, List[Optional[float]]]): The figures of each run, by its name.
+    """
+    size = (3.2 * len(names), 1.2 + 0.4 * len(values))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    runs = list(reversed(values))
+    for i, (axis, name) in enumerate(zip(axes[0], names)):
+        # What is not known has no bar.
+        lengths = [np.nan if (v := values[run][i]) is None else v for run in runs]
+        bars = axis.barh(runs, lengths, color=OURS)
+        texts = ["" if np.isnan(v) else f"{v:.3g}" for v in lengths]
+        axis.bar_label(bars, texts, padding=2)
+        axis.set(title=name)
+        # Room for the longest text.
+        axis.margins(x=0.3)
+        axis.set_xlim(left=0)
     save(figure, path)
 
 

@@ -42,6 +42,7 @@ BUILTIN = {
     "status_page": "mlx_lm_ext.plugins.status_page",
     "structured": "mlx_lm_ext.plugins.structured",
     "tokens": "mlx_lm_ext.plugins.tokens",
+    "trace": "mlx_lm_ext.plugins.trace",
 }
 DIST = "mlx-lm-ext"
 

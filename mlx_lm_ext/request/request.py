@@ -102,10 +102,6 @@ class Request(RequestInfo):
     Args:
         model (ServedModel): The model that serves it.
         completion (CompletionRequest): The request as upstream's functions take it.
-        prompt (List[int]): The tokens of the prompt. Those of a prompt with images are
-          made on the generation thread, and are empty until then.
-        segments (List[List[int]]): The prompt, cut where its KV is worth keeping.
-        segment_types (List[str]): The cache type of each segment.
         initial_state (str): The state in which upstream's text state machine starts.
         sampler (str): The name of its sampler.
         constraint (Any): What restricts its tokens, if anything does: a
@@ -118,7 +114,6 @@ class Request(RequestInfo):
         shares_cache (bool): Whether its KV may be used for requests with other API keys.
         started (Optional[float]): When it first started to run.
         first_token (Optional[float]): When it got its first token.
-        generated (List[int]): The tokens of its answer so far.
         is_suspect (bool): Whether a step has failed in which it took part.
         cancelled (bool): Whether nobody waits for its answer any more.
         finished (bool): Whether its last event was made.
@@ -132,9 +127,6 @@ class Request(RequestInfo):
 
     model: ServedModel
     completion: CompletionRequest
-    prompt: List[int] = field(default_factory=list)
-    segments: List[List[int]] = field(default_factory=list)
-    segment_types: List[str] = field(default_factory=list)
     initial_state: str = "normal"
     sampler: str = "default"
     constraint: Any = None
@@ -144,7 +136,6 @@ class Request(RequestInfo):
     shares_cache: bool = False
     started: Optional[float] = None
     first_token: Optional[float] = None
-    generated: List[int] = field(default_factory=list)
     is_suspect: bool = False
     cancelled: bool = False
     finished: bool = False
@@ -164,8 +155,6 @@ class Request(RequestInfo):
 
     @property
     def cache_key(self) -> Tuple[Any, ...]:
-        """The key of its KV in the prompt cache. Requests with another model, another API key
-        (without ``--share-cache``) or another ``cache_salt`` do not find it."""
         owner = None if self.shares_cache else self.key_name
         salt = self.body.get("cache_salt")
         if owner is None and salt is None:
