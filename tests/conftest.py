@@ -11,8 +11,6 @@ blas.load()
 with descriptors.limit_kept():
     import mlx_lm.utils  # noqa: F401
 
-import re
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ from functools import partial
 
 import pytest
 import tiny_models
+from processes import PATIENCE, SERVING, join, read_until, started
 
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
@@ -93,13 +92,13 @@ def start_engine(request, model_folder, caplog):
         )
         engine.start()
         engines.append(engine)
-        engine.loaded.wait()
+        assert engine.loaded.wait(PATIENCE)
         assert engine.load_error is None
         return engine
 
     yield start
     for engine in engines:
-        engine.stop_and_join()
+        assert engine.stop_and_join(PATIENCE)
     if request.node.get_closest_marker("logs_errors") is None:
         errors = [
             r.message for r in caplog.get_records("call") if r.levelname == "ERROR"
@@ -144,20 +143,14 @@ def server_process(*argv, python=sys.executable, shell='exec "$@"', **kwargs):
     the script that starts it."""
     command = ["sh", "-c", shell, "sh", python, "-m", "mlx_lm_ext.batch_server"]
     command += ["--port", "0", *argv]
-    lines = []
-    kwargs |= dict(stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **kwargs) as process:
+    with started(command, **kwargs) as process:
+        match, lines = read_until(process, SERVING)
+        # An unread pipe would block the server once it is full.
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+        reader.start()
         try:
-            for line in process.stderr:
-                lines.append(line)
-                if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
-                    break
-            else:
-                raise RuntimeError("".join(lines))
-            # An unread pipe would block the server once it is full.
-            reader = threading.Thread(target=lambda: lines.extend(process.stderr))
-            reader.start()
             yield int(match[1]), lines, process
         finally:
             process.terminate()
-        reader.join()
+            process.wait(PATIENCE)
+            join(reader)

@@ -7,7 +7,6 @@ Where a changed mlx-lm fails here, look at the files that use the name: the door
 import ast
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,6 +22,7 @@ import transformers
 import transformers.utils.chat_template_utils
 from mlx_lm.generate import BatchGenerator, GenerationBatch, StopSequences
 from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
+from processes import run_program
 
 import mlx_lm_ext
 from mlx_lm_ext import batch_server
@@ -347,9 +347,7 @@ def test_request_that_is_served_alone_is_a_queue_the_request_and_its_arguments()
 
 def test_package_imports_no_mlx():
     code = "import sys, mlx_lm_ext; print('mlx.core' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
+    result = run_program([sys.executable, "-c", code])
     assert result.stdout == "False\n"
 
 
