@@ -11,6 +11,7 @@ blas.load()
 with descriptors.limit_kept():
     import mlx_lm.utils  # noqa: F401
 
+import gc
 import sys
 import threading
 import time
@@ -32,6 +33,13 @@ from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.access import Keys
 from mlx_lm_ext.server.api import BatchAPIHandler
 from mlx_lm_ext.server.http_server import BatchHTTPServer
+
+
+def pytest_collection_finish():
+    """What is there now stays until the end. For the garbage collector to visit it takes more
+    than the rest of the end of an engine, as in the server itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +134,9 @@ def start_server(start_engine):
             header_timeout=args.header_timeout,
             tls=tls,
         )
-        threading.Thread(target=httpd.serve_forever).start()
+        # How often it looks whether it has to end, in seconds.
+        serve = partial(httpd.serve_forever, poll_interval=0.02)
+        threading.Thread(target=serve).start()
         servers.append(httpd)
         engine.httpd = httpd
         return engine, httpd.server_address[1]
