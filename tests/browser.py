@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -91,11 +92,17 @@ def browser_page(folder):
     os.close(to_read)
     os.close(to_write)
     n_sent = 0
-    with open(commands, "wb", buffering=0) as output, open(answers, "rb") as source:
+    with (
+        open(commands, "wb", buffering=0) as output,
+        open(answers, "rb", buffering=0) as source,
+    ):
 
         def messages():
             raw = b""
-            while part := source.read1(1 << 16):
+            # Longer than what it is told to wait for.
+            while select.select([source], [], [], 2 * PATIENCE)[0]:
+                if not (part := source.read(1 << 16)):
+                    raise RuntimeError("the browser has ended")
                 *whole, raw = (raw + part).split(b"\0")
                 yield from map(json.loads, whole)
 
@@ -111,10 +118,13 @@ def browser_page(folder):
                 if answer.get("id") == n_sent:
                     assert "error" not in answer, answer["error"]
                     return answer["result"]
-            raise RuntimeError("the browser has ended")
+            raise TimeoutError(f"the browser has not answered {method}")
 
         try:
             yield Page(send)
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            try:
+                process.wait(PATIENCE)
+            finally:
+                process.kill()

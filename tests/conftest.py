@@ -11,8 +11,7 @@ blas.load()
 with descriptors.limit_kept():
     import mlx_lm.utils  # noqa: F401
 
-import re
-import subprocess
+import gc
 import sys
 import threading
 import time
@@ -21,11 +20,19 @@ from functools import partial
 
 import pytest
 import tiny_models
+from processes import PATIENCE, SERVING, join, read_until, started
 
 from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.policies import loading
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.server.access import Keys
+
+
+def pytest_collection_finish():
+    """What is there now stays until the end. For the garbage collector to visit it takes more
+    than the rest of the end of an engine, as in the server itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +100,13 @@ def start_engine(request, model_folder, caplog):
         )
         engine.start()
         engines.append(engine)
-        engine.loaded.wait()
+        assert engine.loaded.wait(PATIENCE)
         assert engine.load_error is None
         return engine
 
     yield start
     for engine in engines:
-        engine.stop_and_join()
+        assert engine.stop_and_join(PATIENCE)
     if request.node.get_closest_marker("logs_errors") is None:
         errors = [
             r.message for r in caplog.get_records("call") if r.levelname == "ERROR"
@@ -130,7 +137,9 @@ def start_server(start_engine):
             header_timeout=args.header_timeout,
             tls=tls,
         )
-        threading.Thread(target=httpd.serve_forever).start()
+        # How often it looks whether it has to end, in seconds.
+        serve = partial(httpd.serve_forever, poll_interval=0.02)
+        threading.Thread(target=serve).start()
         servers.append(httpd)
         engine.httpd = httpd
         return engine, httpd.server_address[1]
@@ -147,20 +156,14 @@ def server_process(*argv, python=sys.executable, shell='exec "$@"', **kwargs):
     the script that starts it."""
     command = ["sh", "-c", shell, "sh", python, "-m", "mlx_lm_ext.batch_server"]
     command += ["--port", "0", *argv]
-    lines = []
-    kwargs |= dict(stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **kwargs) as process:
+    with started(command, **kwargs) as process:
+        match, lines = read_until(process, SERVING)
+        # An unread pipe would block the server once it is full.
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+        reader.start()
         try:
-            for line in process.stderr:
-                lines.append(line)
-                if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
-                    break
-            else:
-                raise RuntimeError("".join(lines))
-            # An unread pipe would block the server once it is full.
-            reader = threading.Thread(target=lambda: lines.extend(process.stderr))
-            reader.start()
             yield int(match[1]), lines, process
         finally:
             process.terminate()
-        reader.join()
+            process.wait(PATIENCE)
+            join(reader)

@@ -6,7 +6,6 @@ import logging
 import shutil
 import socket
 import ssl
-import subprocess
 import sys
 from contextlib import suppress
 from queue import SimpleQueue
@@ -14,6 +13,7 @@ from queue import SimpleQueue
 import pytest
 from conftest import server_process
 from helpers import JSON, call, plugin
+from processes import SERVING, read_until, reading, run_program, started
 from test_api import WatchedEngine, chat, post_whole, send_raw
 
 from mlx_lm_ext.arguments import parse_arguments
@@ -281,7 +281,7 @@ def certificate(tmp_path_factory):
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command += ["-out", files[0], "-keyout", files[1]]
-    subprocess.run(command, check=True, capture_output=True)
+    run_program(command, check=True)
     return files
 
 
@@ -363,14 +363,12 @@ def test_idle_connection_over_tls_is_closed_when_the_server_ends(
     argv = ["--model", str(model_folder()), "--warmup", "off", *files]
     trusted = ssl.create_default_context(cafile=certificate[0])
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0", *argv]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "Serving " in line:
-                break
-        assert "https://127.0.0.1:" in line
-        port = int(line.rpartition(":")[2].split("/")[0])
+    with started(command) as process:
+        serving, _ = read_until(process, SERVING)
+        assert "https://127.0.0.1:" in serving[0]
+        port = int(serving[1])
         with connect(port, trusted) as client:
-            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.sock = client
             connection.request(
                 "POST", "/v1/completions", json.dumps({"prompt": "x"}), JSON
@@ -379,7 +377,8 @@ def test_idle_connection_over_tls_is_closed_when_the_server_ends(
             process.terminate()
             assert client.recv(1) == b""
         assert process.wait(60) == 0
-        assert "did not end" not in process.stderr.read()
+        with reading(process):
+            assert "did not end" not in process.stderr.read()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from helpers import (
     texts,
 )
 from PIL import Image
+from processes import join
 from tiny_models import CONFIGS
 
 from mlx_lm_ext import hookimpl
@@ -870,9 +871,10 @@ def test_bodies_of_all_connections_are_bounded(start_server, monkeypatch):
 def test_connections_are_bounded_and_the_log_says_so_once(start_server, caplog):
     _, port = start_server("llama", "--max-connections", "2")
     address = ("127.0.0.1", port)
-    with socket.create_connection(address), socket.create_connection(address):
+    connect = partial(socket.create_connection, address, timeout=60)
+    with connect(), connect():
         for _ in range(2):
-            with socket.create_connection(address, timeout=60) as third:
+            with connect() as third:
                 assert third.recv(1) == b""
     (line,) = [r.message for r in caplog.records if "connections" in r.message]
     assert "2 connections are open" in line
@@ -1145,7 +1147,7 @@ def test_server_may_listen_on_ipv6(start_engine):
         connection.close()
     finally:
         httpd.shutdown()
-        thread.join()
+        join(thread)
         httpd.server_close()
 
 

@@ -1,12 +1,12 @@
 """The measuring tools that a user points at a server."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import run_program
 from test_timings import FAILED, FIRST, RUN, SECOND
 
 from mlx_lm_ext.bench import compare, plots, servers
@@ -180,7 +180,7 @@ def test_speed_up_is_that_of_the_median_first_token():
 @pytest.mark.parametrize("name", TOOLS)
 def test_each_tool_is_a_script(name):
     command = [sys.executable, str(TOOLS[name]), "--help"]
-    help = subprocess.run(command, capture_output=True, text=True)
+    help = run_program(command)
     assert help.returncode == 0, help.stderr
     assert "--model" in help.stdout
 

@@ -2,11 +2,12 @@
 
 import io
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
+from processes import run_program
 
 from mlx_lm_ext import blas
 
@@ -57,9 +58,7 @@ def command(code):
 def run(code, folder):
     """What ``code`` prints in a process of its own, whose cache is in ``folder``."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
-    return subprocess.run(
-        command(code), capture_output=True, text=True, check=True, env=environment
-    ).stdout.strip()
+    return run_program(command(code), check=True, env=environment).stdout.strip()
 
 
 # Prints the line for the log, and the OpenBLAS that MLX would find.
@@ -108,15 +107,9 @@ def test_blas_of_the_wheel_is_copied_once(tmp_path):
 
 @wheel_only
 def test_processes_that_start_at_the_same_time_leave_one_copy(tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    processes = [
-        subprocess.Popen(
-            command(LOAD), stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for _ in range(3)
-    ]
-    for process in processes:
-        assert_is_wheel(process.communicate()[0], "scipy-openblas32).")
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(run, [LOAD] * 3, [tmp_path] * 3):
+            assert_is_wheel(output, "scipy-openblas32).")
     assert_kept(tmp_path)
 
 

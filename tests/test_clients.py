@@ -8,11 +8,11 @@ be installed beside mlx-lm. ``NODE_MODULES`` is the folder with those for JavaSc
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import saying
+from processes import run_program
 
 import mlx_lm_ext
 
@@ -55,9 +55,7 @@ def url(start_server):
 
 def run(command, **kwargs):
     """What a program prints, which has to succeed."""
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, **kwargs
-    )
+    result = run_program(command, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

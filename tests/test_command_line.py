@@ -4,7 +4,6 @@ import argparse
 import re
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from conftest import server_process
 from helpers import complete
 from mlx_lm.server import ModelDescription
+from processes import run_program
 
 from mlx_lm_ext import batch_server
 from mlx_lm_ext.arguments import make_parser
@@ -143,12 +143,7 @@ def test_wrong_value_is_one_line_that_names_the_argument(argv, capsys):
 
 def run(*argv):
     """Run the server's command, which is expected to end by itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_lm_ext.batch_server", *argv],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_program([sys.executable, "-m", "mlx_lm_ext.batch_server", *argv])
 
 
 def test_wrong_argument_ends_the_process_before_mlx_is_imported():
@@ -157,9 +152,7 @@ def test_wrong_argument_ends_the_process_before_mlx_is_imported():
         "try: main(['--temp', 'x'])\n"
         "except SystemExit as e: print(e.code, 'mlx.core' in sys.modules)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
+    result = run_program([sys.executable, "-c", code])
     assert result.stdout == "2 False\n"
 
 

@@ -15,6 +15,7 @@ from random import Random
 
 import pytest
 from mlx_lm.utils import load_tokenizer
+from processes import reading, started
 from test_timings import FAILED, FIRST, SECOND, stream
 
 from mlx_lm_ext.bench import compare, contenders, servers
@@ -417,12 +418,11 @@ def test_a_comparison_that_is_ended_ends_its_server(name, tmp_path):
     server = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1"]
     server += ["--directory", "{model}"]
     command = [sys.executable, "-c", WAITING, str(tmp_path), shlex.join(server)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        pid = int(process.stdout.readline())
-        process.send_signal(getattr(signal, name))
-        assert process.stderr.read() == "interrupted\n"
-    assert process.returncode == 1
+    with started(command, stdout=subprocess.PIPE) as process:
+        with reading(process):
+            pid = int(process.stdout.readline())
+            process.send_signal(getattr(signal, name))
+            assert process.stderr.read() == "interrupted\n"
+        assert process.wait(60) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

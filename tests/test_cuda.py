@@ -2,11 +2,11 @@
 
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_program
 
 from mlx_lm_ext import cuda
 
@@ -437,9 +437,7 @@ def test_server_prepares_before_mlx_is_imported_and_logs_what_was_set():
         "cuda.prepare = prepare\n"
         "batch_server.main(['--model', '/nowhere', '--port', '0'])"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
+    process = run_program([sys.executable, "-c", code])
     assert process.returncode == 1
     assert "INFO - imported: False\n" in process.stderr
     assert "INFO - second\n" in process.stderr

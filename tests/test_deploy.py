@@ -5,10 +5,10 @@ import plistlib
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from processes import run_program
 
 import mlx_lm_ext
 from mlx_lm_ext.arguments import make_parser
@@ -26,10 +26,10 @@ SERVER = "/opt/mlx-lm-ext/bin/mlx_lm.batch_server"
 def systemd_version():
     """0 if there is none."""
     try:
-        shown = subprocess.check_output(["systemd-analyze", "--version"], text=True)
+        shown = run_program(["systemd-analyze", "--version"], check=True)
     except OSError:
         return 0
-    return int(shown.split()[1])
+    return int(shown.stdout.split()[1])
 
 
 systemd = pytest.mark.skipif(systemd_version() < 250, reason="needs systemd 250")
@@ -137,14 +137,14 @@ def unit(tmp_path):
 @systemd
 def test_systemd_takes_the_unit_without_a_warning(unit):
     command = ["systemd-analyze", "verify", str(unit)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(command)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 @systemd
 def test_systemd_rates_the_security_of_the_unit_below_two(unit):
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(command)
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", result.stdout)
     assert found, result.stderr
     assert float(found[1]) < 2
@@ -175,7 +175,7 @@ def test_daemon_of_launchd_starts_and_ends_as_a_server_should():
 
 @pytest.mark.skipif(shutil.which("plutil") is None, reason="only macOS has it")
 def test_macos_takes_the_plist():
-    subprocess.run(["plutil", "-lint", str(PLIST)], check=True)
+    run_program(["plutil", "-lint", str(PLIST)], check=True)
 
 
 # Prometheus
@@ -185,7 +185,7 @@ def test_macos_takes_the_plist():
 def test_prometheus_takes_its_configuration():
     command = ["promtool", "check", "config", "--syntax-only"]
     command.append(str(FOLDER / "prometheus.yml"))
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(command)
     assert result.returncode == 0, result.stderr
 
 

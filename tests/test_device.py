@@ -1,11 +1,11 @@
 """The memory that this process may use: control groups, and the limit of address space."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 from helpers import call, complete, read, submit
+from processes import run_program
 
 from mlx_lm_ext import device
 from mlx_lm_ext.device import (
@@ -103,7 +103,7 @@ def test_limit_of_address_space_counts_what_is_taken():
         "print(0 < left < 4 << 30, abs(device_memory() - left // 2) < 1 << 20)"
     )
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(command)
     assert result.stdout == "True True\n", result.stderr
 
 

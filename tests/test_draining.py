@@ -157,6 +157,7 @@ def test_reader_that_takes_nothing_does_not_delay_the_end_beyond_the_limit(
     with server(model_folder, "--shutdown-timeout", "1") as (port, lines, process):
         with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.settimeout(60)
             stalled.connect(("127.0.0.1", port))
             body = dict(prompt="x", max_tokens=8000, stream=True, ignore_eos=True)
             raw = json.dumps(body | {"n": 8}).encode()
@@ -178,7 +179,8 @@ from mlx_lm_ext import hookimpl
 from mlx_lm_ext.routes import Route
 
 def wait(request):
-    print("entered", file=sys.stderr, flush=True)
+    sys.stderr.write("entered\\n")
+    sys.stderr.flush()
     threading.Event().wait(4)
     return {"done": True}
 

@@ -5,13 +5,13 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack
 
 import pytest
 from conftest import server_process
 from helpers import JSON, Reference, call, complete, plugin, read, submit, texts
+from processes import SERVING, read_until, run_program, started
 
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
@@ -112,9 +112,7 @@ def test_plugin_that_exits_at_the_start_is_named_in_one_line(
     argv = ["--scheduler", "leaver"] if where == "policy" else []
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "-p", "leaving"]
     command += ["--model", str(model_folder()), "--port", "0", "--log-level", "ERROR"]
-    result = subprocess.run(
-        [*command, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    result = run_program([*command, *argv], cwd=tmp_path)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2
     assert "plugin 'leaving'" in line and "SystemExit: 3" in line
@@ -173,7 +171,9 @@ from mlx_lm_ext import hookimpl
 def block(method, where):
     def run(self, model):
         if where == "start" or model not in (self.default_key, DEFAULT):
-            print("blocked", file=sys.stderr, flush=True)
+            # Not ``print``, between whose text and end of line others may write.
+            sys.stderr.write("blocked\\n")
+            sys.stderr.flush()
             threading.Event().wait()
         return method(self, model)
     return run
@@ -215,24 +215,15 @@ def test_signal_ends_a_server_that_is_loading_or_downloading(
     command += ["--model", str(model_folder()), "--warmup", "off", "-p", "blocking"]
     command += ["--allow-models", "any", "--shutdown-timeout", "0.1"]
     with ExitStack() as opened:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stderr=subprocess.PIPE, text=True
-        )
-        opened.enter_context(process)
-        opened.callback(process.kill)
-        lines, is_serving = [], False
-        for line in process.stderr:
-            lines.append(line)
-            if match := re.search(r"Serving .* at http://.*:(\d+)/v1", line):
-                is_serving = True
-                client = http.client.HTTPConnection("127.0.0.1", int(match[1]))
-                opened.callback(client.close)
-                body = {"prompt": "x", "model": str(tmp_path / "other")}
-                client.request("POST", "/v1/completions", json.dumps(body), JSON)
-            if line == "blocked\n":
-                break
-        else:
-            pytest.fail("".join(lines))
-        assert is_serving == (where == "request")
+        process = opened.enter_context(started(command, cwd=tmp_path))
+        if where == "request":
+            serving, _ = read_until(process, SERVING)
+            address = "127.0.0.1", int(serving[1])
+            client = http.client.HTTPConnection(*address, timeout=60)
+            opened.callback(client.close)
+            body = {"prompt": "x", "model": str(tmp_path / "other")}
+            client.request("POST", "/v1/completions", json.dumps(body), JSON)
+        _, lines = read_until(process, "^blocked\n")
+        assert not re.search(SERVING, "".join(lines))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

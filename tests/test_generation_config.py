@@ -3,11 +3,11 @@ a missing or wrong file does."""
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 from helpers import ALONE, read, submit
+from processes import run_program
 
 from mlx_lm_ext.engine.generation_config import FILE, read_sampling
 from mlx_lm_ext.errors import RequestError
@@ -128,12 +128,7 @@ def test_wrong_file_of_the_served_model_ends_the_start_with_one_line(with_config
     folder = with_config('{"temperature": -1}')
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--log-level", "WARNING", "--model", str(folder)]
-    result = subprocess.run(
-        [*command, "--generation-config", "model"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_program([*command, "--generation-config", "model"])
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1
     assert f"{FILE} cannot be used: temperature must be at least 0" in line

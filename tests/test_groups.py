@@ -3,7 +3,6 @@ often they change their group."""
 
 import random
 import re
-import subprocess
 import sys
 import threading
 
@@ -21,6 +20,7 @@ from helpers import (
 )
 from integrity import check
 from mlx_lm.sample_utils import make_logits_processors
+from processes import run_program
 from test_constraints import Stairs, constraining
 from test_kv_memory import ENDS, TOKEN
 from tiny_models import CONFIGS
@@ -406,7 +406,7 @@ def test_new_rows_get_their_first_token_at_once():
 def test_what_a_long_row_costs_the_others_is_measured():
     command = [sys.executable, "-m", "mlx_lm_ext.bench.row_lengths", "--rounds", "1"]
     command += ["--short", "7", "--tokens", "10", "--layers", "2", "--hidden", "64"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = run_program(command, check=True)
     pattern = (
         r"(.*), groups of (.*) rows: [\d.]+ ms a step, [\d.]+ times .* KV [\d.]+ MB"
     )

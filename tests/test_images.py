@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from helpers import call
 from PIL import Image
+from processes import join
 from test_api import CHAT
 
 from mlx_lm_ext.errors import RequestError
@@ -250,4 +251,4 @@ def test_fetch_ends_when(reason, site):
             inline(f"{site}/silent", allow_urls=True, preparation=preparation)
     finally:
         stop.set()
-        watcher.join()
+        join(watcher)

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from processes import join, run_program
 
 from mlx_lm_ext import log
 from mlx_lm_ext.engine import kernels
@@ -42,7 +43,7 @@ def build(dtype="float32"):
     kernel_build = KernelBuild()
     kernel_build.start(dtype)
     if kernel_build.watcher is not None:
-        kernel_build.watcher.join()
+        join(kernel_build.watcher)
     return len(kernel_build.processes)
 
 
@@ -155,7 +156,7 @@ def test_stop_ends_the_processes(folder, caplog, helper):
     kernel_build = KernelBuild()
     kernel_build.start("float32")
     kernel_build.stop()
-    kernel_build.watcher.join(60)
+    join(kernel_build.watcher)
     assert not kernel_build.is_running
     assert not caplog.records
 
@@ -192,7 +193,7 @@ def test_all_that_the_warm_up_of_a_gpu_compiles_is_compiled(tmp_path, model_fold
         folder = tmp_path / name
         folder.mkdir()
         env = os.environ | {"TMPDIR": str(folder)}
-        subprocess.run([sys.executable, *command], env=env, check=True, timeout=300)
+        run_program([sys.executable, *command], env=env, check=True)
         names = {path.stem for path in folder.rglob("*.so")}
         compiled[name] = {re.sub("_(contiguous|strided_.*)", "", n) for n in names}
     assert len(compiled["warm-up"]) > 5

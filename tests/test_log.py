@@ -4,12 +4,12 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 
 import pytest
 from helpers import call, complete
+from processes import SERVING, read_until, started
 
 from mlx_lm_ext import log
 from mlx_lm_ext.log import LogWriter
@@ -79,19 +79,16 @@ def test_log_that_nobody_reads_stops_neither_requests_nor_the_end(model_folder):
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--warmup", "off", "--model", str(model_folder())]
     command += ["--log-level", "DEBUG"]
-    with subprocess.Popen(command, stderr=write) as process:
+    with open(read) as pipe, started(command, stderr=write) as process:
         os.close(write)
-        text = b""
-        while b"/v1\n" not in text:
-            text += os.read(read, 1000)
-        port = int(re.search(rb":(\d+)/v1\n", text)[1])
+        serving, _ = read_until(process, SERVING, pipe)
+        port = int(serving[1])
         # More than a pipe holds.
         for _ in range(1200):
             assert call(port, "GET", "/health")[0] == 200
         assert complete(port, "hello", max_tokens=2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    os.close(read)
 
 
 def test_what_takes_long_is_told_with_its_time(caplog, monkeypatch):

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from array import array
@@ -16,6 +15,7 @@ from urllib.parse import urlencode
 import pytest
 from conftest import server_process
 from helpers import JSON, call, complete, saying, stream
+from processes import join, read_until, run_program, started
 from prometheus_client.parser import text_string_to_metric_families as parse
 from test_api import wait_until
 
@@ -297,9 +297,7 @@ def test_command_line_is_parsed_without_prometheus_client_and_numpy():
         "import sys; from mlx_lm_ext.arguments import parse_arguments; parse_arguments([])\n"
         "print([n for n in ('prometheus_client', 'numpy') if n in sys.modules])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
+    result = run_program([sys.executable, "-c", code])
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -371,29 +369,24 @@ def prometheus(folder, scraped):
         *("prometheus", f"--config.file={folder}/config.yml"),
         *(f"--storage.tsdb.path={folder}/data", "--web.listen-address=127.0.0.1:0"),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command) as process:
+        _, lines = read_until(process, "ready to receive web requests")
+        port = re.search(r'"Listening on" address=.*:(\d+)', "".join(lines))
+        # An unread pipe would block it once it is full.
+        reader = threading.Thread(target=process.stderr.read)
+        reader.start()
+
+        def ask(query):
+            path = "/api/v1/query?" + urlencode({"query": query})
+            status, answer = call(int(port[1]), "GET", path)
+            assert status == 200, (query, answer)
+            return [float(r["value"][1]) for r in answer["data"]["result"]]
+
         try:
-            log, port, is_ready = "", None, False
-            while port is None or not is_ready:
-                line = process.stderr.readline()
-                log += line
-                assert line, log
-                port = port or re.search(r'"Listening on" address=.*:(\d+)', line)
-                is_ready = is_ready or "ready to receive web requests" in line
-            # An unread pipe would block it once it is full.
-            reader = threading.Thread(target=process.stderr.read)
-            reader.start()
-
-            def ask(query):
-                path = "/api/v1/query?" + urlencode({"query": query})
-                status, answer = call(int(port[1]), "GET", path)
-                assert status == 200, (query, answer)
-                return [float(r["value"][1]) for r in answer["data"]["result"]]
-
             yield ask
         finally:
-            process.terminate()
-        reader.join()
+            process.kill()
+            join(reader)
 
 
 def send(port, body, key):

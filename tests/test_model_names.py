@@ -11,6 +11,7 @@ import pytest
 from helpers import call, complete, read, submit
 from huggingface_hub import constants
 from mlx_lm.server import ModelDescription
+from processes import PATIENCE
 from tiny_models import make_adapter
 
 from mlx_lm_ext.engine import model_names
@@ -273,7 +274,7 @@ def test_model_is_described_once_for_all_who_ask_at_a_time(
     model = ModelDescription(path, "default_model", None)
 
     def ask(_):
-        together.wait()
+        together.wait(PATIENCE)
         return engine.model_provider.describe(model)
 
     with ThreadPoolExecutor(8) as pool:

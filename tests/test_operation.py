@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import pytest
 from conftest import server_process
 from helpers import call, complete
 from huggingface_hub import constants
+from processes import join, run_program
 from test_api import (
     BODY,
     CHAT,
@@ -49,11 +49,8 @@ def run(code, limit, **env):
     """The output of a Python process with this hard limit of open files."""
     if limit > resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 0:
         pytest.skip("fewer open files are allowed here")
-    result = subprocess.run(
+    result = run_program(
         ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
         env=os.environ | env,
     )
     assert result.returncode == 0, result.stderr
@@ -64,13 +61,7 @@ def start_and_fail(model, *argv, shell='exec "$@"', **env):
     """The exit code and the one line of a server that cannot start."""
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--log-level", "ERROR", "--model", str(model), *argv]
-    result = subprocess.run(
-        ["sh", "-c", shell, "sh", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | env,
-    )
+    result = run_program(["sh", "-c", shell, "sh", *command], env=os.environ | env)
     (line,) = result.stderr.splitlines()
     assert line.startswith("mlx_lm.batch_server: error: ")
     return result.returncode, line
@@ -179,7 +170,7 @@ def test_server_waits_when_no_connection_can_be_accepted(monkeypatch, caplog):
     with socket.create_connection(httpd.server_address, timeout=60) as s:
         assert s.recv(1) == b""
     httpd.shutdown()
-    thread.join()
+    join(thread)
     httpd.server_close()
     assert pauses == [http_server.PAUSE] * len(http_server.EXHAUSTED)
     assert errno.EMFILE in http_server.EXHAUSTED
@@ -199,7 +190,7 @@ def test_connection_that_gets_no_thread_is_closed_with_one_line(monkeypatch, cap
         assert s.recv(1) == b""
     monkeypatch.undo()
     httpd.shutdown()
-    thread.join()
+    join(thread)
     httpd.server_close()
     assert not httpd.connections
     assert "no thread" in caplog.text and "Traceback" not in caplog.text
@@ -232,12 +223,9 @@ def test_server_needs_no_standard_error(redirection, tmp_path, model_folder):
     # There is no line that tells the port, so the model does not exist.
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--model", str(tmp_path / "none")]
-    result = subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command],
-        stdout=subprocess.PIPE,
-        timeout=120,
-    )
-    assert (result.returncode, result.stdout) == (1, b"")
+    shell = f'exec "$@" {redirection}'
+    result = run_program(["sh", "-c", shell, "sh", *command])
+    assert (result.returncode, result.stdout) == (1, "")
 
 
 def test_closed_streams_are_not_taken_by_the_next_files(tmp_path):

@@ -3,10 +3,10 @@
 import ast
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import mlx_lm
+from processes import run_program
 
 PATCHES = Path(__file__).parent.parent / "patches"
 SERIES = (PATCHES / "series").read_text().split()
@@ -32,7 +32,7 @@ def test_all_apply_to_the_installed_mlx_lm(tmp_path):
     source = Path(mlx_lm.__file__).parent
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     for name in SERIES:
-        subprocess.run(["git", "apply", PATCHES / name], cwd=tmp_path, check=True)
+        run_program(["git", "apply", PATCHES / name], cwd=tmp_path, check=True)
     changed = (target / "server.py").read_text()
     assert changed != (source / "server.py").read_text()
     functions = {

@@ -4,7 +4,6 @@ import http.client
 import inspect
 import json
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import fields
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from helpers import ALONE, JSON, Always, call, complete, plugin, read, stream, submit
+from processes import run_program
 
 from mlx_lm_ext import hookimpl, hookspecs
 from mlx_lm_ext.arguments import make_parser, parse_arguments
@@ -288,7 +288,7 @@ def test_start_with_a_wrong_plugin_ends_with_one_line(tmp_path):
         "from mlx_lm_ext import hookimpl\n" "@hookimpl\ndef mlx_lm_nothing(): pass\n"
     )
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "-p", "wrong"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = run_program(command, cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "plugin 'wrong' (loaded with -p): unknown hook 'mlx_lm_nothing'" in line

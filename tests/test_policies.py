@@ -2,7 +2,6 @@
 
 import random
 import re
-import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from helpers import (
     texts,
     wait_until_idle,
 )
+from processes import run_program
 
 from mlx_lm_ext.engine.upstream import SingleGenerator
 from mlx_lm_ext.errors import RequestError
@@ -682,5 +682,5 @@ def test_time_of_each_policy_is_logged(start_with, caplog):
 def test_overhead_is_measured():
     command = [sys.executable, "-m", "mlx_lm_ext.bench.policy_overhead"]
     command += ["--rounds", "2", "--steps", "3", "--rows", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = run_program(command, check=True)
     assert re.search(r"2 rows: \d+ us .*ratio \d\.\d+", result.stdout)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from helpers import call, complete
+from processes import join
 from test_api import CHAT, HELLO, post_whole
 
 from mlx_lm_ext.errors import RequestError
@@ -48,8 +49,7 @@ def watch():
 
     yield start
     stop.set()
-    for thread in threads:
-        thread.join()
+    join(*threads)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_interruption_never_comes_after_the_step():
             current.clear()
     finally:
         stop.set()
-        thread.join()
+        join(thread)
     assert sum(results.values()) == 3000
 
 

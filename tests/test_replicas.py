@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import server_process
 from helpers import JSON
+from processes import PATIENCE
 
 import mlx_lm_ext
 
@@ -131,7 +132,7 @@ def proxy(request, replicas, tmp_path):
     make_command = {"nginx": nginx_command, "haproxy": haproxy_command}[request.param]
     command = make_command(text, tmp_path)
     # It listens when the command has ended, and goes on in the background.
-    subprocess.run([program, *command], check=True, timeout=60)
+    subprocess.run([program, *command], check=True, timeout=PATIENCE)
     yield Proxy(port)
     (pid,) = tmp_path.glob("*.pid")
     os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -239,7 +240,7 @@ def test_server_that_is_killed_takes_along_only_streams_that_have_begun(
                 break
         killed.end("SIGKILL")
         for future in done:
-            future.result()
+            future.result(PATIENCE)
     lost = [chat for chat in chats if not chat.is_complete]
     print(f"answered: {N_CHATS - len(lost)} of {N_CHATS}")
     assert all(chat.stream and chat.replica == killed.name for chat in lost)
@@ -267,6 +268,6 @@ def test_rolling_restart_loses_no_chat(proxy, replicas):
                 proxy.wait_until_used(replica)
         finally:
             ended.set()
-        chats = [chat for future in done for chat in future.result()]
+        chats = [chat for future in done for chat in future.result(PATIENCE)]
     assert {chat.replica for chat in chats} == {r.name for r in replicas}
     assert all(chat.is_complete for chat in chats)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 import site
-import subprocess
 import sys
 import venv
 from datetime import datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import server_process
 from helpers import JSON, call, plugin, stream
+from processes import run_program
 
 import mlx_lm_ext
 
@@ -34,7 +34,7 @@ def environment(tmp_path_factory):
 
 def pip(python, *arguments):
     command = [sys.executable, "-m", "pip", "--python", python, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(command)
     assert result.returncode == 0, result.stderr
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from helpers import ALONE, Reference, call, complete, stream
+from processes import PATIENCE
 
 from mlx_lm_ext.engine.client import check_constraint
 from mlx_lm_ext.errors import RequestError
@@ -79,7 +80,7 @@ def test_other_rows_are_what_they_are_without_a_format(start_server):
         texts = pool.map(lambda p: complete(port, p, max_tokens=24), prompts)
         assert list(texts) == [reference.text(p, 24) for p in prompts]
     for future in formatted:
-        jsonschema.validate(json.loads(future.result()[0]), SCHEMA)
+        jsonschema.validate(json.loads(future.result(PATIENCE)[0]), SCHEMA)
 
 
 def test_answers_that_are_served_alone_fit_the_schema(start_server):
