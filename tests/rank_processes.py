@@ -49,8 +49,8 @@ class Rank:
                     raise RuntimeError(f"no line with {pattern!r}:\n{self.log}")
                 self.has_line.wait(1.0)
 
-    def wait(self, timeout=30):
-        """The exit status."""
+    def status(self, timeout=30):
+        """The exit status, once it has ended."""
         status = self.process.wait(timeout)
         self.reader.join(timeout)
         return status
@@ -99,7 +99,7 @@ def ranks(n, folder, *argv, others=(), program=("-m", "mlx_lm_ext.batch_server")
         for rank in started:
             rank.process.kill()
         for rank in started:
-            rank.wait()
+            rank.status()
             rank.process.stderr.close()
 
 

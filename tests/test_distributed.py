@@ -177,12 +177,12 @@ def test_connection_without_the_key_is_refused():
         first = pool.submit(connections.Connections, 0, 2, share)
         assert is_shared.wait(30)
         strangers = [
-            socket.create_connection(("127.0.0.1", shared[0])) for _ in range(2)
+            socket.create_connection(("127.0.0.1", shared[0]), 60) for _ in range(2)
         ]
         strangers[0].sendall(bytes(16) + bytes([1, 0]))
         strangers[1].shutdown(socket.SHUT_WR)
-        second = pool.submit(connections.Connections, 1, 2, share).result()
-        first = first.result()
+        second = pool.submit(connections.Connections, 1, 2, share).result(60)
+        first = first.result(60)
     first.tell("hello")
     assert second.take() == "hello"
     assert strangers[0].recv(1) == b""

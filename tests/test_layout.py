@@ -6,7 +6,6 @@ that is loaded by its name, as plugins are, is not imported.
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -16,6 +15,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 
 import mlx_lm
 import pytest
+from processes import run_program
 
 import mlx_lm_ext
 
@@ -356,9 +356,7 @@ def test_every_package_that_is_imported_is_declared():
 
 def test_package_imports_no_mlx():
     code = "import sys, mlx_lm_ext; print('mlx.core' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
+    result = run_program([sys.executable, "-c", code])
     assert result.stdout == "False\n"
 
 

@@ -16,6 +16,7 @@ import pytest
 from helpers import JSON, call, complete, texts
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from processes import join, run_program
 from rank_processes import free_ports, ranks, served
 from tiny_models import CONFIGS
 from tiny_models import make_model as make_tiny_model
@@ -222,7 +223,7 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
         leaving = threading.Thread(target=leave_streams, args=(port, texts(8, seed=4)))
         leaving.start()
         assert answers(port, bodies) == expected("llama", bodies)
-        leaving.join()
+        join(leaving)
         assert answers(port, bodies) == expected("llama", bodies)
         assert answers_to_others(port) == expected("llama", OTHERS)
         done = statistics(port)
@@ -246,7 +247,7 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
             second.process.send_signal(signal.SIGTERM)
             events = response.read().decode()
         assert "error" not in events and events.endswith("data: [DONE]\n\n")
-        assert [first.wait(), second.wait()] == [0, 0]
+        assert [first.status(), second.status()] == [0, 0]
         assert "ERROR" not in first.log + second.log
 
 
@@ -262,7 +263,7 @@ def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path)
         assert statistics(port)["evictions"]["evicted"] > 0
         name = signal.SIGTERM if of_gpu else signal.SIGINT
         started[0].process.send_signal(name)
-        assert [rank.wait() for rank in started] == [0] * n
+        assert [rank.status() for rank in started] == [0] * n
 
 
 def test_layers_are_shared_out_with_pipeline(expected, folder, tmp_path):
@@ -323,7 +324,7 @@ def test_loss_of_a_rank_ends_all(name, lost, folder, tmp_path):
                 # The client is told, and the health.
                 events = response.read().decode().split("\n\n")
                 assert "rank 1 has" in events[-2], events[-4:]
-            assert other.wait() == 1
+            assert other.status() == 1
             assert time.monotonic() - start < (10 if name == "SIGSTOP" else 5)
         assert f"rank {lost} has" in other.log.splitlines()[-1]
         assert "Traceback" not in other.log
@@ -409,7 +410,7 @@ def mlx_lm_make_logits_processors(request, tokenizer, args):
 def start_fails(n, folder, *argv, **kwargs):
     """The last line of each rank of a group that ends with 1."""
     with ranks(n, folder, *argv, **kwargs) as started:
-        assert [rank.wait(120) for rank in started] == [1] * n
+        assert [rank.status(120) for rank in started] == [1] * n
         assert not any("Traceback" in rank.log for rank in started)
         return [rank.log.splitlines()[-1] for rank in started]
 
@@ -459,6 +460,6 @@ def test_process_that_was_launched_without_a_group_does_not_serve_alone(folder):
     env = os.environ | {"MLX_RANK": "0"}
     command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
     command += ["--model", str(folder("llama"))]
-    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
+    done = run_program(command, env=env)
     assert done.returncode == 1
     assert "MLX_RANK is set, and MLX finds no other ranks" in done.stderr

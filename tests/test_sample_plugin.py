@@ -57,7 +57,7 @@ def test_sample_uses_public_names_only():
 def test_own_tests_of_the_sample_pass_where_it_is_not_installed(tmp_path):
     folder = shutil.copytree(SAMPLE, tmp_path / "sample")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = run_program(command, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "3 passed" in result.stdout
 
