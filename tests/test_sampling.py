@@ -24,6 +24,7 @@ from mlx_lm_ext.sampling.penalties import MAX_CONTEXT, Penalties, PenaltyParamet
 
 # A few that are about as likely as each other, and a long tail.
 SPECIAL = [3, 17]
+COMMAND_LINE = make_parser().parse_args([])
 FILTERS = [
     dict(),
     dict(top_p=0.6),
@@ -43,7 +44,7 @@ def logits_of(n_tokens, seed=0, spread=2.0):
 
 def make_row(n_generated=0, **body):
     """A sampler of one row."""
-    args = make_generation_arguments(body, make_parser().parse_args([]))
+    args = make_generation_arguments(body, COMMAND_LINE)
     tokenizer = SimpleNamespace(encode=lambda text: SPECIAL[:1], eos_token_ids=[17])
     request = SimpleNamespace(args=args, n_generated=n_generated)
     return DefaultSampler(None, request, tokenizer)
@@ -385,7 +386,7 @@ PENALTIES = [
 
 
 def penalty_arguments(**body):
-    return make_generation_arguments(body, make_parser().parse_args([])).logits
+    return make_generation_arguments(body, COMMAND_LINE).logits
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
