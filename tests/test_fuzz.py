@@ -326,7 +326,7 @@ def fuzz_bytes(port, n_requests, n_a_connection):
     return seen
 
 
-@pytest.mark.parametrize("n", [400, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_requests_are_answered_and_the_server_goes_on(
     n, start_server, caplog
 ):
