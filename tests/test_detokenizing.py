@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 from helpers import ALONE, complete, saying, streamed_text
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BYTE_TOKENS, KINDS, write_model
 
@@ -59,6 +59,7 @@ def test_pieces_add_up_to_the_text_of_all_ids(kind, data, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 @SHARED
+@example("0\x85\xa0", 0, random.Random(0))
 @given(TEXTS, st.integers(0, 8), st.randoms(use_true_random=False))
 def test_pieces_add_up_to_a_text_and_to_one_that_is_cut_off(kind, text, n_cut, rng):
     tokenizer, _ = tokenizer_of(kind)

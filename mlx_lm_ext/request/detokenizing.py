@@ -84,6 +84,8 @@ class Decoder:
         if text.endswith("\ufffd"):
             # An incomplete character decodes to up to three of these.
             n = max(len(text.rstrip("\ufffd")), n - 3)
+            # It may become white space, and some tokenizers strip the end of a text.
+            n = len(text[:n].rstrip())
         match = self.unsettled and self.unsettled.search(text)
         return min(n, match.start()) if match else n
 
