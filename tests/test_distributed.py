@@ -3,11 +3,16 @@
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.distributed import connections, group, heartbeat, launch
 from mlx_lm_ext.distributed.connections import RankError
+from mlx_lm_ext.engine import group_inbox
 from mlx_lm_ext.errors import RequestError
 
 
@@ -216,6 +221,17 @@ def test_host_of_rank_0_is_that_of_the_launcher(
     assert connections.address_of_first() == expected
 
 
+def test_rank_that_follows_keeps_nothing_of_what_has_left():
+    told = []
+    cache = RadixPromptCache(agree=lambda kind, make: told)
+    kv = KVCache()
+    kv.update_and_fetch(mx.zeros((1, 1, 3, 4)), mx.zeros((1, 1, 3, 4)))
+    cache.insert_cache("model", [1, 2, 3], [kv])
+    told = [["evicted", 1]]
+    cache.trim_to(n_sequences=0)
+    assert (len(cache), cache.left) == (0, [])
+
+
 # Life and end
 
 
@@ -232,6 +248,33 @@ def test_reason_of_the_rank_that_fails_is_known_to_all(make_ranks):
     assert third.fail("rank 2: no memory") == "rank 2: no memory"
     assert reason_of_loss(first) == reason_of_loss(second) == "rank 2: no memory"
     assert first.fail("rank 0: the collective has failed") == "rank 2: no memory"
+
+
+def test_loss_ends_the_wait_for_a_decision(make_ranks):
+    """The rank that would decide may do nothing at all."""
+    first, second = make_ranks()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second.agree, "order", pytest.fail)
+        second.heartbeat.lose("rank 0 has been silent for 3 seconds")
+        with pytest.raises(RankError, match="^rank 0 has been silent for 3 seconds$"):
+            waiting.result(30)
+
+
+def test_request_is_kept_if_the_others_cannot_be_told_of_it(monkeypatch):
+    """So that its client gets an error."""
+
+    class Lost(group.OneProcess):
+        def agree(self, kind, make):
+            make()
+            raise RankError("rank 1 has ended")
+
+    monkeypatch.setattr(group_inbox, "to_message", lambda request: None)
+    inbox, request = group_inbox.GroupInbox(Lost(), None), SimpleNamespace()
+    request.cancelled = False
+    inbox.put(request)
+    with pytest.raises(RankError):
+        inbox.take(block=False)
+    assert inbox.requests.get(block=False) is request
 
 
 def test_silent_rank_counts_as_lost(make_ranks, monkeypatch):
@@ -297,6 +340,17 @@ def test_heads_have_to_divide_among_the_ranks(config, n, is_right):
     else:
         with pytest.raises(ValueError, match=f"cannot be divided among {n} ranks"):
             launch.check_heads(config, n)
+
+
+def test_end_tokens_of_a_model_are_compared(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    before = launch.weights(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    after = launch.weights(tmp_path)
+    assert {k for k in before if before[k] != after[k]} == {
+        "the model's generation_config.json"
+    }
 
 
 def test_digest_of_weights_sees_each_part_of_a_file(tmp_path):

@@ -99,6 +99,7 @@ SCHEMA = {
 # What rank 0 does with the logits, and what it computes of prompts.
 OTHERS = [
     dict(prompt="abc abc", max_tokens=9, echo=True, logprobs=2),
+    dict(prompt="ab", max_tokens=9, echo=True, logprobs=2, best_of=3, seed=4),
     dict(prompt="one two", max_tokens=9, repetition_penalty=1.3, logit_bias={"40": 9}),
     dict(prompt="three", max_tokens=40, min_tokens=20, stop_token_ids=[50, 60, 70]),
     dict(prompt="four", max_tokens=9, n=3, temperature=1, seed=5),
@@ -440,6 +441,34 @@ def test_load_that_fails_on_one_rank_ends_all(folder, tmp_path):
 def test_heads_that_do_not_divide_end_the_start(folder, tmp_path):
     lines = start_fails(2, tmp_path, "--model", str(folder("three")))
     assert any("3 heads (num_key_value_heads) cannot be divided" in n for n in lines)
+
+
+def test_what_ranks_cannot_do_on_one_of_them_is_named_on_all(folder, tmp_path):
+    argv = ["--model", str(folder("llama"))]
+    lines = start_fails(2, tmp_path, *argv, others=["--kv-bits", "4"])
+    why = "the ranks differ in --kv-bits: rank 0 has None, and rank 1 has 4"
+    assert all(why in line for line in lines)
+
+
+def test_signal_ends_a_rank_that_waits_for_the_others(folder, tmp_path):
+    """Rank 1 waits for rank 0, which is not there."""
+    ports = [[f"127.0.0.1:{port}"] for port in free_ports(2)]
+    (tmp_path / "hosts").write_text(json.dumps(ports))
+    env = os.environ | {"MLX_RANK": "1", "MLX_HOSTFILE": str(tmp_path / "hosts")}
+    command = [sys.executable, "-m", "mlx_lm_ext.batch_server", "--port", "0"]
+    command += ["--model", str(folder("llama"))]
+    with subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for line in process.stderr:
+                if "Importing mlx-lm" in line and "so far" not in line:
+                    break
+            process.send_signal(signal.SIGTERM)
+            # MLX gives up after half a minute.
+            assert process.wait(10) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -507,14 +507,16 @@ class RadixPromptCache(LRUPromptCache):
             return self.left
 
         left = self.agree(kind, make)
-        if is_mine or not left:
+        if is_mine:
             return
-        nodes = {node.number: node for node in self.nodes.values()}
+        nodes = {node.number: node for node in self.nodes.values()} if left else {}
         for reason, number in left:
             if reason == "superseded":
                 self.drop_snapshot(nodes[number])
             else:
                 self.remove_one(nodes[number], reason)
+        # Nobody is told of it here.
+        self.left = []
 
     @property
     def digest(self) -> int:

@@ -123,6 +123,12 @@ class Connections:
             except OSError:
                 raise RankError(f"rank {rank} has ended")
 
+    def shut(self) -> None:
+        """Nothing more is said (any thread): who waits for a decision gets an error."""
+        for sock in self.decisions.values():
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def answer(self, value: Any) -> None:
         """Send a value to rank 0."""
         self.tell(value)

@@ -10,7 +10,8 @@ Rules:
 """
 
 import logging
-from typing import Any, Callable, Dict, List, Optional, TypeVar
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import mlx.core as mx
 
@@ -130,6 +131,8 @@ class Ranks(OneProcess):
         self.rank, self.size = group.rank(), group.size()
         self.connections = Connections(self.rank, self.size, self.share)
         self.heartbeat = Heartbeat(self.rank, self.connections.lives, timeout)
+        # Some thread may wait for a rank that does nothing.
+        self.heartbeat.on_lost(lambda reason: self.connections.shut())
         # Whether ``make`` is running: what it asks for itself is not told.
         self.is_deciding = False
         self.is_over = False
@@ -149,16 +152,34 @@ class Ranks(OneProcess):
             if not isinstance(e, RequestError):
                 logger.error(f"Rank 0 could not decide: {kind}", exc_info=e)
                 e = internal_error()
-            self.connections.tell([kind, None, [e.status, str(e), e.param, e.code]])
+            self.tell([kind, None, [e.status, str(e), e.param, e.code]])
             raise e
         finally:
             self.is_deciding = False
-        self.connections.tell([kind, value])
+        self.tell([kind, value])
         return value
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Where the others are talked to: an error says why the group has ended.
+
+        Raises:
+            RankError: If a connection has ended.
+        """
+        try:
+            yield
+        except RankError as e:
+            raise RankError(self.fail(str(e))) from None
+
+    def tell(self, value: Any) -> None:
+        """Send a decision to all other ranks."""
+        with self.connected():
+            self.connections.tell(value)
 
     def take(self, kind: str) -> Any:
         """What rank 0 has decided."""
-        told, value, *error = self.connections.take()
+        with self.connected():
+            told, value, *error = self.connections.take()
         if told != kind:
             raise RankError(
                 f"rank {self.rank} has to know {kind!r}, and rank 0 tells {told!r}: the ranks "
@@ -182,11 +203,14 @@ class Ranks(OneProcess):
 
     def compare(self, facts: Dict[str, str]) -> None:
         if self.rank:
-            self.connections.answer(facts)
+            with self.connected():
+                self.connections.answer(facts)
             error = self.take("comparison")
         else:
             error = None
-            for rank, theirs in self.connections.answers():
+            with self.connected():
+                answers = [*self.connections.answers()]
+            for rank, theirs in answers:
                 wrong = next(
                     (k for k in facts if theirs.get(k, facts[k]) != facts[k]), None
                 )
@@ -195,7 +219,7 @@ class Ranks(OneProcess):
                         f"the ranks differ in {wrong}: rank 0 has {facts[wrong]}, and rank "
                         f"{rank} has {theirs[wrong]}"
                     )
-            self.connections.tell(["comparison", error])
+            self.tell(["comparison", error])
         if error is not None:
             raise RankError(error)
 

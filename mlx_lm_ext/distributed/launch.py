@@ -4,9 +4,11 @@ its ranks."""
 import argparse
 import hashlib
 import os
+import signal
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, Iterator
 
 import mlx.core as mx
 
@@ -34,6 +36,8 @@ MAY_DIFFER = {
     "ssl_keyfile",
     "tls",
 }
+# Files of a model that name the tokens that end an answer, beside what it is.
+CONFIGURATIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
 # Bytes of the pieces of a file of weights that are compared.
 PIECE = 1 << 16
 
@@ -53,8 +57,9 @@ def join(args: argparse.Namespace, names: Iterable[str]) -> OneProcess:
     """
     is_launched = "MLX_RANK" in os.environ
     try:
-        group = mx.distributed.init()
-    except RuntimeError as e:
+        with default_signals():
+            group = mx.distributed.init()
+    except (RuntimeError, ValueError) as e:
         raise RuntimeError(f"MLX cannot join the other ranks: {e}")
     if group.size() == 1:
         if is_launched and os.environ.get("MLX_WORLD_SIZE") != "1":
@@ -63,10 +68,27 @@ def join(args: argparse.Namespace, names: Iterable[str]) -> OneProcess:
                 "mlx.launch, or unset MLX_RANK to serve from one process"
             )
         return OneProcess()
-    check_arguments(args)
     ranks = Ranks(group, args.rank_timeout)
     ranks.compare(facts(args, names))
+    # Now, because it is the same on all ranks: none waits for another one.
+    check_arguments(args)
     return ranks
+
+
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """Let a signal end the process at once: MLX waits for the other ranks, and meanwhile no
+    handler of Python runs."""
+    handlers = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -101,10 +123,12 @@ def facts(args: argparse.Namespace, names: Iterable[str]) -> Dict[str, str]:
 
 
 def weights(path: Path) -> Dict[str, str]:
-    """A digest of each file of a model that is on this machine. Of the weights, the beginning,
-    the middle and the end are read."""
+    """A digest of each file of a model that is on this machine, and decides what it computes
+    and where its answers end. Of the weights, the beginning, the middle and the end are read.
+    """
     digests = {}
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+    others = [path / name for name in CONFIGURATIONS]
+    for file in sorted([*path.glob("*.safetensors"), *filter(Path.is_file, others)]):
         size = file.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with open(file, "rb") as f:

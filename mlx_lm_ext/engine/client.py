@@ -25,7 +25,7 @@ from ..request.fill_in import fill_in
 from ..request.images import image_parts
 from ..request.mailbox import Mailbox
 from ..request.preparation import Preparation, Preparations
-from ..request.request import Answers, Request
+from ..request.request import Answers, PromptLogprobs, Request
 from ..request.served_model import ServedModel
 from ..request.tokenizing import explain
 from ..routes import ModelInfo
@@ -229,7 +229,7 @@ class EngineClient:
                 raise RequestError(400, message, field, "unsupported_value")
             check_constraint(first)
             if body.get("echo") and args.logprobs:
-                first.prompt_logprobs = []
+                first.prompt_logprobs = PromptLogprobs()
             # The best are found by their log probabilities.
             first.args.logprobs |= n_candidates(body) > body.get("n", 1)
             # What is known late of the prompt, its constraint learns from the first one.

@@ -8,7 +8,7 @@ Rules:
 """
 
 from itertools import accumulate, count, pairwise
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 from weakref import WeakValueDictionary
 
 from mlx_lm.server import CompletionRequest
@@ -16,7 +16,7 @@ from mlx_lm.server import CompletionRequest
 from ..distributed.group import OneProcess
 from ..errors import RequestError
 from ..request.fields import make_generation_arguments
-from ..request.request import Request
+from ..request.request import NO_TOKEN, PromptLogprobs, Request
 from .inbox import Inbox
 from .models import BatchModelProvider
 
@@ -38,6 +38,10 @@ class GroupInbox(Inbox):
         self.model_provider = model_provider
         self.numbers = count(1)
         self.numbered: "WeakValueDictionary[int, Request]" = WeakValueDictionary()
+        # Those of prompts that requests here have in common.
+        self.logprobs: "WeakValueDictionary[int, PromptLogprobs]" = (
+            WeakValueDictionary()
+        )
         self.was_told_to_end = False
 
     @property
@@ -46,8 +50,10 @@ class GroupInbox(Inbox):
 
     def abandon(self, reason: str) -> None:
         super().abandon(reason)
-        for request in list(self.numbered.values()):
-            request.put(RequestError(503, reason))
+        # ``values`` may raise while another thread adds some.
+        for reference in self.numbered.valuerefs():
+            if request := reference():
+                request.put(RequestError(503, reason))
 
     def take(self, block: bool, timeout: Optional[float] = None) -> List[Request]:
         if self.is_done:
@@ -60,11 +66,29 @@ class GroupInbox(Inbox):
                 request.number = next(self.numbers)
             return [self.is_closed, [to_message(request) for request in requests]]
 
-        self.was_told_to_end, messages = self.group.agree("requests", come)
+        try:
+            self.was_told_to_end, messages = self.group.agree("requests", come)
+        except BaseException:
+            # The group is lost: they are still here to be ended.
+            for request in requests:
+                self.put(request)
+            raise
         if self.group.rank:
-            requests = [from_message(self.model_provider, m) for m in messages]
+            requests = [self.make_request(message) for message in messages]
         self.numbered.update((request.number, request) for request in requests)
         return requests
+
+    def make_request(self, message: Dict[str, Any]) -> Request:
+        """The request that rank 0 has told this rank of."""
+        request = from_message(self.model_provider, message)
+        if message["logprobs"] is not None:
+            number, is_known = message["logprobs"]
+            logprobs = self.logprobs.setdefault(number, PromptLogprobs())
+            if is_known and not logprobs:
+                # All requests that had them have left. What they were is not needed here.
+                logprobs.append(NO_TOKEN)
+            request.prompt_logprobs = logprobs
+        return request
 
     def take_cancelled(self) -> List[Request]:
         def gone() -> List[int]:
@@ -87,14 +111,25 @@ def to_message(request: Request) -> Dict[str, Any]:
         "body": {name: request.body[name] for name in FIELDS if name in request.body},
         "key_name": request.key_name,
         "shares_cache": request.shares_cache,
-        "scores_prompt": request.awaits_logprobs,
+        "logprobs": to_logprobs(request),
     }
+
+
+def to_logprobs(request: Request) -> Optional[Tuple[int, bool]]:
+    """What the log probabilities of its prompt are called, and whether they are known; None if
+    it does not ask for them."""
+    logprobs = request.prompt_logprobs
+    if logprobs is None:
+        return None
+    if logprobs.number is None:
+        logprobs.number = request.number
+    return logprobs.number, bool(logprobs)
 
 
 def from_message(
     model_provider: BatchModelProvider, message: Dict[str, Any]
 ) -> Request:
-    """The request that rank 0 has told this rank of."""
+    """A request of which rank 0 has told, without the log probabilities of its prompt."""
     args = make_generation_arguments({}, model_provider.cli_args)
     args.max_tokens = message["max_tokens"]
     prompt = message["prompt"]
@@ -113,5 +148,4 @@ def from_message(
         n_prompt=len(prompt),
         segments=segments,
         segment_types=message["segment_types"],
-        prompt_logprobs=[] if message["scores_prompt"] else None,
     )

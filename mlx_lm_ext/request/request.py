@@ -49,6 +49,17 @@ NO_TOKEN = Token(-1, finish_reason="length")
 NO_TIME = Token(-1, finish_reason="timeout")
 
 
+class PromptLogprobs(List[Token]):
+    """The tokens of a prompt with their log probabilities: one list for all answers to it.
+
+    Attributes:
+        number (Optional[int]): What it is called among several ranks: as the first of these
+          requests.
+    """
+
+    number: Optional[int] = None
+
+
 class Answers:
     """The answers to one HTTP request: one for each of its prompts and of ``n``. Brings their
     tokens to the handler, which waits for them at one place.
@@ -106,7 +117,7 @@ class Request(RequestInfo):
         sampler (str): The name of its sampler.
         constraint (Any): What restricts its tokens, if anything does: a
           ``sampling.constraints.RowConstraint`` in its first state.
-        prompt_logprobs (Optional[List[Token]]): The tokens of its prompt with their log
+        prompt_logprobs (Optional[PromptLogprobs]): The tokens of its prompt with their log
           probabilities, if it asks for them. One list for all answers to a prompt, which is
           empty until they are computed.
         clock (Clock): The clock of ``arrival``, ``started`` and ``first_token``.
@@ -130,7 +141,7 @@ class Request(RequestInfo):
     initial_state: str = "normal"
     sampler: str = "default"
     constraint: Any = None
-    prompt_logprobs: Optional[List[Token]] = None
+    prompt_logprobs: Optional[PromptLogprobs] = None
     clock: Clock = time.monotonic
     timeout: Optional[float] = None
     shares_cache: bool = False
