@@ -23,7 +23,7 @@ KEY_BYTES = 16
 # Seconds for all ranks to connect, after they have shared the key.
 JOIN_TIMEOUT = 60.0
 # Seconds for a connection to show its key.
-HELLO_TIMEOUT = 5.0
+HELLO_TIMEOUT = 1.0
 
 
 class RankError(RuntimeError):

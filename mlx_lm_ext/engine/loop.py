@@ -21,8 +21,11 @@ from math import inf
 from threading import Event, Thread
 from typing import Deque, List, Optional, Sequence, cast
 
+from mlx_lm.models.cache import make_prompt_cache
+
 from ..batch.batch import Batch
 from ..batch.prefill import SHAPES, max_prefill_tokens
+from ..cache.kinds import flatten
 from ..cache.prompt_cache import RadixPromptCache
 from ..distributed.connections import RankError
 from ..distributed.group import ONE_PROCESS, OneProcess
@@ -161,7 +164,7 @@ class Engine:
             self.has_failed = True
             mine = "the engine has failed"
             if self.group.size > 1:
-                mine = f"rank {self.group.rank}: {one_line(e)}"
+                mine = self.describe_failure(e)
             reason = self.group.fail(mine)
             if reason == mine:
                 logger.critical("The generation thread has failed", exc_info=e)
@@ -172,6 +175,12 @@ class Engine:
         except BaseException:
             logger.exception("The generation thread could not free what it has")
         self.ended.set()
+
+    def describe_failure(self, error: BaseException) -> str:
+        """What the other ranks say of an error on this one."""
+        if isinstance(error, RankError):
+            return str(error)
+        return f"rank {self.group.rank}: {one_line(error)}"
 
     def load(self) -> None:
         """Load the model. With ``--warmup full``, warm it up too."""
@@ -186,7 +195,7 @@ class Engine:
         except Exception as e:
             self.load_error = e
             if self.group.size > 1:
-                reason = self.group.fail(f"rank {self.group.rank}: {one_line(e)}")
+                reason = self.group.fail(self.describe_failure(e))
                 self.load_error = RankError(reason)
             self.inbox.close("the model cannot be loaded")
         if self.warm_up and self.cli_args.warmup == "full":
@@ -206,7 +215,12 @@ class Engine:
                 "the model cannot be served by several ranks, because its requests cannot be "
                 "batched"
             )
-        self.group.compare(self.model_provider.digests)
+        # With --pipeline, ranks with other layers might keep the KV of a prompt in other ways.
+        caches = flatten(make_prompt_cache(self.model_provider.model))
+        types = ", ".join(sorted({type(c).__name__ for c in caches}))
+        self.group.compare(
+            self.model_provider.digests | {"the types of the model's caches": types}
+        )
 
     def warm_up_while_idle(self) -> None:
         """Run pieces of the warm-up until something is in the inbox."""
