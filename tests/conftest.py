@@ -122,12 +122,12 @@ def start_server(start_engine):
 
     servers = []
 
-    def start(*args, tls=None, **kwargs):
+    def start(*args, tls=None, handler=BatchAPIHandler, **kwargs):
         engine = start_engine(*args, **kwargs)
         args = engine.cli_args
         httpd = BatchHTTPServer(
             ("127.0.0.1", 0),
-            partial(BatchAPIHandler, engine.client, system_fingerprint=""),
+            partial(handler, engine.client, system_fingerprint=""),
             args.allowed_origins,
             args.allowed_hosts,
             keys=Keys([*args.api_key, *args.api_key_file]),

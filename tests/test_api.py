@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import conftest
 import mlx.core as mx
 import pytest
 from helpers import (
@@ -1190,16 +1189,15 @@ def test_client_that_goes_away_frees_its_row(streamed, start_server, caplog):
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
-def test_client_that_takes_nothing_frees_its_row(start_server, monkeypatch, caplog):
+def test_client_that_takes_nothing_frees_its_row(start_server, caplog):
     class Handler(BatchAPIHandler):
         def setup(self):
             # Too small for the events of the answer.
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             super().setup()
 
-    monkeypatch.setattr(conftest, "BatchAPIHandler", Handler)
     argv = ["llama", "--idle-timeout", "0.1"]
-    engine, port = start_server(*argv, make_engine=WatchedEngine)
+    engine, port = start_server(*argv, make_engine=WatchedEngine, handler=Handler)
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.settimeout(60)
