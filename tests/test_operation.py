@@ -39,6 +39,7 @@ from test_api import (
 from mlx_lm_ext import descriptors
 from mlx_lm_ext.batch_server import BatchServer
 from mlx_lm_ext.device import on_cpu
+from mlx_lm_ext.distributed.group import ONE_PROCESS
 from mlx_lm_ext.errors import RequestError, one_line
 from mlx_lm_ext.server import connection, http_server
 from mlx_lm_ext.server.http_server import BatchHTTPServer
@@ -664,7 +665,7 @@ def test_server_ends_in_8_seconds_with_a_stuck_engine_and_a_client_that_takes_no
     release = threading.Event()
     httpd = BatchHTTPServer(("127.0.0.1", 0), lambda *args: release.wait(60))
     server = BatchServer(None, None, None)
-    server.httpd = httpd
+    server.httpd, server.group = httpd, ONE_PROCESS
     server.accepting = threading.Thread(target=httpd.serve_forever)
     server.accepting.start()
     server.engine = SimpleNamespace(
