@@ -8,9 +8,10 @@ The engine is that of the server, with all flags of its batch, its cache and its
 
 import argparse
 import logging
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from mlx_lm_ext.arguments import (
     ArgumentParser,
@@ -220,17 +221,28 @@ def failures(runs: Sequence[Run]) -> List[str]:
     ]
 
 
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Log errors only: warnings speak of bytes, which are scaled here."""
+    package = logging.getLogger("mlx_lm_ext")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Replay, print the table, and write the plot."""
     args, plugins = parse_arguments(argv)
-    # Warnings speak of bytes, which are scaled here.
-    logging.getLogger("mlx_lm_ext").setLevel(logging.ERROR)
     plots: Any = None
     if args.plot:
         # It needs matplotlib, which the table does not.
         from mlx_lm_ext.bench import plots
     try:
-        runs = run_all(args, plugins)
+        with only_errors():
+            runs = run_all(args, plugins)
     except (OSError, PluginError, RuntimeError, ValueError) as e:
         raise SystemExit(f"error: {e}")
     except KeyboardInterrupt:
