@@ -148,6 +148,8 @@ class Heartbeat:
                 self.note(peer, Beat(**json.loads(line)))
         except TimeoutError as e:
             reason = str(e)
+        except ConnectionError:
+            pass  # it has ended before it has read all beats
         except (OSError, ValueError, TypeError) as e:
             reason = f"the connection to rank {peer} has failed: {e}"
         if not (self.mine.is_leaving or self.others[peer].is_leaving):
