@@ -166,7 +166,7 @@ class Engine:
             if self.group.size > 1:
                 mine = self.describe_failure(e)
             reason = self.group.fail(mine)
-            if reason == mine:
+            if reason == mine and not isinstance(e, RankError):
                 logger.critical("The generation thread has failed", exc_info=e)
             self.inbox.close(reason)
         self.loaded.set()
