@@ -332,7 +332,8 @@ class BatchServer:
         self.check_end()
 
     def check_end(self) -> None:
-        """
+        """Check that the engine has not ended because of an error.
+
         Raises:
             RuntimeError: If the generation thread or another rank has failed.
         """

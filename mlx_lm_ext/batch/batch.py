@@ -453,13 +453,13 @@ class Batch:
         return n_rows
 
     def take_failed_rows(self) -> Dict[int, BaseException]:
-        """The rows whose constraints have failed in this step, and why."""
+        """The rows whose constraints or logits processors have failed in this step, and why."""
         failed = self.generator.generation_batch.take_failed()
         uids = self.group.agree("failed rows", lambda: list(failed))
         return {uid: failed.get(uid) or internal_error() for uid in uids}
 
     def drop(self, failed: Dict[int, BaseException]) -> None:
-        """Take out the rows whose constraints have failed."""
+        """Take out the rows whose constraints or logits processors have failed."""
         if not failed:
             return
         # Some may have left before this step.

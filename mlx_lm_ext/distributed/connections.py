@@ -115,7 +115,7 @@ class Connections:
     # Decisions, of which only the generation thread knows
 
     def tell(self, value: Any) -> None:
-        """Send a value to all other ranks."""
+        """Send a value to all other ranks, or from one of them to rank 0."""
         frame = pack(value)
         for rank, sock in self.decisions.items():
             try:
@@ -128,10 +128,6 @@ class Connections:
         for sock in self.decisions.values():
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-
-    def answer(self, value: Any) -> None:
-        """Send a value to rank 0."""
-        self.tell(value)
 
     def take(self) -> Any:
         """The next value that rank 0 has sent."""

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Asks what a kind of decision is: the kind, and what decides it on rank 0.
+# ``OneProcess.agree``, for those who need nothing else of the group.
 Agree = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -172,7 +172,7 @@ class Ranks(OneProcess):
             raise RankError(self.fail(str(e))) from None
 
     def tell(self, value: Any) -> None:
-        """Send a decision to all other ranks."""
+        """Send a value to all other ranks, or from one of them to rank 0."""
         with self.connected():
             self.connections.tell(value)
 
@@ -203,8 +203,7 @@ class Ranks(OneProcess):
 
     def compare(self, facts: Dict[str, str]) -> None:
         if self.rank:
-            with self.connected():
-                self.connections.answer(facts)
+            self.tell(facts)
             error = self.take("comparison")
         else:
             error = None

@@ -27,10 +27,10 @@ class Beat:
     """What a rank says of itself.
 
     Args:
-        n_places (int): How many of the places have its generation thread behind it at which all
-          ranks are the same.
-        is_busy (bool): Whether it should soon be at the next one.
-        is_leaving (bool): Whether it ends because it has to.
+        n_places (int): How often its generation thread has called ``advance``. All ranks call
+          it at the same places of their loop.
+        is_busy (bool): Whether it should call it again soon.
+        is_leaving (bool): Whether it ends as it should, so that its silence is no loss.
         must_stop (bool): Whether it was asked to end by a signal.
         error (Optional[str]): Why it cannot go on.
     """
@@ -79,7 +79,7 @@ class Heartbeat:
         self.moved[self.rank] = time.monotonic()
 
     def leave(self) -> None:
-        """This rank ends because it has to, and the others will."""
+        """This rank ends as it should, and the others will, too."""
         self.mine.is_leaving = True
         self.send()
 
