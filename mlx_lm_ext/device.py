@@ -167,6 +167,13 @@ def share_arenas() -> None:
 
 def give_back_freed() -> None:
     """Give memory that MLX has freed back to the device, if it is more than a quarter of
-    what is in use. Less is kept, because the next prompts need it again."""
-    if mx.get_cache_memory() > mx.get_active_memory() // 4:
+    what is in use. Less is kept, because the next prompts need it again.
+
+    With CUDA, where that takes 20 ms on an H100, a quarter of the GPU's memory is kept: nothing
+    but this process uses it, and MLX itself gives it back before there is none left.
+    """
+    freed = mx.get_cache_memory()
+    if freed <= mx.get_active_memory() // 4:
+        return
+    if device_kind() != "cuda" or freed > device_memory() // 4:
         mx.clear_cache()

@@ -87,28 +87,29 @@ def test_chunk_of_a_prompt_that_runs_alone_is_a_power_of_two(
     assert prefill.chunk_width([n_left], budget) == width
 
 
-def test_chunk_of_a_new_shape_says_nothing_about_the_time_of_others(
+def test_time_of_a_chunk_begins_when_its_shape_is_planned(
     start_engine, chunks, monkeypatch
 ):
-    noted = []
+    now, run, noted = [0.0], LeanPromptBatch.run, []
+
+    def plan(batch, width):
+        result = run(batch, width)
+        now[0] += 100 * result[2]
+        return result
 
     def note(pace, n_rows, sizes, seconds):
-        noted.extend(sizes)
+        noted.append(seconds)
 
+    monkeypatch.setattr(LeanPromptBatch, "run", plan)
     monkeypatch.setattr(Pace, "note", note)
     engine = start_engine("llama")
-    prompt = "x" * 1000
-    read(submit(engine, prompt, max_tokens=1))
-    assert prefill.SHAPES == set(chunks)
-    assert not noted
-    # The same shapes once more, beside a stream, whose steps are timed.
+    engine.policies.clock = lambda: now[0]
     stream = submit(engine, "y", max_tokens=400, ignore_eos=True)
     assert stream.receive(timeout=60)
-    n_before = len(chunks)
-    read(submit(engine, prompt, max_tokens=1))
-    timed = [rows * width for rows, width, _ in chunks[n_before:]]
-    assert set(noted) <= set(timed) and noted
+    read(submit(engine, "x" * 1000, max_tokens=1))
     read(stream)
+    assert prefill.SHAPES == set(chunks) and now[0] >= 200
+    assert set(noted) == {0.0}
 
 
 def test_least_chunk_is_large_with_cuda(chunks):

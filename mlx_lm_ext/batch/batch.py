@@ -398,23 +398,26 @@ class Batch:
         if not n_rows:
             self.generator.prompts.wait()
         now = self.policies.clock()
-        before = self.last_wait
-        if before is not None:
+        before, decoding = self.last_wait, self.generator.generation_batch
+        if before is not None and not decoding.has_planned:
             self.pace.note(n_rows, self.handed_over, now - before)
         self.last_wait, self.handed_over = now, []
         # A step that is not timed would leave the prompts out for nothing.
         must_measure = before is not None and self.pace.must_measure(n_rows)
         budget = None
         if self.prefilling:
+            # A step that has to be planned is long enough without them.
+            must_wait = must_measure or decoding.must_plan
             budget = self.group.agree(
                 "tokens of prompts",
-                lambda: None if must_measure else self.plan_prefill(),
+                lambda: None if must_wait else self.plan_prefill(),
             )
         if budget is not None:
             self.prefill(budget)
             self.handed_over = self.generator.chunk_sizes
             if self.generator.prompts.has_new_shape:
-                self.interrupt()
+                # Until now it was planned. What is left of the step is the run.
+                self.last_wait = self.policies.clock()
         if not self.rows:
             self.interrupt()
 

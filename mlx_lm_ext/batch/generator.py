@@ -25,11 +25,12 @@ from mlx_lm.server import _make_logits_processors
 
 from ..cache.kinds import prepare_step
 from ..cache.segmented import BatchSegmentedKVCache
-from ..device import device_kind, on_cpu
+from ..device import on_cpu
 from ..distributed.group import ONE_PROCESS, OneProcess
 from .batch_sampling import BatchSampling, RowSampling
 from .grouping import Grouping
 from .groups import GenerationGroups
+from .pairs import PAIRED_SHAPES, can_pair
 from .prefill import chunk_width, runs_alone
 from .prompts import (
     LeanPromptBatch,
@@ -41,9 +42,6 @@ from .prompts import (
 )
 
 make_logits_processors = _make_logits_processors
-
-# Places of the KV from which on each token is run twice, see ``pays_to_run_pairs``.
-MIN_PAIRED = 1024
 
 
 class UnprocessedPrompt(NamedTuple):
@@ -79,25 +77,6 @@ class UnprocessedPrompt(NamedTuple):
     def is_long(self) -> bool:
         """Whether it takes less time to run it alone than beside others."""
         return runs_alone(self.n_left, len(self.tokens))
-
-
-def pays_to_run_pairs(caches: List[Any]) -> bool:
-    """Whether rows that are padded to each other decode faster as ``run_pairs`` does it.
-
-    With 16 rows of 3,050 tokens of an 8B model, a step takes 20 ms on an H100 instead of 28. With
-    300 tokens it takes as long, and each new shape costs 90 ms.
-    """
-    if device_kind() != "cuda":
-        return False
-    c = caches[0]
-    return (
-        all(type(other) is BatchSegmentedKVCache for other in caches)
-        and c.end >= MIN_PAIRED
-        and c.row_starts.left_padding is not None
-        # The models that keep latents use the mask as a condition.
-        and c.keys.shape == c.values.shape
-        and c.keys.dtype in (mx.float16, mx.bfloat16)
-    )
 
 
 class KVShape(NamedTuple):
@@ -145,6 +124,8 @@ class LeanGenerationBatch(GenerationBatch):
     """
 
     _next_logprobs: List[Optional[Callable]]
+    # Whether the device had to plan the last step.
+    has_planned = False
 
     def __init__(
         self,
@@ -216,7 +197,7 @@ class LeanGenerationBatch(GenerationBatch):
         longest = max(layers, key=lambda c: c.end)
         # Spare rows are given up when arrays are copied, which is not in all layers at once.
         n_rows = max(len(c.keys) for c in layers)
-        n_next = 2 if pays_to_run_pairs(self.prompt_cache) else 1
+        n_next = 2 if can_pair(self.prompt_cache) else 1
         return KVShape(n_rows, longest.end, longest.keys.shape[2], n_next)
 
     def extend(self, batch: "LeanGenerationBatch") -> None:
@@ -376,9 +357,15 @@ class LeanGenerationBatch(GenerationBatch):
         """The logits of shape (rows, vocabulary) that the model gives for one token of each
         row."""
         prepare_step(self.prompt_cache)
-        if pays_to_run_pairs(self.prompt_cache):
+        self.has_planned = self.must_plan
+        if PAIRED_SHAPES.note_step(self.prompt_cache):
             return self.run_pairs(inputs)
         return self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+
+    @property
+    def must_plan(self) -> bool:
+        """Whether the device has to plan the next step, which takes longer than others."""
+        return PAIRED_SHAPES.must_plan(self.prompt_cache)
 
     def run_pairs(self, inputs: mx.array) -> mx.array:
         """What ``run`` gives. The model gets each token twice, and the second is taken back: with

@@ -81,6 +81,8 @@ class GenerationGroups:
         self.n_steps = 0
         # The step in which the rows are next looked at.
         self.plan_at = 0
+        # Whether the device had to plan a part of the last step.
+        self.has_planned = False
 
     # As one batch
 
@@ -106,6 +108,11 @@ class GenerationGroups:
         for group in self.groups:
             for i in range(len(group)):
                 yield group, i
+
+    @property
+    def must_plan(self) -> bool:
+        """Whether the device has to plan the next step of a group."""
+        return any(group.batch.must_plan for group in self.groups)
 
     def extract_cache(self, idx: int) -> List[Any]:
         group, i = [*self.rows][idx]
@@ -145,11 +152,13 @@ class GenerationGroups:
         due = [*range(len(self.groups))]
         if len(due) > 1:
             due = self.agree("groups of a step", self.due)
+        self.has_planned = False
         for group in [self.groups[i] for i in due]:
             n_rows, start = len(group), time.perf_counter()
             responses += group.batch.next()
             group.longest += 1
-            if is_timed:
+            self.has_planned |= group.batch.has_planned
+            if is_timed and not group.batch.has_planned:
                 group.seconds = time.perf_counter() - start
                 self.grouping.costs.note(n_rows, group.longest, group.seconds)
         self.n_steps += 1

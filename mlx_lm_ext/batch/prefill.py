@@ -33,8 +33,7 @@ def least_chunk() -> int:
 
 
 def note_shape(n_rows: int, width: int, end: int) -> bool:
-    """Note the shape of a chunk. Whether it is a new one, which the device has to plan first, so
-    that its time says nothing about the next one.
+    """Note the shape of a chunk. Whether it is a new one, which the device has to plan first.
 
     Args:
         n_rows (int): Prompts that run side by side.

@@ -24,6 +24,7 @@ from typing import Deque, List, Optional, Sequence, cast
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..batch.batch import Batch
+from ..batch.pairs import PAIRED_SHAPES
 from ..batch.prefill import SHAPES, max_prefill_tokens
 from ..cache.kinds import flatten
 from ..cache.prompt_cache import RadixPromptCache
@@ -565,6 +566,7 @@ class Engine:
         self.close_batch()
         # What the device has planned for the other model says nothing about this one.
         SHAPES.clear()
+        PAIRED_SHAPES.clear()
         self.warm_up = None
         self.model_provider.switch_to(key)
 
