@@ -20,13 +20,14 @@ from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.sample_utils import make_logits_processors
 from tiny_models import CONFIGS
 
+from mlx_lm_ext import device
 from mlx_lm_ext.batch import generator
 from mlx_lm_ext.batch.answer_lengths import AnswerLengths
 from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
 from mlx_lm_ext.bench.random_model import write_model
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
-from mlx_lm_ext.device import device_memory, give_back_freed
+from mlx_lm_ext.device import device_memory
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler
@@ -83,13 +84,26 @@ def test_limit_is_what_the_device_has_beside_the_model(model_folder):
     assert device_memory() * 0.8 < limit < device_memory() * 0.9
 
 
-@pytest.mark.parametrize("freed, is_given_back", [(100, False), (101, True)])
-def test_freed_memory_is_given_back_when_it_is_much(freed, is_given_back, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, freed, is_given_back",
+    [
+        ("cpu-linux", 100, False),
+        ("cpu-linux", 101, True),
+        # A GPU keeps more, as long as it has room for it.
+        ("cuda", 350, False),
+        ("cuda", 351, True),
+    ],
+)
+def test_freed_memory_is_given_back_when_it_is_much(
+    kind, freed, is_given_back, monkeypatch
+):
     cleared = []
+    monkeypatch.setattr(device, "device_kind", lambda: kind)
+    monkeypatch.setattr(device, "device_memory", lambda: 1000)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 400)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: freed)
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(True))
-    give_back_freed()
+    device.give_back_freed()
     assert bool(cleared) is is_given_back
 
 
