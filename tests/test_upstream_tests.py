@@ -59,8 +59,8 @@ BATCH_SERVER = [
     ),
 ]
 
-# With SegmentedKVCache, SlidingKVCache and their batches in the places of KVCache,
-# RotatingKVCache and theirs.
+# With SegmentedKVCache, its tokens in segments, SlidingKVCache and their batches in the places of
+# KVCache, RotatingKVCache and theirs.
 BATCH_CACHES = [
     Listed(
         "TestPromptCache.test_batch_kv_cache",
