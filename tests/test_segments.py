@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
     ArraysCache,
-    BatchKVCache,
     CacheList,
     ConcatenateKVCache,
     KVCache,
@@ -67,8 +66,8 @@ BATCHABLE = [
 @pytest.mark.parametrize("ends", [(9,), (3, 5, 9)])
 def test_hits_merge_into_a_batch_and_come_out_again(model, ends):
     cache = cached(model, *ends)
-    hit, rest = cache.fetch_nearest_cache("m", TOKENS)
-    short, _ = cache.fetch_nearest_cache("m", TOKENS[:4])
+    hit, rest = cache.fetch_segmented_cache("m", TOKENS)
+    short, _ = cache.fetch_segmented_cache("m", TOKENS[:4])
     rows = [r for r in (short, hit) if r is not None]
     lengths = [3] * (short is not None) + [9]
     batch = merge(rows)
@@ -79,7 +78,7 @@ def test_hits_merge_into_a_batch_and_come_out_again(model, ends):
 
 
 def test_rows_of_misses_and_hits_merge():
-    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
+    hit, _ = cached("KVCache", 3, 9).fetch_segmented_cache("m", TOKENS)
     model = type("Model", (), {"make_cache": lambda self: [KVCache(), KVCache()]})()
     batch = merge([make_segmented_cache(model), hit, make("KVCache", TOKENS[:5])])
     assert type(batch[0]) is BatchSegmentedKVCache
@@ -96,19 +95,22 @@ def test_rows_that_have_two_segments_in_turn_merge():
     for tokens in prompts:
         cache.insert_cache("m", tokens, make("KVCache", tokens))
     order = [0, 1, 0, 1, 1]
-    batch = merge([cache.fetch_nearest_cache("m", prompts[i] + [0])[0] for i in order])
+    batch = merge(
+        [cache.fetch_segmented_cache("m", prompts[i] + [0])[0] for i in order]
+    )
     n = len(TOKENS)
     for row, i in enumerate(order):
         expected = contents(make("KVCache", prompts[i]), n)
         assert contents([c.extract(row) for c in batch], n) == expected
 
 
-def test_hit_merges_after_plain_caches_as_upstream_merges_them():
-    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
-    batch = merge([make("KVCache", TOKENS[:5]), hit])
-    assert type(batch[0]) is BatchKVCache
-    row = [c.extract(1) for c in batch]
-    assert contents(row, 9) == contents(make("KVCache", TOKENS[:9]), 9)
+@pytest.mark.parametrize("model", MODELS)
+def test_hit_for_mlx_lm_has_the_types_that_mlx_lm_makes(model):
+    hit, _ = cached(model, 9).fetch_nearest_cache("m", TOKENS)
+    made = make(model, TOKENS[:9])
+    assert [type(c) for c in hit] == [type(c) for c in made]
+    assert [type(c) for c in flatten(hit)] == [type(c) for c in flatten(made)]
+    assert contents(hit, 9) == contents(made, 9)
 
 
 def test_hit_costs_one_copy():
@@ -117,7 +119,7 @@ def test_hit_costs_one_copy():
     for end in (700, 1400, 2000):
         cache.insert_cache("m", tokens[:end], make("KVCache", tokens[:end]))
     prompt = tokens + [1] * 100
-    hit, _ = cache.fetch_nearest_cache("m", prompt)
+    hit, _ = cache.fetch_segmented_cache("m", prompt)
     batch = []
 
     def use():
@@ -175,7 +177,7 @@ def test_states_own_their_memory():
 
 
 def test_hit_is_used_alone_like_the_cache_it_was():
-    hit, _ = cached("KVCache", 3, 9).fetch_nearest_cache("m", TOKENS)
+    hit, _ = cached("KVCache", 3, 9).fetch_segmented_cache("m", TOKENS)
     assert [c.size() for c in hit] == [9, 9]
     assert not any(c.empty() for c in hit)
     # Segments belong to the prompt cache, which counts their bytes.
@@ -192,7 +194,7 @@ def test_hit_that_is_written_to_leaves_the_prompt_cache_as_it_was(model):
     cache = cached(model, 10, tokens=prompt)
     expected = contents(make(model, TOKENS), 10)
     for _ in range(2):
-        hit, _ = cache.fetch_nearest_cache("m", prompt)
+        hit, _ = cache.fetch_segmented_cache("m", prompt)
         assert contents(hit, 10) == expected
         for i in range(10, 20):
             feed(hit, prompt, i, i + 1)
@@ -203,7 +205,7 @@ def test_hit_that_is_written_to_leaves_the_prompt_cache_as_it_was(model):
 def test_what_was_generated_token_by_token_is_found(model, n_prompt):
     cache = RadixPromptCache()
     cache.insert_cache("m", TOKENS[:9], make(model, TOKENS[:9], n_prompt))
-    hit, rest = cache.fetch_nearest_cache("m", TOKENS)
+    hit, rest = cache.fetch_segmented_cache("m", TOKENS)
     assert rest == TOKENS[9:]
     assert contents(hit, 9) == contents(make(model, TOKENS[:9]), 9)
 

@@ -75,9 +75,9 @@ class KVStorage:
     def fetch_aligned(
         self, key: Any, tokens: List[int]
     ) -> Tuple[Optional[List[Any]], List[int]]:
-        """What ``RadixPromptCache.fetch_nearest_cache`` gives, cut where a chunk of the rest may
-        begin."""
-        caches, rest = self.prompt_cache.fetch_nearest_cache(key, tokens)
+        """What ``RadixPromptCache.fetch_segmented_cache`` gives, cut where a chunk of the rest
+        may begin."""
+        caches, rest = self.prompt_cache.fetch_segmented_cache(key, tokens)
         known = len(tokens) - len(rest)
         n = aligned(known, len(tokens))
         if n == known or not self.can_cut:

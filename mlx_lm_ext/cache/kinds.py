@@ -290,6 +290,22 @@ def make_segmented_cache(model: Any) -> List[Any]:
     return [segmented(cache) for cache in make_prompt_cache(model)]
 
 
+def without_segments(caches: List[Any]) -> List[Any]:
+    """Caches of a model in the types of ``make_prompt_cache``. mlx-lm's batches need these: they
+    do not settle the rows of a ``BatchSegmentedKVCache``, see ``prepare_step``."""
+
+    def plain(cache):
+        if isinstance(cache, CacheList):
+            return CacheList(*map(plain, cache.caches))
+        if isinstance(cache, SegmentedKVCache):
+            return KVCache.from_state(cache.state)
+        if isinstance(cache, SlidingKVCache):
+            return RotatingKVCache.from_state(cache.state)
+        return cache
+
+    return [plain(cache) for cache in caches]
+
+
 def take_rows(cache: Any, batch_indices: List[int]) -> Any:
     """A copy of these rows of the cache of a batch, in this order. It is lazy."""
     if isinstance(cache, CacheList):

@@ -33,7 +33,7 @@ from mlx_lm.models.cache import LRUPromptCache
 
 from ..distributed.group import ONE_PROCESS, Agree
 from ..interfaces import Clock, Entry, EvictionPolicy
-from .kinds import Layout, nbytes_of_layers
+from .kinds import Layout, nbytes_of_layers, without_segments
 from .lru import LRU
 from .segmented import Arrays
 from .tree import CacheStats, Match, Node
@@ -177,7 +177,16 @@ class RadixPromptCache(LRUPromptCache):
     def fetch_nearest_cache(
         self, model: Any, tokens: List[int]
     ) -> Tuple[Optional[List[Any]], List[int]]:
-        """Make caches of the longest prefix that is known.
+        """``fetch_segmented_cache`` for mlx-lm's own batches: its caches are those that mlx-lm
+        makes, with copies of the segments."""
+        caches, rest = self.fetch_segmented_cache(model, tokens)
+        return (None if caches is None else without_segments(caches)), rest
+
+    def fetch_segmented_cache(
+        self, model: Any, tokens: List[int]
+    ) -> Tuple[Optional[List[Any]], List[int]]:
+        """Make caches of the longest prefix that is known. They merge with those of
+        ``make_segmented_cache``.
 
         Args:
             model (Any): What made the KV: entries of another model are not found.
