@@ -7,6 +7,8 @@ import os
 import resource
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Iterator
 
 # How many the server asks for, if it may have so many, and those that it cannot do without.
@@ -39,8 +41,12 @@ def limit_kept() -> Iterator[None]:
 
     The import of ``mlx_lm.utils`` sets the limit to 4096, which fails if less is allowed,
     and else takes away what is allowed beyond. There is no way to undo this, so that one
-    call is left out (``patches/utils-keep-open-files.patch``).
+    call is left out, unless mlx-lm asks for the limit first
+    (``patches/utils-keep-open-files.patch``).
     """
+    if mlx_lm_keeps_limit():
+        yield
+        return
     setrlimit = resource.setrlimit
 
     def set_others(kind: int, limits: Any) -> None:
@@ -52,6 +58,15 @@ def limit_kept() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit = setrlimit
+
+
+def mlx_lm_keeps_limit() -> bool:
+    """Whether the import of the installed mlx-lm lowers no limit. It is not imported here."""
+    spec = find_spec("mlx_lm")
+    if spec is None or spec.origin is None:
+        return True  # there is nothing to import
+    source = (Path(spec.origin).parent / "utils.py").read_text(encoding="utf-8")
+    return "getrlimit(resource.RLIMIT_NOFILE)" in source
 
 
 def limit() -> int:

@@ -47,7 +47,11 @@ def test_defaults_are_the_documented_ones():
     assert {name: args[name] for name in DEFAULTS} == DEFAULTS
 
 
-def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
+def upstream_defaults(monkeypatch):
+    # patches/server-setup-arg-parser.patch
+    if hasattr(mlx_lm.server, "setup_arg_parser"):
+        return vars(mlx_lm.server.setup_arg_parser().parse_args([]))
+
     class Parsed(Exception):
         pass
 
@@ -59,6 +63,11 @@ def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
         mlx_lm.server.main()
     monkeypatch.undo()
     (upstream,) = parsed.value.args
+    return upstream
+
+
+def test_other_arguments_have_the_defaults_of_upstream(monkeypatch):
+    upstream = upstream_defaults(monkeypatch)
     ours = vars(make_parser().parse_args([]))
     # These two differ: prompts are bounded by the tokens of a step, and web pages of other
     # sites may not call.

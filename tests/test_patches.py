@@ -37,6 +37,7 @@ OWN_TESTS = [
     "test_command_line.py::test_other_arguments_have_the_defaults_of_upstream",
     "test_engine.py::test_what_upstream_serves_alone_is_served_alone",
     "test_operation.py::test_import_of_mlx_lm_keeps_the_limit_of_open_files",
+    "test_operation.py::test_plugin_that_imports_mlx_lm_does_not_lower_the_limit",
     "test_prompt_cache.py",
 ]
 
@@ -92,13 +93,17 @@ def test_a_patch_is_small_and_brings_a_test(name):
     assert own_tests(name)[0]
 
 
-def test_all_apply_to_the_installed_mlx_lm(tmp_path):
-    target = tmp_path / "mlx_lm"
-    source = Path(mlx_lm.__file__).parent
+@pytest.fixture
+def patched(tmp_path):
+    """A folder with the installed mlx-lm, to which all patches are applied."""
+    target, source = tmp_path / "mlx_lm", Path(mlx_lm.__file__).parent
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     apply(tmp_path, SERIES, "--exclude=tests/*")
-    changed = (target / "server.py").read_text()
-    assert changed != (source / "server.py").read_text()
+    return tmp_path
+
+
+def test_all_apply_to_the_installed_mlx_lm(patched):
+    changed = (patched / "mlx_lm" / "server.py").read_text()
     functions = {
         node.name: ast.unparse(node)
         for node in ast.parse(changed).body
@@ -200,10 +205,19 @@ def test_mlx_lm_passes_its_own_tests(names, make_tree, hub):
 
 
 @pytest.mark.slow
-def test_this_package_works_with_all_patches(make_tree):
-    tree = make_tree(SERIES)
-    passed, failed, output = run_tests(
-        Path(__file__).parent, tree, "-m", "not slow", *OWN_TESTS
-    )
+def test_this_package_works_with_all_patches(patched):
+    folder = Path(__file__).parent
+    passed, failed, output = run_tests(folder, patched, "-m", "not slow", *OWN_TESTS)
     assert not failed, output
-    assert len(passed) > 100
+    assert len(passed) > 200
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_this_package_uses_what_a_patch_adds(is_patched, patched):
+    code = "import resource\nfrom mlx_lm_ext.descriptors import limit_kept\n"
+    code += "before = resource.setrlimit\nwith limit_kept():\n"
+    code += "    print(resource.setrlimit is before)"
+    path = [str(patched)] * is_patched + [str(PATCHES.parent)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    result = run_program([sys.executable, "-c", code], env=env)
+    assert result.stdout.strip() == str(is_patched), result.stderr

@@ -207,7 +207,7 @@ mlx_lm.server
   ModelProvider.reset(self)
   Response(text, token, logprob, finish_reason, top_tokens)
   ResponseGenerator has model_provider prompt_cache stop_and_join
-      _is_distributed _state_machine_cache
+      _is_distributed _rank _state_machine_cache
   ResponseGenerator._tokenize(self, tokenizer, request, args)
   ResponseGenerator._serve_single(self, request, stream)
   SamplingArguments(temperature, top_p, top_k, min_p, xtc_probability, xtc_threshold)

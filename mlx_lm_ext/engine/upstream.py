@@ -110,7 +110,7 @@ class SingleGenerator(ResponseGenerator):
         self.prompt_cache = prompt_cache
         self.request = request
         self._state_machine_cache: Dict[Any, Any] = {}
-        self._is_distributed = False
+        self._is_distributed, self._rank = False, 0
 
     def tokenize(
         self,
