@@ -1,5 +1,6 @@
 """mlx-lm's own tests of its server and its caches, run against this package's."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -7,6 +8,7 @@ from upstream_cases import make_hub, run_cases
 from upstream_sources import upstream_sources
 
 pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parent
 
 
 class Listed(NamedTuple):
@@ -103,7 +105,14 @@ def check(tmp_path_factory, hub, tmp_path):
 
     def check(tests, plugin, listed):
         path = upstream_sources(tmp_path_factory) / "tests" / tests
-        errors = run_cases(path, plugin, hub, tmp_path / "results.xml")
+        # Not in the folder of the sources, where the first mlx_lm is not the installed one.
+        errors = run_cases(
+            ["-p", f"upstream_plugins.{plugin}", path],
+            path.parent,
+            tmp_path / "results.xml",
+            [TESTS, TESTS.parent],
+            HF_HUB_CACHE=str(hub),
+        )
         failed = {case: error for case, error in errors.items() if error}
         for case, error, reason in listed:
             assert error in failed.pop(case, "it has passed"), f"{case}: {reason}"

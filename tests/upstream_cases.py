@@ -2,14 +2,12 @@
 
 import os
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 from processes import run_program
 
 from mlx_lm_ext.bench.random_model import LLAMA, write_like, write_model
 
-TESTS = Path(__file__).parent
 # The model that mlx-lm's tests load.
 MODEL = "mlx-community/Qwen1.5-0.5B-Chat-4bit"
 
@@ -33,24 +31,23 @@ def make_hub(folder):
     return folder
 
 
-def run_cases(tests, plugin, hub, results):
-    """Run a file of mlx-lm's tests.
+def run_cases(arguments, folder, results, path, **env):
+    """Run tests with pytest.
 
     Args:
-        tests (Path): The file.
-        plugin (str): The name of a file in ``upstream_plugins``.
-        hub (Path): The folder of ``make_hub``.
+        arguments (Sequence): Of pytest.
+        folder (Path): Where it runs.
         results (Path): A file for pytest's report.
+        path (Sequence[Path]): Where modules are looked for first.
+        **env (str): More of its environment.
 
     Returns:
         Dict[str, str]: The error of each case that has run, which is empty if it has passed.
     """
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    command += ["-p", f"upstream_plugins.{plugin}", f"--junit-xml={results}", tests]
-    path = os.pathsep.join(map(str, [TESTS, TESTS.parent]))
-    env = dict(HF_HUB_CACHE=str(hub), HF_HUB_OFFLINE="1", PYTHONPATH=path)
-    # Not in the folder of the sources, where the first mlx_lm is the one that is not installed.
-    pytest = run_program(command, cwd=tests.parent, env=os.environ | env)
+    command += [f"--junit-xml={results}", *arguments]
+    env = dict(HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(map(str, path)), **env)
+    pytest = run_program(command, cwd=folder, env=os.environ | env)
     # Some cases may have failed.
     assert pytest.returncode in (0, 1), pytest.stdout + pytest.stderr
     cases = {}

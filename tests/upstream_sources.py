@@ -41,6 +41,6 @@ def fetch(folder):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--no-binary", "mlx-lm", f"mlx-lm=={version('mlx-lm')}"]
     pip = run_program([*command, "--dest", folder])
-    if pip.returncode:
-        reason = pip.stderr.strip().rpartition("\n")[2]
-        pytest.skip(f"pip cannot fetch the sources of mlx-lm: {reason}")
+    if pip.returncode and "NewConnectionError" in pip.stderr:
+        pytest.skip("pip reaches no package index, where the sources of mlx-lm are")
+    assert pip.returncode == 0, pip.stderr
