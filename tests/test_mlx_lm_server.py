@@ -13,6 +13,7 @@ import pytest
 from helpers import LETTERS, Reference, call
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
+from patching import make_patched
 from processes import join, read_until, started
 from tiny_models import CONFIGS
 
@@ -22,6 +23,16 @@ ROOT = Path(__file__).parent.parent
 (SCRIPT,) = re.findall(
     r"```python\n([^`]*server\.main\(\)\n)```", (ROOT / "README.md").read_text()
 )
+# What takes its place once mlx-lm has the patches.
+SCRIPT_WITH_PATCHES = """
+from mlx_lm.server import ModelProvider, run, setup_arg_parser
+
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
+
+args = setup_arg_parser().parse_args()
+cache = RadixPromptCache(args.prompt_cache_size)
+run(args.host, args.port, ModelProvider(args), prompt_cache=cache)
+"""
 N_TOKENS = 12
 
 
@@ -61,17 +72,22 @@ def test_hits_and_misses_share_a_batch_of_mlx_lm(model_folder, architecture):
     assert [*answers.values()] == [reference.tokens(p, N_TOKENS) for p in prompts]
 
 
-@pytest.fixture
-def port(model_folder, tmp_path):
-    """The port of ``mlx_lm.server``, as the script of the README starts it."""
+@pytest.fixture(params=["released", "patched"])
+def port(request, model_folder, tmp_path):
+    """The port of ``mlx_lm.server``, as the script of the README starts it, or the one that takes
+    its place."""
+    is_patched = request.param == "patched"
     script = tmp_path / "radix_server.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT_WITH_PATCHES if is_patched else SCRIPT)
+    # The folder of the script is the first one in which modules are looked for.
+    if is_patched:
+        make_patched(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, script, "--model", model_folder(), "--port", str(port)]
     command += ["--prompt-cache-size", "1000", "--prompt-cache-bytes", "1GB"]
     with started(command) as process:
-        read_until(process, "Starting httpd")
+        read_until(process, "not recommended for production")
         # An unread pipe would block the server once it is full.
         reader = threading.Thread(target=process.stderr.read)
         reader.start()
