@@ -6,7 +6,6 @@ import pytest
 from helpers import Reference, active_memory, read, submit, texts
 from tiny_models import CONFIGS, WRONG_TOGETHER
 
-from mlx_lm_ext.engine import self_check
 from mlx_lm_ext.engine.self_check import SelfCheck
 
 CHECK = "--self-check"
