@@ -429,6 +429,14 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="the same as --warmup off",
     )
+    add(
+        "--self-check",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="when a model is loaded, compare a batch of two short prompts with each of them "
+        "alone, and serve its requests one at a time if they differ; not with CUDA, and not "
+        "under mlx.launch",
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,7 +80,10 @@ def start_engine(request, model_folder, caplog):
         clock=time.monotonic,
     ):
         args = make_parser().parse_args(
-            ["--warmup", "off", "--model", str(model_folder(architecture)), *argv]
+            [
+                *("--warmup", "off", "--no-self-check"),
+                *("--model", str(model_folder(architecture)), *argv),
+            ]
         )
         args.model_id = args.model
         plugins = Plugins()

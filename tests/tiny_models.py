@@ -94,10 +94,65 @@ UNBATCHABLE = {
     )
 }
 
+# Of upstream's test_models.py: their batches are wrong in mlx-lm 0.32.2.
+WRONG_TOGETHER = {
+    "afm7": dict(
+        model_type="afm7",
+        hidden_dim=256,
+        num_layers=16,
+        num_hidden_layers=16,
+        num_kv_reuse_layers=8,
+        num_heads=8,
+        num_kv_heads=4,
+    ),
+    "bailing_moe_linear": dict(
+        COMMON,
+        model_type="bailing_moe_linear",
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        num_experts_per_tok=2,
+        num_experts=4,
+        norm_topk_prob=True,
+        num_shared_experts=2,
+        rms_norm_eps=1e-5,
+        rope_theta=1000,
+        first_k_dense_replace=0,
+        layer_group_size=2,
+        group_norm_size=1,
+    ),
+    "longcat_flash_ngram": dict(
+        model_type="longcat_flash_ngram",
+        attention_method="MLA",
+        zero_expert_type="identity",
+        hidden_size=128,
+        ffn_hidden_size=128,
+        moe_topk=2,
+        expert_ffn_hidden_size=128,
+        n_routed_experts=2,
+        zero_expert_num=2,
+        num_layers=4,
+        num_hidden_layers=4,
+        max_position_embeddings=1000,
+        num_attention_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        routed_scaling_factor=1.0,
+        rms_norm_eps=1e-5,
+        rope_theta=1000,
+        mla_scale_q_lora=True,
+        mla_scale_kv_lora=True,
+        attention_bias=False,
+    ),
+}
+
 
 def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
     """Write the model of an architecture above."""
-    config = (CONFIGS | UNBATCHABLE)[architecture]
+    config = (CONFIGS | UNBATCHABLE | WRONG_TOGETHER)[architecture]
     return write_model(folder, architecture, config, seed)
 
 

@@ -27,6 +27,7 @@ from ..batch.batch import Batch
 from ..batch.prefill import SHAPES, max_prefill_tokens
 from ..cache.kinds import flatten
 from ..cache.prompt_cache import RadixPromptCache
+from ..device import device_kind
 from ..distributed.connections import RankError
 from ..distributed.group import ONE_PROCESS, OneProcess
 from ..errors import RequestError, internal_error, one_line
@@ -41,6 +42,7 @@ from .inbox import Inbox
 from .kernels import KernelBuild
 from .models import BatchModelProvider
 from .prompt_scores import PromptScores
+from .self_check import SelfCheck
 from .warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -185,7 +187,7 @@ class Engine:
     def load(self) -> None:
         """Load the model. With ``--warmup full``, warm it up too."""
         try:
-            self.model_provider.switch_to(self.model_provider.default_key)
+            self.load_model(self.model_provider.default_key)
             if self.group.size > 1:
                 self.check_ranks()
             elif self.cli_args.warmup != "off" and self.has_batches:
@@ -203,6 +205,28 @@ class Engine:
                 time.sleep(COMPILING_INTERVAL)
             self.warm_up.run_all(lambda: self.inbox.is_closed)
         self.loaded.set()
+
+    def load_model(self, key: ModelKey) -> None:
+        """Load a model, and have its requests served alone if its batches are wrong.
+
+        Raises:
+            RequestError: If it cannot be loaded.
+        """
+        provider = self.model_provider
+        provider.switch_to(key)
+        # Several ranks cannot serve requests alone. With CUDA, the first kernels take minutes.
+        must_check = (
+            self.cli_args.self_check
+            and self.has_batches
+            and self.group.size == 1
+            and device_kind() != "cuda"
+        )
+        if must_check and (fault := SelfCheck(provider).find_fault()):
+            provider.is_batchable = False
+            logger.warning(
+                f"Requests to {key[0]} are served one at a time: {fault}. With "
+                "--no-self-check, they are batched without this check"
+            )
 
     def check_ranks(self) -> None:
         """Check what has to be so with several ranks, of a model that is loaded.
@@ -566,7 +590,7 @@ class Engine:
         # What the device has planned for the other model says nothing about this one.
         SHAPES.clear()
         self.warm_up = None
-        self.model_provider.switch_to(key)
+        self.load_model(key)
 
     def close_batch(self) -> None:
         batch, self.batch = self.batch, None
