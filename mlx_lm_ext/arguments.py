@@ -432,10 +432,10 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--self-check",
         action=argparse.BooleanOptionalAction,
-        default=False,
+        default=True,
         help="when a model is loaded, compare a batch of two short prompts with each of them "
-        "alone, and serve its requests one at a time if they differ; not with CUDA, and not "
-        "under mlx.launch",
+        "alone, and serve its requests one at a time if they differ by more than rounding "
+        "(default: on)",
     )
 
 
