@@ -1,5 +1,6 @@
 """All architectures of which mlx-lm's own tests have a tiny model: what its prompts get in our
-batches, with the prompt cache, is what ``generate_step`` gives to each of them alone."""
+batches, with the prompt cache, is what ``generate_step`` gives to each of them alone.
+"""
 
 import ast
 import random
@@ -26,20 +27,22 @@ from mlx_lm_ext.request.served_model import ServedModel
 pytestmark = pytest.mark.slow
 
 RIGHT = """
-Klear afmoe apertus baichuan_m1 bailing_hybrid bailing_moe deepseek_v32 dots1 ernie4_5
-ernie4_5_moe exaone4 exaone_moe gemma3n gemma4 glm glm4 glm4_moe glm4_moe_lite granite
-granitemoe granitemoehybrid helium kimi_k3 kimi_linear kimi_vl laguna lfm2-vl lille-130m
+Klear afmoe apertus bailing_hybrid bailing_moe deepseek_v32 dots1 ernie4_5 ernie4_5_moe
+exaone4 exaone_moe gemma3n gemma4 glm glm4 glm4_moe glm4_moe_lite granite granitemoe
+granitemoehybrid helium kimi_k3 kimi_linear kimi_vl laguna lfm2-vl lille-130m
 llama4_text longcat_flash mamba2 mimo mimo_v2_flash minimax minimax_m3_vl muse_glimmer
 nanochat nemotron-nas olmo3 olmoe pixtral prism_hadamard_qwen35 qwen3_5 qwen3_5_moe
-qwen3_next qwen3_vl qwen3_vl_moe rwkv7 seed_oss talkie telechat3 youtu_llm
+qwen3_next qwen3_vl qwen3_vl_moe seed_oss talkie telechat3 youtu_llm
 """.split()
 # Their batches are wrong in mlx-lm, and why.
 WRONG = {
-    "afm7": "",
-    "bailing_moe_linear": "",
-    "longcat_flash_ngram": "",
-    "nemotron_h": "",
-    "jamba": "",
+    "afm7": "layers that reuse KV rotate queries by their place in the padded batch",
+    "baichuan_m1": "the convolution of keys and values goes on from the padding",
+    "bailing_moe_linear": "padding changes the state of linear attention",
+    "jamba": "padding changes the states of Mamba layers",
+    "longcat_flash_ngram": "the n-grams of an answer begin with the padding",
+    "nemotron_h": "the mask makes the state of a padded row zero",
+    "rwkv7": "padding changes all states",
 }
 # The caches of these have no ``merge``: mlx-lm does not batch them.
 UNBATCHABLE = ["llama4"]

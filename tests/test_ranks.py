@@ -446,7 +446,9 @@ def test_heads_that_do_not_divide_end_the_start(folder, tmp_path):
 # Runs the server with a model whose batches are found wrong, by rank 0 only.
 WRONG_BATCHES = """
 import os
-from mlx_lm_ext import batch_server
+from mlx_lm_ext import blas, batch_server
+blas.load()
+blas.load = lambda: None
 from mlx_lm_ext.engine import self_check
 self_check.TOLERANCE = 1.0 if int(os.environ["MLX_RANK"]) else -1.0
 batch_server.main()

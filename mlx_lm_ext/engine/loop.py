@@ -236,7 +236,7 @@ class Engine:
         """What is wrong with the batches of the loaded model. Empty if it need not be known."""
         if not (self.cli_args.self_check and self.has_batches):
             return ""
-        return find_fault(self.model_provider.model)
+        return find_fault(self.model_provider.model, self.group)
 
     def check_ranks(self) -> None:
         """Check what has to be so with several ranks, of a model that is loaded.
@@ -255,9 +255,7 @@ class Engine:
         self.group.compare(
             self.model_provider.digests | {"the types of the model's caches": types}
         )
-        # All ranks run the model, and rank 0 decides.
-        found = self.find_fault()
-        fault = self.group.agree("fault of batches", lambda: found)
+        fault = self.find_fault()
         if fault:
             raise RuntimeError(
                 f"the model cannot be served by several ranks: {fault}. With --no-self-check it "

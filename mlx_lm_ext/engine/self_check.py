@@ -15,6 +15,7 @@ import logging
 import random
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from typing import Iterator, List, NamedTuple
 
 import mlx.core as mx
@@ -25,7 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..batch.generator import LeanGenerationBatch
 from ..batch.prompts import LeanPromptBatch, PromptInProgress
 from ..cache.kinds import make_segmented_cache
-from ..distributed.group import ONE_PROCESS
+from ..distributed.group import ONE_PROCESS, OneProcess
 from ..errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ N_STEPS = 2
 N_TRIES = 3
 # How far the logits of a step may be apart: the root of the mean square of the differences, in
 # standard deviations of the logits. Measured on a CPU with the random models of mlx-lm 0.32.2's
-# tests in float32, bfloat16, float16 and 4 bits: up to 3.1e-4 if the architecture is right, and
-# 1.5e-2 and more if it is wrong. Without rule 1, rounding to 16 bits moves the logits by up to
-# 0.7, and by up to 1.2 if the weights have 4 bits.
+# tests: up to 4e-5 if the architecture is right, and 1.7e-2 and more if it is wrong, with weights
+# in float32, bfloat16, float16 and 4 bits alike. To compute in 16 bits alone moves the logits of
+# these models by up to 0.7, and of those with weights in 4 bits by up to 1.2.
 TOLERANCE = 3e-3
 
 
@@ -98,24 +99,33 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten(found))
 
 
-def find_fault(model: nn.Module) -> str:
+def find_fault(model: nn.Module, group: OneProcess = ONE_PROCESS) -> str:
     """What is wrong with the batches of a model. Empty if they are right, or if they could not be
     checked, of which a line of the log says why.
 
     Args:
         model (nn.Module): A model whose caches can be merged.
+        group (OneProcess): The ranks that run the model. Rank 0 decides after each try.
     """
     fault = ""
     with in_float32(model):
         for seed in range(N_TRIES):
-            try:
-                fault = compare(model, seed)
-            except UncheckedError as e:
-                logger.warning(f"There is no self-check of batches: {e}")
-                return ""
+            found = judge(model, seed)
+            fault, unchecked = group.agree("fault of batches", partial(list, found))
+            if unchecked:
+                logger.warning(f"There is no self-check of batches: {unchecked}")
             if not fault:
-                return ""
+                break
     return fault
+
+
+def judge(model: nn.Module, seed: int) -> List[str]:
+    """What is wrong with the batch of two prompts, and why it could not be checked. Both are empty
+    if it is right."""
+    try:
+        return [compare(model, seed), ""]
+    except UncheckedError as e:
+        return ["", str(e)]
 
 
 def make_prompts(model: nn.Module, seed: int) -> List[Prompt]:
@@ -140,7 +150,6 @@ def compare(model: nn.Module, seed: int) -> str:
     try:
         prompts = make_prompts(model, seed)
         alone = [run_alone(model, p) for p in prompts]
-        mx.eval(alone)
     except Exception as e:
         traceback.clear_frames(e.__traceback__)
         raise UncheckedError(f"a prompt fails: {one_line(e)}") from None
@@ -165,7 +174,10 @@ def run_alone(model: nn.Module, prompt: Prompt) -> mx.array:
     """The logits of the steps of a prompt, of shape (steps, vocabulary), all tokens at once."""
     tokens = [t for tokens in (*prompt.segments, prompt.steps) for t in tokens]
     inputs = mx.array([tokens], mx.uint32)
-    return model(inputs, cache=make_prompt_cache(model))[0, -len(prompt.steps) :]
+    logits = model(inputs, cache=make_prompt_cache(model))[0, -len(prompt.steps) :]
+    # One after the other: with --pipeline, the ranks would mix what they send.
+    mx.eval(logits)
+    return logits
 
 
 def run_together(model: nn.Module, prompts: List[Prompt]) -> mx.array:
@@ -184,8 +196,11 @@ def run_together(model: nn.Module, prompts: List[Prompt]) -> mx.array:
     while not all(p.is_at_last_token for p in batch.progress):
         batch.run(max(batch.segment_lengths))
     rows = LeanGenerationBatch.of_prompts(batch, ONE_PROCESS)
-    steps = zip(*(p.steps for p in prompts))
-    return mx.stack([rows.run(mx.array(s, mx.uint32)) for s in steps], axis=1)
+    logits = []
+    for tokens in zip(*(p.steps for p in prompts)):
+        logits.append(rows.run(mx.array(tokens, mx.uint32)))
+        mx.eval(logits)
+    return mx.stack(logits, axis=1)
 
 
 def distance(a: mx.array, b: mx.array) -> float:
