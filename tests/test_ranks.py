@@ -443,6 +443,28 @@ def test_heads_that_do_not_divide_end_the_start(folder, tmp_path):
     assert any("3 heads (num_key_value_heads) cannot be divided" in n for n in lines)
 
 
+# Runs the server with a model whose batches are found wrong, by rank 0 only.
+WRONG_BATCHES = """
+import os
+from mlx_lm_ext import blas, batch_server
+blas.load()
+blas.load = lambda: None
+from mlx_lm_ext.engine import self_check
+self_check.TOLERANCE = 1.0 if int(os.environ["MLX_RANK"]) else -1.0
+batch_server.main()
+"""
+
+
+def test_wrong_batches_end_the_start(folder, tmp_path):
+    argv = ["--model", str(folder("llama"))]
+    lines = start_fails(2, tmp_path, *argv, program=["-c", WRONG_BATCHES])
+    assert all("in a batch, the logits" in line for line in lines)
+    assert all("--no-self-check" in line for line in lines)
+    argv.append("--no-self-check")
+    with served(2, tmp_path, *argv, program=["-c", WRONG_BATCHES]):
+        pass
+
+
 def test_what_ranks_cannot_do_on_one_of_them_is_named_on_all(folder, tmp_path):
     argv = ["--model", str(folder("llama"))]
     lines = start_fails(2, tmp_path, *argv, others=["--kv-bits", "4"])

@@ -43,7 +43,7 @@ from .inbox import Inbox
 from .kernels import KernelBuild
 from .models import BatchModelProvider
 from .prompt_scores import PromptScores
-from .self_check import SelfCheck
+from .self_check import find_fault
 from .warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class Engine:
         # which it waits.
         self.warm_up: Optional[WarmUp] = None
         self.kernels = KernelBuild()
+        # Whether the batches of the loaded model have still to be checked.
+        self.must_check = True
         # Set when no request is served any more. Whether that is because of an error.
         self.ended = Event()
         self.has_failed = False
@@ -190,11 +192,13 @@ class Engine:
         try:
             self.load_model(self.model_provider.default_key)
             if self.group.size > 1:
+                self.must_check = False
                 self.check_ranks()
             elif self.cli_args.warmup != "off" and self.has_batches:
                 self.warm_up = WarmUp.of_server(self.model_provider)
                 dtype = logits_type(self.model_provider.model)
                 self.kernels.start(type_name(dtype))
+            self.check_batches()
         except Exception as e:
             self.load_error = e
             if self.group.size > 1:
@@ -204,30 +208,37 @@ class Engine:
         if self.warm_up and self.cli_args.warmup == "full":
             while self.kernels.is_running and not self.inbox.is_closed:
                 time.sleep(COMPILING_INTERVAL)
+            self.check_batches()
+        if self.warm_up and self.cli_args.warmup == "full":
             self.warm_up.run_all(lambda: self.inbox.is_closed)
         self.loaded.set()
 
-    def load_model(self, key: ModelKey) -> None:
-        """Load a model, and have its requests served alone if its batches are wrong.
-
-        Raises:
-            RequestError: If it cannot be loaded.
-        """
-        provider = self.model_provider
-        provider.switch_to(key)
-        # Several ranks cannot serve requests alone. With CUDA, the first kernels take minutes.
-        must_check = (
-            self.cli_args.self_check
-            and self.has_batches
-            and self.group.size == 1
-            and device_kind() != "cuda"
+    def check_batches(self) -> None:
+        """Check once whether the batches of the loaded model are right, and have its requests
+        served alone if they are not. While kernels are compiled, it has to wait for them: then
+        the check is made later."""
+        if self.kernels.is_running or not self.must_check:
+            return
+        self.must_check = False
+        fault = self.find_fault()
+        if not fault:
+            return
+        # Requests may have run before.
+        self.close_batch()
+        self.warm_up = None
+        if self.prompt_cache is not None:
+            self.prompt_cache.trim_to(n_bytes=0)
+        self.model_provider.is_batchable = False
+        logger.warning(
+            f"Requests to {self.model_provider.model_key[0]} are served one at a time: {fault}. "
+            "With --no-self-check they are batched all the same"
         )
-        if must_check and (fault := SelfCheck(provider).find_fault()):
-            provider.is_batchable = False
-            logger.warning(
-                f"Requests to {key[0]} are served one at a time: {fault}. With "
-                "--no-self-check, they are batched without this check"
-            )
+
+    def find_fault(self) -> str:
+        """What is wrong with the batches of the loaded model. Empty if it need not be known."""
+        if not (self.cli_args.self_check and self.has_batches):
+            return ""
+        return find_fault(self.model_provider.model, self.group)
 
     def check_ranks(self) -> None:
         """Check what has to be so with several ranks, of a model that is loaded.
@@ -246,9 +257,17 @@ class Engine:
         self.group.compare(
             self.model_provider.digests | {"the types of the model's caches": types}
         )
+        fault = self.find_fault()
+        if fault:
+            raise RuntimeError(
+                f"the model cannot be served by several ranks: {fault}. With --no-self-check it "
+                "is served all the same"
+            )
 
     def warm_up_while_idle(self) -> None:
-        """Run pieces of the warm-up until something is in the inbox."""
+        """Check the batches if that had to wait, and run pieces of the warm-up until something is
+        in the inbox."""
+        self.check_batches()
         while self.warm_up and not (self.inbox.has_new or self.kernels.is_running):
             self.warm_up.run_next(lambda: self.inbox.has_new)
             self.counters.warm_up_left = len(self.warm_up)
@@ -592,7 +611,9 @@ class Engine:
         SHAPES.clear()
         PAIRED_SHAPES.clear()
         self.warm_up = None
-        self.load_model(key)
+        self.model_provider.switch_to(key)
+        self.must_check = True
+        self.check_batches()
 
     def close_batch(self) -> None:
         batch, self.batch = self.batch, None
