@@ -325,6 +325,7 @@ class FakeBatch:
     """Rows whose steps take no time."""
 
     joining = ()
+    has_planned = must_plan = False
 
     def __init__(self, n_rows, length=100):
         self.tokens = [[0] * length for _ in range(n_rows)]

@@ -199,7 +199,9 @@ def scaled(args: argparse.Namespace, bytes_per_token: int) -> argparse.Namespace
         for name in ("radix_cache_size", "max_kv_bytes")
         if (n_bytes := getattr(args, name)) is not None
     }
-    return argparse.Namespace(**vars(args) | limits | dict(warmup="off"))
+    return argparse.Namespace(
+        **vars(args) | limits | dict(warmup="off", self_check=False)
+    )
 
 
 class SimulatedEngine(Engine):

@@ -1,2 +1,2 @@
-"""The generation thread, the client through which handlers reach it, the models, the warm-up,
-and requests that are served one at a time."""
+"""The generation thread, the client through which handlers reach it, the models, their check and
+their warm-up, and requests that are served one at a time."""

@@ -28,7 +28,6 @@ from ..batch.pairs import PAIRED_SHAPES
 from ..batch.prefill import SHAPES, max_prefill_tokens
 from ..cache.kinds import flatten
 from ..cache.prompt_cache import RadixPromptCache
-from ..device import device_kind
 from ..distributed.connections import RankError
 from ..distributed.group import ONE_PROCESS, OneProcess
 from ..errors import RequestError, internal_error, one_line
@@ -190,7 +189,7 @@ class Engine:
     def load(self) -> None:
         """Load the model. With ``--warmup full``, warm it up too."""
         try:
-            self.load_model(self.model_provider.default_key)
+            self.model_provider.switch_to(self.model_provider.default_key)
             if self.group.size > 1:
                 self.must_check = False
                 self.check_ranks()
