@@ -149,10 +149,8 @@ class Batch:
         """What scheduler policies see."""
         clock = self.policies.clock
         requests = tuple(self.requests)
-        prefilling = self.prefilling
-        n_decoding = len(requests) - len(prefilling)
-        n_left = sum(row.n_tokens - row.n_run for row in prefilling)
-        gap_tokens = self.pace.gap_tokens(n_decoding, n_left)
+        n_decoding = len(requests) - len(self.prefilling)
+        gap_tokens = self.pace.gap_tokens(n_decoding)
         return SchedulerView(clock(), requests, self.args.batch_size, gap_tokens)
 
     # Joining
