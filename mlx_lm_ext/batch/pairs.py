@@ -3,8 +3,8 @@
 Rules:
 1. With CUDA, attention with a mask has a fast kernel for two tokens of a row, and none for one.
    It is cuDNN's, which takes up to 0.1 s to plan each new shape of the KV.
-2. So a shape is planned when it has lost as much time without it. Shapes that stay for a few
-   steps, while rows join one by one, are never planned.
+2. So a shape is planned once the steps without the fast kernel have cost as much time as the
+   plan takes. Shapes that last for a few steps, while rows join one by one, are never planned.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ from ..device import device_kind
 # Places of the KV from which on two tokens take less time than one. With 16 rows of 3,050 tokens
 # of an 8B model, a step takes 20 ms on an H100 instead of 28. With 300 tokens it takes as long.
 MIN_PAIRED = 1024
-# Bytes of KV that steps of a shape read until they have lost the time that it takes to plan it,
-# which is 50 to 100 ms there: they lose 8 to 12 ms in reading 7 GB.
+# A shape is planned after its steps have read so many bytes of KV. On an H100 a plan takes 50 to
+# 100 ms, and a step without one that reads 7 GB takes 8 to 12 ms longer.
 PLANNED_AFTER = 40 << 30
 
 Shape = Tuple[int, ...]

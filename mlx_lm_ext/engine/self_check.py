@@ -1,14 +1,14 @@
-"""Checks of a model that is loaded whether its prompts get together what they get alone.
+"""Checks, when a model is loaded, that prompts in a batch get the logits that they get alone.
 
 For some architectures, a batch of mlx-lm is wrong: the padding of the shorter prompts changes
 their answers. Two short prompts show it.
 
 Rules:
-1. The model computes in float32 meanwhile, whatever its weights are. In 16 bits, rounding
-   moves the logits as far as the faults that are looked for.
-2. A difference counts only if other prompts show one too: rounding may still choose another
-   expert of a mixture, if two are as good.
-3. Nothing is left of it but what MLX keeps, and no random number is drawn.
+1. During the check the model computes in float32, whatever its weights are. In 16 bits,
+   rounding moves the logits as far as the faults do that the check looks for.
+2. A fault has to show with several pairs of prompts. Where two experts of a mixture score
+   alike, rounding may choose the other one, and one pair may differ because of that.
+3. The check leaves nothing behind but what MLX caches, and draws no random number.
 """
 
 import logging
@@ -62,7 +62,7 @@ class UncheckedError(Exception):
 
 
 class Float32Embedding(nn.Module):
-    """An embedding from which on a model computes in float32.
+    """An embedding that gives float32, so that all layers after it compute in float32.
 
     Args:
         embedding (nn.Module): What it takes the place of.
