@@ -361,7 +361,16 @@ class KVRows:
 def test_rows_that_join_get_room_once():
     batch, others = KVRows(4, 10), [KVRows(5, 10), KVRows(1, 600)]
     groups.add(batch, others)
-    assert len(batch) == len(batch.layer.keys) == 10
+    assert len(batch) == 10 and len(batch.layer.keys) == 11
+
+
+@pytest.mark.parametrize(
+    "n_to_come, n_rows", [(0, 6), (1, 6), (2, 6), (3, 7), (4, 8), (9, 8)]
+)
+def test_arrays_get_room_for_rows_that_wait_and_double_at_most(n_to_come, n_rows):
+    batch = KVRows(4, 10)
+    groups.add(batch, [KVRows(1, 10)], n_to_come)
+    assert len(batch) == 5 and len(batch.layer.keys) == n_rows
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Batch:
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10**6), longest=st.sampled_from([20, 300, 900]))
+@given(seed=st.integers(0, 10**6), longest=st.sampled_from([20, 300, 900, 2500]))
 def test_batch_takes_no_more_than_was_predicted(name, seed, longest):
     rng = random.Random(seed)
     batch = Batch(name)
@@ -132,6 +132,17 @@ def test_arrays_that_grow_for_a_row_get_a_quarter_of_spare_rows():
     assert batch.nbytes == 4 * 512 * token
     batch.join(request, 0, 256)
     assert batch.nbytes == 6 * 512 * token
+
+
+@pytest.mark.parametrize(
+    "n_prompt, n_columns", [(1400, 1536), (1408, 1536), (1409, 1792), (700, 768)]
+)
+def test_long_arrays_that_grow_for_a_row_get_room_for_some_tokens(n_prompt, n_columns):
+    batch = Batch("KVCache")
+    for _ in range(2):
+        request = SimpleNamespace(n_prompt=n_prompt, n_generated=0, max_tokens=10)
+        batch.join(request, 0, 256)
+    assert batch.cache[0].keys.shape[2] == n_columns
 
 
 def test_arrays_have_room_for_whole_steps():

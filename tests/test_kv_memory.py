@@ -29,8 +29,10 @@ from mlx_lm_ext.bench.random_model import write_model
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
 from mlx_lm_ext.device import device_memory
 from mlx_lm_ext.engine.loop import Engine
+from mlx_lm_ext.engine.warm_up import make_request
 from mlx_lm_ext.errors import RequestError
 from mlx_lm_ext.interfaces import BatchSampler
+from mlx_lm_ext.request.mailbox import Turnstile
 
 # Of the tiny llama: two layers with keys and values of two heads of 16 floats.
 TOKEN = 2 * 2 * 2 * 16 * 4
@@ -63,7 +65,8 @@ def test_size_is_known_without_running_the_model(model_folder):
 @pytest.mark.parametrize(
     "shape, n_rows, width",
     [
-        ((), 2, 1500),
+        # There may be a copy of it with more rows, and with places left.
+        ((), 2, 1500 + 256),
         # The running batch has spare rows, and a copy of it ends anywhere in a step.
         ((10, 1100), 10, 1500 + 256),
         # It goes on after its padding,
@@ -192,6 +195,56 @@ def test_estimate_is_what_nine_in_ten_answers_take():
     assert lengths.expected(request) == 3256
     request.max_tokens = 3001
     assert lengths.expected(request) == 3001
+
+
+@pytest.mark.parametrize(
+    "n_fit, batch_size, n_to_come",
+    [
+        (9, 32, 3),
+        (9, 3, 2),
+        # There is no memory for all of them: only the prompt that runs counts.
+        (4, 32, 1),
+    ],
+)
+def test_rows_to_come_are_those_that_run_and_wait_if_all_fit(
+    n_fit, batch_size, n_to_come, start_engine
+):
+    argv = *memory_of(n_fit, 512), "--batch-size", str(batch_size)
+    engine = start_engine("llama", *argv)
+    args, provider = engine.cli_args, engine.model_provider
+    batch = Batch(
+        provider.model, provider.tokenizer, args, engine.policies, None, Turnstile()
+    )
+    first, second, *others = [
+        make_request(provider, args, [7] * 100, max_tokens=99) for _ in range(4)
+    ]
+    batch.add(first)
+    while batch.prefilling:
+        batch.step()
+    batch.add(second)
+    batch.expect(others)
+    assert batch.n_to_come() == [n_to_come]
+    batch.close()
+
+
+def test_engine_says_which_requests_wait(start_engine):
+    seen = []
+
+    class Counting(Batch):
+        def n_to_come(self):
+            seen.append(sum(super().n_to_come()))
+            return super().n_to_come()
+
+    class CountingEngine(Engine):
+        batch_class = Counting
+
+    argv = "llama", "--prompt-concurrency", "1"
+    engine = start_engine(*argv, make_engine=CountingEngine)
+    jobs = [submit(engine, "x" * 2000, max_tokens=200) for _ in range(5)]
+    for job in jobs:
+        read(job)
+    # One prompt runs at a time.
+    assert max(seen) > 1
 
 
 def test_short_answers_run_together_whatever_their_cap_is(start_engine):

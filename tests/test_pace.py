@@ -33,6 +33,9 @@ def test_a_chunk_has_a_fixed_cost():
 
 def test_gap_is_four_decode_steps_if_no_other_is_given():
     assert pace(None, decode=1.0).gap_tokens(4) == pytest.approx(220, rel=0.01)
+    # Long prompts get one more.
+    assert pace(None, decode=1.0).gap_tokens(4, 1024) == pytest.approx(300, rel=0.01)
+    assert pace(1.0).gap_tokens(4, 1024) == pace(1.0).gap_tokens(4)
     # Nobody reads faster than that.
     known = pace(None, decode=0.01, token=0.001)
     assert known.gap_tokens(4) == pytest.approx(70, rel=0.02)

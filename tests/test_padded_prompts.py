@@ -1,6 +1,7 @@
 """With CUDA, chunks of prompts have few shapes. Here the CPU does as if it were CUDA."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from helpers import LETTERS, Reference, read, submit, texts, wait_until_idle
@@ -9,7 +10,7 @@ from tiny_models import CONFIGS
 
 from mlx_lm_ext.batch import prefill
 from mlx_lm_ext.batch.pace import Pace
-from mlx_lm_ext.batch.prompts import LeanPromptBatch
+from mlx_lm_ext.batch.prompts import LeanPromptBatch, PromptBatches
 
 CACHE = ["--use-prompt-cache"]
 
@@ -85,6 +86,52 @@ def test_chunk_of_a_prompt_that_runs_alone_is_a_power_of_two(
 ):
     monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
     assert prefill.chunk_width([n_left], budget) == width
+
+
+@pytest.mark.parametrize(
+    "n_known, budget, width",
+    [(0, 1700, 2048), (0, 1600, 1024), (128, 1700, 1024), (2048, 900, 952)],
+)
+def test_chunk_may_be_larger_than_its_budget_if_its_shape_was_run(
+    n_known, budget, width, monkeypatch
+):
+    monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
+    shapes = {(1, 2048, 2048), (1, 1024, 3072)}
+    monkeypatch.setattr(prefill, "SHAPES", shapes)
+    n_left = 3000 - n_known
+    assert prefill.chunk_width([n_left], budget, n_known) == width
+
+
+class FakePrompt:
+    """A prompt that takes no time."""
+
+    n_run = 0
+
+    def __init__(self, n_left):
+        self.n_left, self.widths = n_left, []
+        self.segment_lengths = [n_left]
+
+    def __len__(self):
+        return 1
+
+    def run(self, width):
+        self.widths.append(width)
+        return [SimpleNamespace(end_of_segment=width == self.n_left)], width, False
+
+
+@pytest.mark.parametrize("device, rest", [("cuda", []), ("metal", [500])])
+def test_chunks_that_would_get_another_width_in_the_rest_of_a_step_wait(
+    device, rest, monkeypatch
+):
+    monkeypatch.setattr(prefill, "device_kind", lambda: device)
+    batches = PromptBatches()
+    short, long = batches.batches = [FakePrompt(1000), FakePrompt(3000)]
+
+    def width(batch, most):
+        return prefill.chunk_width(batch.segment_lengths, most)
+
+    batches.run(1500, width, cost=lambda n: n)
+    assert (short.widths, long.widths) == ([1000], rest)
 
 
 def test_time_of_a_chunk_begins_when_its_shape_is_planned(

@@ -10,11 +10,13 @@ Rules:
 
 import argparse
 import logging
+from itertools import islice
 from typing import (
     Any,
     Callable,
     Collection,
     Dict,
+    Iterable,
     List,
     Optional,
     Protocol,
@@ -118,6 +120,8 @@ class Batch:
         self.sharing = PrefixSharing()
         self.generator: Optional[LeanBatchGenerator] = None
         self.rows: Dict[int, Row] = {}
+        # Requests of which most will be added as soon as there is room.
+        self.waiting: Iterable[Request] = ()
         self.step_size = max_prefill_tokens(args.prefill_step_size)
         self.pace = Pace(args.max_gap, MAX_CHUNKS * self.step_size, least_chunk())
         # When the last step had nothing more to wait for, if another one was to follow, and
@@ -149,8 +153,10 @@ class Batch:
         """What scheduler policies see."""
         clock = self.policies.clock
         requests = tuple(self.requests)
-        n_decoding = len(requests) - len(self.prefilling)
-        gap_tokens = self.pace.gap_tokens(n_decoding)
+        prefilling = self.prefilling
+        n_decoding = len(requests) - len(prefilling)
+        n_left = sum(row.n_tokens - row.n_run for row in prefilling)
+        gap_tokens = self.pace.gap_tokens(n_decoding, n_left)
         return SchedulerView(clock(), requests, self.args.batch_size, gap_tokens)
 
     # Joining
@@ -184,6 +190,10 @@ class Batch:
         requests = [request, *beside]
         if not self.rows:
             return not beside or self.kv_memory.fits([(requests, 0, 0)])
+        return self.fits_all(requests)
+
+    def fits_all(self, requests: Sequence[Request]) -> bool:
+        """Whether the KV of requests fits beside that of the rows, of which there are some."""
         groups = self.kv_groups(requests)
         return self.kv_memory.fits((g, shape.n_rows, shape.end) for g, shape in groups)
 
@@ -209,6 +219,23 @@ class Batch:
             groups[place][0].append(request)
         return groups
 
+    def expect(self, waiting: Iterable[Request]) -> None:
+        """Most of these requests will be added as soon as there is room."""
+        self.waiting = waiting
+
+    def n_to_come(self) -> List[int]:
+        """How many rows are about to join each group that decodes: those whose prompts run,
+        and, if there is memory for all of them, those that wait."""
+        n_free = self.args.batch_size - len(self.rows)
+        waiting = [*islice(self.waiting, n_free)]
+        if not self.fits_all(waiting):
+            waiting = []
+        groups = self.generator.generation_batch.groups
+        return [
+            len(requests) - len(group)
+            for (requests, _), group in zip(self.kv_groups(waiting), groups)
+        ]
+
     def add(self, request: Request) -> None:
         """Let a request run. It goes on after the tokens that it has already.
 
@@ -219,6 +246,7 @@ class Batch:
             self.generator = LeanBatchGenerator(
                 self.model,
                 self.make_grouping(),
+                self.n_to_come,
                 self.group,
                 completion_batch_size=self.args.batch_size,
                 prefill_batch_size=min(
@@ -339,6 +367,8 @@ class Batch:
             if is_joined or shape.grows:
                 n_tokens = max(r.n_prompt + r.n_generated for r in requests)
                 end = max(shape.end, n_tokens) + shape.n_next
+                if is_joined:
+                    end = growth.roomy_columns(shape.n_places, end)
             n_bytes += self.kv_memory.nbytes(n_rows, end)
         return n_bytes > self.kv_memory.limit
 
@@ -395,8 +425,8 @@ class Batch:
         check_address_space()
         self.n_steps += 1
         n_rows = self.decode()
-        if not n_rows:
-            self.generator.prompts.wait()
+        # A GPU may give the tokens before it has run the prompts of the step before.
+        self.generator.prompts.wait()
         now = self.policies.clock()
         before, decoding = self.last_wait, self.generator.generation_batch
         if before is not None and not decoding.has_planned:

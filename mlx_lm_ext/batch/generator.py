@@ -442,6 +442,7 @@ class LeanBatchGenerator(BatchGenerator):
     Args:
         model (nn.Module): The model.
         grouping (Grouping): Which rows decode together.
+        n_to_come (Callable): How many rows are about to join each group.
         group (OneProcess): The ranks that run the model.
         **kwargs: See ``BatchGenerator``.
     """
@@ -450,10 +451,12 @@ class LeanBatchGenerator(BatchGenerator):
         self,
         model: Any,
         grouping: Grouping,
+        n_to_come: Callable[[], List[int]],
         group: OneProcess = ONE_PROCESS,
         **kwargs: Any,
     ):
         super().__init__(model, **kwargs)
+        self.n_to_come = n_to_come
         self.group = group
         self.prompts = self._prompt_batch = PromptBatches()
         self._generation_batch = GenerationGroups(grouping, group.agree)
@@ -504,9 +507,10 @@ class LeanBatchGenerator(BatchGenerator):
             responses, self.chunk_sizes = self.prompts.run(budget, self.width, cost)
         return joined + responses
 
-    def width(self, lengths: List[int], budget: int) -> int:
+    def width(self, batch: LeanPromptBatch, budget: int) -> int:
         """How many tokens of each prompt a chunk runs, see ``chunk_width``."""
-        return chunk_width(lengths, min(budget, self.prefill_step_size))
+        budget = min(budget, self.prefill_step_size)
+        return chunk_width(batch.segment_lengths, budget, batch.n_run)
 
     def begin_prompts(self, budget: int) -> None:
         """Make batches of the prompts that have not begun: of those that run side by side, as
@@ -540,6 +544,9 @@ class LeanBatchGenerator(BatchGenerator):
     def start_generation(self) -> List[PromptProcessingBatch.Response]:
         """Move the prompts of which only the last token is left to the rows that decode, and
         give their responses."""
+        if not any(p.is_at_last_token for p in self.prompts.progress):
+            return []
+        n_to_come = self.group.agree("rows to come", self.n_to_come)
         responses, ended = [], self.prompts.take_ended()
         for batch in ended:
             responses += [
@@ -552,7 +559,8 @@ class LeanBatchGenerator(BatchGenerator):
                 for uid, p in zip(batch.uids, batch.progress)
             ]
         self._generation_batch.join(
-            [LeanGenerationBatch.of_prompts(batch, self.group) for batch in ended]
+            [LeanGenerationBatch.of_prompts(batch, self.group) for batch in ended],
+            n_to_come,
         )
         return responses
 

@@ -195,9 +195,15 @@ class GenerationGroups:
             "groups of rows", lambda: self.grouping.place(groups, lengths)
         )
 
-    def join(self, batches: List[Any]) -> None:
+    def join(self, batches: List[Any], n_to_come: List[int]) -> None:
         """Add the rows of some ``LeanGenerationBatch``, all of them new, to the groups where
-        they belong. If they are all that a new group has, they keep their arrays."""
+        they belong. If they are all that a new group has, they keep their arrays.
+
+        Args:
+            batches (List[LeanGenerationBatch]): The rows.
+            n_to_come (List[int]): How many rows, these among them, are about to join each
+              group: arrays that grow get room for some of them.
+        """
         if not batches:
             return
         self.plan_at = self.n_steps
@@ -213,7 +219,7 @@ class GenerationGroups:
         groups = self.groups[:]
         for place, news in sorted(pieces.items()):
             if place < len(groups):
-                add(groups[place].batch, news)
+                add(groups[place].batch, news, n_to_come[place])
             else:
                 self.groups.append(Group(gather(news)))
 
@@ -293,10 +299,12 @@ def gather(batches: List[Any]) -> Any:
     return first
 
 
-def add(batch: Any, others: List[Any]) -> None:
-    """Add the rows of other batches to a batch."""
+def add(batch: Any, others: List[Any], n_to_come: int = 0) -> None:
+    """Add the rows of other batches to a batch, to which so many rows are about to come, these
+    among them."""
+    n_to_join = sum(map(len, others))
     for c in segmented(batch.prompt_cache):
-        c.n_to_join = sum(map(len, others))
+        c.n_to_join, c.n_to_follow = n_to_join, max(0, n_to_come - n_to_join)
     # The longest first: its arrays have places for the others, and are copied once.
     for other in sorted(others, key=longest_of, reverse=True):
         batch.extend(other)

@@ -101,8 +101,9 @@ class KVMemory:
         begun = max(end, *(r.n_prompt + r.n_generated for r in requests))
         begun += max(n - r.n_generated for r, n in zip(requests, expected))
         width = max(longest, min(begun, growth.max_width(longest)))
-        if n_rows:
-            # A copy without that padding ends anywhere in a step of the arrays.
+        if n_rows or (len(requests) > 1 and width >= growth.LONG):
+            # A copy without that padding ends anywhere in a step of the arrays. One with more
+            # rows has places left.
             width += growth.STEP
         return self.nbytes(max(n_rows, growth.max_rows(len(requests))), width)
 

@@ -12,9 +12,11 @@ Rules:
 from typing import Dict, List, Optional
 
 # Without ``--max-gap``, a gap is as long as so many decode steps, or so many seconds if that is
-# longer: nobody reads faster.
+# longer: nobody reads faster. While so many tokens of prompts are left, it is one step longer:
+# long prompts wait for each decode step beside them.
 GAP_STEPS = 4
 MIN_GAP = 0.1
+MANY_LEFT = 1024
 # The part of the gap that is planned: steps take more and less time than the ones before.
 PLANNED = 0.8
 # Tokens of the first chunk, of which nothing is known.
@@ -71,12 +73,17 @@ class Pace:
             return False
         return self.n_mixed >= MAX_MIXED or n_rows.bit_length() not in self.of_step
 
-    def gap_tokens(self, n_rows: int) -> int:
-        """How many tokens of prompts fit into a step beside the decoding of ``n_rows``."""
+    def gap_tokens(self, n_rows: int, n_left: int = 0) -> int:
+        """How many tokens of prompts fit into a step beside the decoding of ``n_rows``.
+
+        Args:
+            n_left (int): Tokens that are left of the prompts that have begun.
+        """
         decoding = self.of_step.get(n_rows.bit_length(), 0.0)
         gap = self.max_gap
         if gap is None:
-            gap = max(GAP_STEPS * decoding, MIN_GAP)
+            n_steps = GAP_STEPS + (n_left >= MANY_LEFT)
+            gap = max(n_steps * decoding, MIN_GAP)
         n = self.n_within(max(PLANNED * gap - decoding, decoding))
         return max(n, self.least)
 

@@ -22,7 +22,7 @@ from ..device import device_kind
 MIN_PAIRED = 1024
 # A shape is planned after its steps have read so many bytes of KV. On an H100 a plan takes 50 to
 # 100 ms, and a step without one that reads 7 GB takes 8 to 12 ms longer.
-PLANNED_AFTER = 40 << 30
+PLANNED_AFTER = 60 << 30
 
 Shape = Tuple[int, ...]
 

@@ -90,7 +90,21 @@ def aligned(n_known: int, n_tokens: int) -> int:
     return n_known // size * size
 
 
-def chunk_width(lengths: List[int], budget: int) -> int:
+def chunk_budget(left: int, whole: int) -> int:
+    """The most tokens of another chunk in a step.
+
+    With CUDA, it gets the width that it would get in a step of its own, or has to wait for the
+    next step. In the rest of a budget it would have another shape, and so would all the chunks
+    after it.
+
+    Args:
+        left (int): Tokens that are left of the budget of the step.
+        whole (int): The budget.
+    """
+    return whole if device_kind() == "cuda" else left
+
+
+def chunk_width(lengths: List[int], budget: int, n_known: int = 0) -> int:
     """How many tokens of each prompt the next step runs.
 
     The prompts run side by side, and the shorter ones are padded. The chunk keeps within
@@ -102,13 +116,14 @@ def chunk_width(lengths: List[int], budget: int) -> int:
         lengths (List[int]): Tokens left of each prompt; at least one prompt.
         budget (int): The most tokens of the chunk, padding included. If there are more
           prompts than that, one token of each is run.
+        n_known (int): Tokens before those of the longest prompt, whose KV is there.
 
     Returns:
         int: Tokens of each prompt. Of shorter prompts all tokens are run.
     """
     n = len(lengths)
     if n == 1 and device_kind() == "cuda":
-        return whole_width(lengths[0], budget)
+        return whole_width(lengths[0], budget, n_known)
     widest = min(max(lengths), max(1, budget // n))
     # Padded to a width, the k shortest prompts have k * width - total tokens of padding.
     totals = enumerate(accumulate(sorted(lengths)), 1)
@@ -122,16 +137,24 @@ def chunk_width(lengths: List[int], budget: int) -> int:
     return max(width for width in {min(w, widest) for w in widths} if fits(width))
 
 
-def whole_width(n_left: int, budget: int) -> int:
+def whole_width(n_left: int, budget: int, n_known: int) -> int:
     """How many tokens of a prompt that runs alone the next step runs, with CUDA: a power of two,
     or what is left if that is nearly one.
 
     Args:
         n_left (int): Tokens that are left of it.
-        budget (int): The most tokens of the chunk.
+        budget (int): The most tokens of the chunk. One of a shape that was run before may have
+          a quarter more, because to plan another shape takes longer.
+        n_known (int): Tokens before them, whose KV is there.
     """
+
+    def fits(size: int) -> bool:
+        was_run = (1, size, n_known + size) in SHAPES
+        return size <= (budget * 5 // 4 if was_run else budget)
+
     size = padded_width(n_left)
     padding = size - n_left
-    if size <= budget and (size <= 4 * MIN_WIDTH or padding <= size // 4):
+    if fits(size) and (size <= 4 * MIN_WIDTH or padding <= size // 4):
         return n_left
-    return 1 << (min(n_left, budget).bit_length() - 1)
+    sizes = (1 << bits for bits in range(n_left.bit_length() - 1, 0, -1))
+    return next(filter(fits, sizes), 1)

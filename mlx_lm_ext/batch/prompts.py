@@ -18,7 +18,7 @@ from mlx_lm.generate import PromptProcessingBatch
 from ..cache.kinds import flatten, prepare_step, take_rows
 from ..cache.segmented import BatchSegmentedKVCache
 from ..device import give_back_freed
-from .prefill import note_shape, padded_width
+from .prefill import chunk_budget, note_shape, padded_width
 
 
 class PromptInProgress(NamedTuple):
@@ -97,6 +97,11 @@ class LeanPromptBatch(PromptProcessingBatch):
         return sum(p.n_total - p.n_done for p in self.progress)
 
     @property
+    def n_run(self) -> int:
+        """Tokens of the longest prompt whose KV is there."""
+        return max(map(len, self.tokens))
+
+    @property
     def segment_lengths(self) -> List[int]:
         """Tokens left of the current segment of each prompt."""
         return [len(p.segments[0]) for p in self.progress]
@@ -159,7 +164,7 @@ class LeanPromptBatch(PromptProcessingBatch):
             for c in self.prompt_cache:
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
-        end = max(map(len, self.tokens)) + n_more
+        end = self.n_run + n_more
         return responses, inputs.size, note_shape(len(tokens), width + n_more, end)
 
     def n_padding(self, width: int) -> int:
@@ -246,15 +251,15 @@ class PromptBatches:
     def run(
         self,
         budget: int,
-        width: Callable[[List[int], int], int],
+        width: Callable[[LeanPromptBatch, int], int],
         cost: Callable[[int], int],
     ) -> Tuple[List[PromptProcessingBatch.Response], List[int]]:
         """Run chunks of one or several batches.
 
         Args:
             budget (int): Tokens that may be run in all. At least one chunk is run.
-            width (Callable): How many tokens of each prompt a chunk runs. It is given the
-              tokens that are left of each, and those that are left of the budget.
+            width (Callable): How many tokens of each prompt of a batch a chunk runs. It is
+              also given the most tokens that the chunk may have.
             cost (Callable): How many tokens of the budget a chunk of so many tokens takes.
 
         Returns:
@@ -263,6 +268,7 @@ class PromptBatches:
         """
         responses: List[PromptProcessingBatch.Response] = []
         sizes: List[int] = []
+        left = budget
         order = sorted(self.batches, key=lambda batch: batch.n_left)
         oldest = self.batches[:1]
         if self.last and oldest and oldest[0] not in self.last:
@@ -272,15 +278,15 @@ class PromptBatches:
         for batch in order:
             has_ended = False
             while not has_ended:
-                n = width(batch.segment_lengths, max(1, budget))
-                if sizes and cost(n * len(batch)) > budget:
+                n = width(batch, max(1, chunk_budget(left, budget)))
+                if sizes and cost(n * len(batch)) > left:
                     return responses, sizes
                 more, size, is_new = batch.run(n)
                 self.last.append(batch)
                 self.has_new_shape |= is_new
                 responses += more
                 sizes.append(size)
-                budget -= cost(size)
+                left -= cost(size)
                 # What the rows have then may be stored before they go on.
                 has_ended = any(r.end_of_segment for r in more)
         return responses, sizes

@@ -13,6 +13,9 @@ from mlx_lm.models.cache import KVCache
 # Arrays that grow get room for a multiple of so many tokens.
 STEP = KVCache.step
 
+# Places of arrays of which a copy takes so long that another one should not be needed soon.
+LONG = 4 * STEP
+
 # The least padding that is worth a copy of the rows without it.
 MIN_PADDING = 32
 
@@ -27,6 +30,13 @@ def grown_columns(n_columns: int, end: int) -> int:
     return n_columns if end <= n_columns else capacity(end)
 
 
+def roomy_columns(n_columns: int, end: int) -> int:
+    """How many tokens arrays of ``n_columns``, of which ``end`` are in use, have room for after
+    they were copied because of new rows."""
+    n_free = STEP // 2 if n_columns >= LONG else 0
+    return grown_columns(n_columns, end + n_free)
+
+
 def merged_capacity(n_tokens: int, n_to_come: int) -> int:
     """How many tokens the arrays of merged rows have room for.
 
@@ -38,10 +48,18 @@ def merged_capacity(n_tokens: int, n_to_come: int) -> int:
     return capacity(n_tokens + n_to_come + 1)
 
 
-def grown_rows(n_rows: int, n_more: int) -> int:
+def grown_rows(n_rows: int, n_more: int, n_to_follow: int = 0) -> int:
     """How many rows the arrays have once they have grown from ``n_rows`` that are in use
-    for ``n_more``: spare ones as well, so that the next rows join without a copy."""
-    return n_rows + n_more + n_rows // 4
+    for ``n_more``: spare ones as well, so that the next rows join without a copy.
+
+    Args:
+        n_rows (int): Rows in use.
+        n_more (int): Rows that join now.
+        n_to_follow (int): Rows that are known to join later. The arrays get no more than twice
+          as large for them.
+    """
+    n_spare = min(n_to_follow, n_rows - n_more) if n_to_follow else n_rows // 4
+    return n_rows + n_more + max(0, n_spare)
 
 
 def max_rows(n_rows: int) -> int:
@@ -64,7 +82,7 @@ def dropped(padding: int, width: int) -> int:
     """How much of the padding that all rows have a copy of them goes without. Long arrays go on
     having room for a multiple of ``STEP`` tokens: with CUDA, attention is planned for each
     size."""
-    return padding if width - padding < 4 * STEP else padding // STEP * STEP
+    return padding if width - padding < LONG else padding // STEP * STEP
 
 
 def max_width(n_tokens: int) -> int:

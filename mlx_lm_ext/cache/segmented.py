@@ -169,8 +169,9 @@ class BatchSegmentedKVCache(BatchKVCache):
     is_whole = False
     # Columns of padding after the tokens of each row, between ``prepare`` and ``settle``.
     right_padding: Optional[List[int]] = None
-    # Rows that are about to join, for which arrays that grow get room.
+    # Rows that are about to join, and that will do so later: arrays that grow get room for them.
     n_to_join = 0
+    n_to_follow = 0
 
     def __init__(self, left_padding: List[int]):
         self.state = None, None, RowStarts([-n for n in left_padding]), 0
@@ -347,14 +348,11 @@ class BatchSegmentedKVCache(BatchKVCache):
         padding = other.right_padding or [0] * other.n_rows
         n, n_new = self.n_rows, max(other.n_rows, self.n_to_join)
         n_wider = other.end - min(padding) - self.end
-        if n_wider > 0:
-            self.widen(n_wider, n_new, other)
-        elif self.keys is not None and n + other.n_rows > self.keys.shape[0]:
-            n_new = growth.grown_rows(n, n_new) - n
-            self.keys, self.values = (
-                mx.concatenate([x[:n], mx.zeros((n_new, *x.shape[1:]), x.dtype)])
-                for x in (self.keys, self.values)
-            )
+        if n_wider > 0 or (
+            self.keys is not None and n + other.n_rows > self.keys.shape[0]
+        ):
+            n_new = growth.grown_rows(n, n_new, self.n_to_follow) - n
+            self.widen(max(0, n_wider), n_new, other)
         starts = list(self.row_starts.starts)
         for n_right, rows in groupby(range(other.n_rows), padding.__getitem__):
             i, *others = rows
@@ -368,14 +366,19 @@ class BatchSegmentedKVCache(BatchKVCache):
         self.row_starts = RowStarts(starts)
 
     def widen(self, n: int, n_new: int, other: "BatchSegmentedKVCache") -> None:
-        """Move all rows ``n`` columns to the right, and make room for ``n_new`` rows like
-        ``other``'s."""
+        """Copy all rows, ``n`` columns to the right, into arrays with room for ``n_new`` rows
+        like ``other``'s."""
 
         def wider(mine: Optional[mx.array], theirs: mx.array) -> mx.array:
             if mine is None:
                 shape = (self.n_rows, theirs.shape[1], 0, theirs.shape[3])
                 mine = mx.zeros(shape, theirs.dtype)
-            n_spare = theirs.shape[2] - self.end - n
+            end = self.end + n
+            # Arrays that gave up padding may have more spare columns than were planned for.
+            n_columns = min(mine.shape[2], growth.capacity(end + growth.STEP))
+            if n:
+                n_columns = theirs.shape[2]
+            n_spare = growth.roomy_columns(n_columns, end) - end
             pads = [(0, n_new), (0, 0), (n, n_spare), (0, 0)]
             return mx.pad(mine[: self.n_rows, :, : self.end], pads)
 

@@ -479,6 +479,7 @@ class Engine:
                 self.order_waiting()
             self.start_waiting()
             if self.batch is not None:
+                self.batch.expect(self.waiting)
                 self.batch.drop_unneeded()
         except BaseException as e:
             self.survive(e)
