@@ -202,7 +202,9 @@ def test_it_leaves_no_arrays_and_draws_no_random_number(model):
     assert compare(tiny, 0) == ""
     n_bytes, state = active_memory(), mx.random.state[0].tolist()
     assert find_fault(tiny) == ""
-    assert (active_memory(), mx.random.state[0].tolist()) == (n_bytes, state)
+    # Less, if arrays of tests before this one are freed meanwhile.
+    assert active_memory() <= n_bytes
+    assert mx.random.state[0].tolist() == state
 
 
 class Compiling:
