@@ -59,6 +59,9 @@ class ShuffledEngine(Engine):
     batch_class = ShuffledBatch
 
 
+CACHE = ["--use-prompt-cache"]
+
+
 @pytest.fixture(params=[True, False], ids=["samples last", "samples first"])
 def order(request, monkeypatch):
     """The order of a step on a CPU, and on a GPU."""
@@ -91,7 +94,9 @@ def prompts_of(n, longest, seed=0):
     return ["".join(rng.choices(LETTERS, k=k)) for k in lengths]
 
 
-@pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=str)
+@pytest.mark.parametrize(
+    "order, cache", [(True, []), (False, CACHE)], ids=str, indirect=["order"]
+)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_tokens_equal_those_of_generate_while_rows_change_their_groups(
     architecture, cache, order, moves, model_folder, start_engine
@@ -179,7 +184,9 @@ def test_rows_keep_their_sampling_penalties_and_constraints(
     assert record.levelname == "WARNING" and "'countdown'" in record.message
 
 
-@pytest.mark.parametrize("cache", [[], ["--use-prompt-cache"]], ids=str)
+@pytest.mark.parametrize(
+    "order, cache", [(True, CACHE), (False, [])], ids=str, indirect=["order"]
+)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_leave_groups_early_and_come_back(
     architecture, cache, order, model_folder, start_engine

@@ -77,7 +77,7 @@ batch_server.main()
 """
 
 
-def jobs(n=36):
+def jobs(n=24):
     """Bodies of completions: greedy and seeded ones, in turn. Groups of three begin alike."""
     heads = texts(n // 3, longest=90, seed=1)
     return [
@@ -255,7 +255,7 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
 @pytest.mark.parametrize("of_gpu", [False, True])
 def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path):
     """The step of a GPU is another one."""
-    n, name, bodies = (2, "llama", jobs(24)) if of_gpu else (3, "three", jobs(24))
+    n, name, bodies = (2, "llama", jobs()) if of_gpu else (3, "three", jobs())
     program = ["-c", FOLLOWING.format(of_gpu=of_gpu)]
     argv = ["--model", str(folder(name)), "--use-prompt-cache", *CROWDED]
     argv += ["--eviction-policy", "ttl"]
@@ -268,7 +268,7 @@ def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path)
 
 
 def test_layers_are_shared_out_with_pipeline(expected, folder, tmp_path):
-    bodies = jobs(24)
+    bodies = jobs(12)
     argv = [
         "--model",
         str(folder("deep")),
