@@ -435,8 +435,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="when a model is loaded, compare a batch of two short prompts with each of them "
-        "alone, and serve its requests one at a time if they differ by more than rounding "
-        "(default: on)",
+        "alone, and serve its requests one at a time if they differ by more than rounding",
     )
 
 

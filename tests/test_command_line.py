@@ -1,6 +1,7 @@
 """The command line: defaults, errors of one line, and what ends the process."""
 
 import argparse
+import os
 import re
 import signal
 import socket
@@ -161,7 +162,9 @@ def test_wrong_argument_ends_the_process_before_mlx_is_imported():
         "try: main(['--temp', 'x'])\n"
         "except SystemExit as e: print(e.code, 'mlx.core' in sys.modules)"
     )
-    result = run_program([sys.executable, "-c", code])
+    # An installed plugin may import it.
+    alone = dict(os.environ, MLX_LM_EXT_DISABLE_AUTOLOAD="1")
+    result = run_program([sys.executable, "-c", code], env=alone)
     assert result.stdout == "2 False\n"
 
 

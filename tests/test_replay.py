@@ -1,6 +1,7 @@
 """Replays of traces: the engine without a model, on a clock that is simulated."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from helpers import plugin, read, saying, submit
@@ -9,7 +10,7 @@ from mlx_lm_ext.arguments import make_parser
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome, expand, length
 from mlx_lm_ext.bench.fit_costs import fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
-from mlx_lm_ext.bench.replay import main
+from mlx_lm_ext.bench.replay import RECORDED, hints, main
 from mlx_lm_ext.bench.replay_figures import fairness, hit_ratio
 from mlx_lm_ext.bench.simulated_engine import Costs, SimulatedBatch, replay
 from mlx_lm_ext.interfaces import EvictionPolicy, RequestStats
@@ -325,7 +326,8 @@ def test_the_table_has_a_row_for_each_pair_of_policies(capsys, tmp_path):
     argv = ["bursts", "--requests", "5", "--eviction-policy", "lru,gdsf"]
     argv += ["--scheduler", "fcfs", "--scheduler", "fair", "--plot", str(plot)]
     main(argv)
-    head, _, *rows = capsys.readouterr().out.splitlines()
+    head, _, *rows, hint = capsys.readouterr().out.splitlines()
+    assert hint.startswith("fairness: there is none")
     assert head.startswith("| policies | hit ratio | median TTFT (s) | p99 TTFT (s) |")
     assert [row.split(" | ")[0] for row in rows] == [
         "| lru, fcfs",
@@ -336,10 +338,21 @@ def test_the_table_has_a_row_for_each_pair_of_policies(capsys, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("fit_costs, n", [(False, 1), (True, 0)])
+def test_recorded_times_are_said_to_be_of_another_machine(fit_costs, n):
+    args = SimpleNamespace(window=10.0, fit_costs=fit_costs)
+    outcomes = [outcome(0, "a", 0.5, 1.5, 4.0)]
+    lines = hints(args, [(RECORDED, outcomes), ("lru, fcfs", outcomes)])
+    assert sum("--fit-costs" in line for line in lines) == n
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["no.jsonl"], "error: [Errno 2] No such file or directory: 'no.jsonl'"),
+        (
+            ["no.jsonl"],
+            "error: there is no file no.jsonl; what is generated is chats, ",
+        ),
         (["chats", "--scheduler", "x"], "error: --scheduler must be one of fair, "),
         (["chats", "--kv-bits", "8"], "--kv-bits: requests that run one at a time"),
         (["chats", "--port", "80"], "unrecognized arguments: --port 80"),

@@ -280,7 +280,16 @@ class KeepsAllEntries(Oldest):
         self.entries.append(entry)
 
 
+class NeedsAFlag(Oldest):
+    name = "needs a flag"
+
+    def __init__(self, args, clock):
+        super().__init__(args, clock)
+        self.grace = args.grace
+
+
 EVICTION = [
+    (NeedsAFlag, r"__init__\(.*\) raised AttributeError.*argv=\['-p', its name\]"),
     (RaisesInPriority, r"priority\(entry to depth \d+\) raised ZeroDivisionError"),
     (ExitsInHit, r"on_hit\(entry to depth \d+, \d+\) raised SystemExit"),
     (DividesByNoBytes, r"on_split\(.*\) raised ZeroDivisionError"),

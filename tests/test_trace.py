@@ -256,7 +256,7 @@ def test_table_begins_with_what_was_recorded(record, capsys):
     for _ in range(3):
         conversation(port)
     main([str(recorded(9)), "--fit-costs"])
-    costs, _, _, _, first, second = capsys.readouterr().out.splitlines()
+    costs, _, _, _, first, second, *_hints = capsys.readouterr().out.splitlines()
     assert costs.startswith("fitted: --step-seconds ")
     assert first.startswith("| recorded | 0.")
     assert second.startswith("| lru, fcfs | 0.")
@@ -344,6 +344,14 @@ def test_a_line_that_is_wrong_is_named(change, message, tmp_path):
         (name,) = change
         with pytest.raises(SystemExit, match=f"line 2: there is no {name}"):
             main([str(path)])
+
+
+@pytest.mark.parametrize("text", ["GET /health 200", "{'timestamp': 0}", "12: 3"])
+def test_a_file_of_something_else_is_no_trace(text, tmp_path):
+    path = tmp_path / "other.log"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="line 1: not an object of JSON"):
+        main([str(path)])
 
 
 def test_a_file_without_requests_is_no_trace(tmp_path):

@@ -25,7 +25,7 @@ from mlx_lm_ext.bench.arguments import plot_file
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome
 from mlx_lm_ext.bench.fit_costs import MIN_STEP, fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
-from mlx_lm_ext.bench.replay_figures import Figure, figures
+from mlx_lm_ext.bench.replay_figures import Figure, fairness, figures
 from mlx_lm_ext.bench.simulated_engine import Costs, replay
 from mlx_lm_ext.bench.traces import read_trace
 from mlx_lm_ext.policies.loading import PluginError, Plugins
@@ -36,6 +36,8 @@ from mlx_lm_ext.policies.loading import PluginError, Plugins
 DEFAULT_COSTS = Costs(step=0.042, row=0.0048, token=0.0043)
 DEFAULT_KV_BYTES = 2 * 30 * 3 * 64 * 4
 
+# The row of a trace that was recorded here.
+RECORDED = "recorded"
 # What a row of the table has: the name of its policies, and how the requests went.
 Run = Tuple[str, List[Outcome]]
 
@@ -164,7 +166,11 @@ def read_arrivals(args: argparse.Namespace) -> List[Arrival]:
         return generate(
             args.trace, args.requests, args.rate, args.length_scale, args.seed
         )
-    return read_trace(Path(args.trace))
+    try:
+        return read_trace(Path(args.trace))
+    except FileNotFoundError:
+        known = ", ".join(GENERATORS)
+        raise ValueError(f"there is no file {args.trace}; what is generated is {known}")
 
 
 def run_all(args: argparse.Namespace, plugins: Plugins) -> List[Run]:
@@ -187,7 +193,7 @@ def run_all(args: argparse.Namespace, plugins: Plugins) -> List[Run]:
         )
         print(f"fitted: {' '.join(fitted)}\n")
     if measured:
-        runs.append(("recorded", measured))
+        runs.append((RECORDED, measured))
     for eviction, scheduler in product(
         dict.fromkeys(args.eviction_policy or ["lru"]),
         dict.fromkeys(args.scheduler or ["fcfs"]),
@@ -221,6 +227,21 @@ def failures(runs: Sequence[Run]) -> List[str]:
     ]
 
 
+def hints(args: argparse.Namespace, runs: Sequence[Run]) -> List[str]:
+    """Why a figure cannot be compared, and what would help."""
+    lines = []
+    if all(fairness(outcomes, args.window) is None for _, outcomes in runs):
+        lines.append(
+            "fairness: there is none, because no two users have waited at the same time"
+        )
+    if runs[0][0] == RECORDED and not args.fit_costs:
+        lines.append(
+            "recorded: the times of the other rows are those of the default model on two "
+            "cores; --fit-costs takes the recorded ones"
+        )
+    return lines
+
+
 @contextmanager
 def only_errors() -> Iterator[None]:
     """Log errors only: warnings speak of bytes, which are scaled here."""
@@ -249,7 +270,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         raise SystemExit("interrupted")
     columns = figures(args.window)
     print(table(runs, columns))
-    for line in failures(runs):
+    for line in [*failures(runs), *hints(args, runs)]:
         print(line)
     if args.plot:
         values = {name: [f.of(o) for f in columns] for name, o in runs}

@@ -54,7 +54,13 @@ def read_trace(path: Path) -> List[Arrival]:
                 raise ValueError(f"{path}, line {n}: {e}")
         return found
 
-    objects = of_each(json.loads, [line for _, line in numbered])
+    def parse(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"not an object of JSON ({e})")
+
+    objects = of_each(parse, [line for _, line in numbered])
     if not objects:
         raise ValueError(f"{path} has no requests")
     reader = TraceReader()
