@@ -375,7 +375,8 @@ class BatchServer:
             self.httpd.shutdown()
         if self.httpd is not None:
             self.httpd.server_close()
-        logger.info("Stopped")
+        if self.accepting is not None:
+            logger.info("Stopped")
 
 
 if __name__ == "__main__":
