@@ -89,23 +89,24 @@ def test_chunk_of_a_prompt_that_runs_alone_is_a_power_of_two(
 
 
 @pytest.mark.parametrize(
-    "n_known, budget, width",
-    [(0, 1700, 2048), (0, 1600, 1024), (128, 1700, 1024), (2048, 900, 952)],
+    "device, n_tokens, budget",
+    [
+        ("cuda", 1639, 2048),
+        ("cuda", 1638, 1638),
+        ("cuda", 2048, 2048),
+        ("cuda", 1, 1),
+        ("metal", 2000, 2000),
+    ],
 )
-def test_chunk_may_be_larger_than_its_budget_if_its_shape_was_run(
-    n_known, budget, width, monkeypatch
+def test_time_for_nearly_a_power_of_two_is_taken_for_one(
+    device, n_tokens, budget, monkeypatch
 ):
-    monkeypatch.setattr(prefill, "device_kind", lambda: "cuda")
-    shapes = {(1, 2048, 2048), (1, 1024, 3072)}
-    monkeypatch.setattr(prefill, "SHAPES", shapes)
-    n_left = 3000 - n_known
-    assert prefill.chunk_width([n_left], budget, n_known) == width
+    monkeypatch.setattr(prefill, "device_kind", lambda: device)
+    assert prefill.whole_budget(n_tokens) == budget
 
 
 class FakePrompt:
     """A prompt that takes no time."""
-
-    n_run = 0
 
     def __init__(self, n_left):
         self.n_left, self.widths = n_left, []
@@ -126,11 +127,7 @@ def test_chunks_that_would_get_another_width_in_the_rest_of_a_step_wait(
     monkeypatch.setattr(prefill, "device_kind", lambda: device)
     batches = PromptBatches()
     short, long = batches.batches = [FakePrompt(1000), FakePrompt(3000)]
-
-    def width(batch, most):
-        return prefill.chunk_width(batch.segment_lengths, most)
-
-    batches.run(1500, width, cost=lambda n: n)
+    batches.run(1500, prefill.chunk_width, cost=lambda n: n)
     assert (short.widths, long.widths) == ([1000], rest)
 
 

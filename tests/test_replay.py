@@ -357,6 +357,8 @@ def test_recorded_times_are_said_to_be_of_another_machine(fit_costs, n):
         (["chats", "--kv-bits", "8"], "--kv-bits: requests that run one at a time"),
         (["chats", "--port", "80"], "unrecognized arguments: --port 80"),
         (["chats", "--fit-costs"], "or more recorded answers of 4 or more tokens, and"),
+        (["chats", "--scheduler", "fcfs,,fair"], "'fcfs,,fair' has an empty name"),
+        (["chats", "--length-scale", "inf"], "--length-scale: inf must be at most"),
         (["chats", "--requests", "0"], "--requests: 0 must be at least 1"),
     ],
 )

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from helpers import Reference, active_memory, read, submit, texts, wait_until_idle
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load
 from tiny_models import CONFIGS, UNBATCHABLE, WRONG_TOGETHER
 
@@ -205,6 +205,13 @@ def test_it_leaves_no_arrays_and_draws_no_random_number(model):
     # Less, if arrays of tests before this one are freed meanwhile.
     assert active_memory() <= n_bytes
     assert mx.random.state[0].tolist() == state
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_logits_that_are_all_the_same_are_right(architecture, model):
+    flat = model(architecture)
+    flat.update(tree_map(mx.ones_like, flat.parameters()))
+    assert find_fault(flat) == ""
 
 
 class Compiling:

@@ -3,6 +3,7 @@
 import random
 import sys
 import time
+from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
@@ -456,7 +457,13 @@ class KnowsAll(InOrder):
     most_known = None
 
 
+class OrdersForever(InOrder):
+    def order(self, waiting, view):
+        return cycle(waiting) if waiting else None
+
+
 SCHEDULING = [
+    (OrdersForever, r"order\(.*\) returned request 'r\d+' twice"),
     (RaisesInOrder, r"order\(requests r\d+, view.* raised IndexError: .*; right is"),
     (ExitsInTokens, "on_tokens.* raised SystemExit.*built-in one"),
     (WantsEachToStart, r"on_finish\(request 'r\d+'\) raised KeyError"),

@@ -1,6 +1,7 @@
 """``--record-trace``: what is written of requests, and that it can be replayed."""
 
 import json
+import math
 import random
 from queue import SimpleQueue
 
@@ -12,7 +13,7 @@ from mlx_lm_ext.bench.arrivals import expand
 from mlx_lm_ext.bench.replay import main
 from mlx_lm_ext.bench.simulated_engine import Costs, replay
 from mlx_lm_ext.bench.traces import read_trace
-from mlx_lm_ext.interfaces import RequestStats
+from mlx_lm_ext.interfaces import RequestInfo, RequestStats
 from mlx_lm_ext.plugins.trace import BLOCK, Recorder
 from mlx_lm_ext.policies.loading import Plugins
 from mlx_lm_ext.request.request import Request
@@ -329,7 +330,15 @@ def test_traces_of_alibaba_have_blocks_of_16_tokens_and_seconds(tmp_path):
     [
         (dict(timestamp=None), "line 2: "),
         (dict(hash_ids=None), "line 2: "),
-        (dict(input_length=0), "line 2: input_length must be at least 1, not 0"),
+        (dict(input_length=0), "line 2: input_length must be an integer from 1 to"),
+        (dict(timestamp=math.nan), "line 2: timestamp must be a number from 0 to"),
+        (dict(timestamp=-1e20), "line 2: timestamp must be a number from 0 to"),
+        (dict(timestamp=1e14), ": the timestamps are more than a year apart"),
+        (dict(output_length=1.5), "line 2: output_length must be an integer from 0"),
+        (dict(output_length=True), "line 2: output_length must be an integer from 0"),
+        (dict(input_length=10**29), "line 2: input_length must be an integer from 1"),
+        (dict(block_size=1.5), "line 2: block_size must be an integer from 1 to"),
+        (dict(token_hashes=3), "line 2: token_hashes must be a text, not 3"),
         (dict(segments=[["user", 3]]), "line 2: segments do not have the 20 tokens"),
     ],
 )
@@ -346,12 +355,36 @@ def test_a_line_that_is_wrong_is_named(change, message, tmp_path):
             main([str(path)])
 
 
-@pytest.mark.parametrize("text", ["GET /health 200", "{'timestamp': 0}", "12: 3"])
+@pytest.mark.parametrize(
+    "text", ["GET /health 200", "{'timestamp': 0}", "12", "null", "[]", "[" * 10**5]
+)
 def test_a_file_of_something_else_is_no_trace(text, tmp_path):
     path = tmp_path / "other.log"
     path.write_text(text)
     with pytest.raises(SystemExit, match="line 1: not an object of JSON"):
         main([str(path)])
+
+
+def test_a_file_of_bytes_is_no_trace(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(b"\x80\xff")
+    with pytest.raises(SystemExit, match="is not a text in UTF-8"):
+        main([str(path)])
+
+
+def test_a_trace_that_cannot_be_written_is_said_once(tmp_path, caplog):
+    recorder = Recorder(str(tmp_path / "trace.jsonl"))
+    request, stats = RequestInfo("a", None), RequestStats("stop", 0, 0, 0)
+    recorder.describe = lambda *_: {}
+    recorder.path = str(tmp_path / "no" / "folder")
+    for _ in range(3):
+        recorder.record(request, stats)
+    (tmp_path / "no").mkdir()
+    recorder.record(request, stats)
+    assert len(lines(tmp_path / "no" / "folder")) == 1
+    (record,) = caplog.records
+    assert record.message.startswith("--record-trace: requests are not recorded: ")
+    assert record.exc_info is None
 
 
 def test_a_file_without_requests_is_no_trace(tmp_path):

@@ -44,7 +44,7 @@ from .generator import KVShape, LeanBatchGenerator, make_logits_processors
 from .grouping import Grouping
 from .kv_memory import KVMemory
 from .pace import Pace
-from .prefill import least_chunk, max_prefill_tokens
+from .prefill import least_chunk, max_prefill_tokens, whole_budget
 from .resumed import ResumedStopSequences
 from .row import Row
 from .sharing import MIN_SHARED, PrefixSharing
@@ -156,7 +156,7 @@ class Batch:
         prefilling = self.prefilling
         n_decoding = len(requests) - len(prefilling)
         n_left = sum(row.n_tokens - row.n_run for row in prefilling)
-        gap_tokens = self.pace.gap_tokens(n_decoding, n_left)
+        gap_tokens = whole_budget(self.pace.gap_tokens(n_decoding, n_left))
         return SchedulerView(clock(), requests, self.args.batch_size, gap_tokens)
 
     # Joining

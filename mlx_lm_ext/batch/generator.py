@@ -507,10 +507,9 @@ class LeanBatchGenerator(BatchGenerator):
             responses, self.chunk_sizes = self.prompts.run(budget, self.width, cost)
         return joined + responses
 
-    def width(self, batch: LeanPromptBatch, budget: int) -> int:
+    def width(self, lengths: List[int], budget: int) -> int:
         """How many tokens of each prompt a chunk runs, see ``chunk_width``."""
-        budget = min(budget, self.prefill_step_size)
-        return chunk_width(batch.segment_lengths, budget, batch.n_run)
+        return chunk_width(lengths, min(budget, self.prefill_step_size))
 
     def begin_prompts(self, budget: int) -> None:
         """Make batches of the prompts that have not begun: of those that run side by side, as

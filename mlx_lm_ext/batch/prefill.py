@@ -90,6 +90,17 @@ def aligned(n_known: int, n_tokens: int) -> int:
     return n_known // size * size
 
 
+def whole_budget(n_tokens: int) -> int:
+    """How many tokens of prompts a step may run in the time of ``n_tokens``.
+
+    With CUDA, where chunks have a power of two of tokens, a quarter more if this makes it one:
+    else half of the time might not be used, and chunks of another size have other shapes.
+    """
+    size = 1 << (n_tokens - 1).bit_length()
+    is_near = size <= n_tokens * 5 // 4
+    return size if is_near and device_kind() == "cuda" else n_tokens
+
+
 def chunk_budget(left: int, whole: int) -> int:
     """The most tokens of another chunk in a step.
 
@@ -104,7 +115,7 @@ def chunk_budget(left: int, whole: int) -> int:
     return whole if device_kind() == "cuda" else left
 
 
-def chunk_width(lengths: List[int], budget: int, n_known: int = 0) -> int:
+def chunk_width(lengths: List[int], budget: int) -> int:
     """How many tokens of each prompt the next step runs.
 
     The prompts run side by side, and the shorter ones are padded. The chunk keeps within
@@ -116,14 +127,13 @@ def chunk_width(lengths: List[int], budget: int, n_known: int = 0) -> int:
         lengths (List[int]): Tokens left of each prompt; at least one prompt.
         budget (int): The most tokens of the chunk, padding included. If there are more
           prompts than that, one token of each is run.
-        n_known (int): Tokens before those of the longest prompt, whose KV is there.
 
     Returns:
         int: Tokens of each prompt. Of shorter prompts all tokens are run.
     """
     n = len(lengths)
     if n == 1 and device_kind() == "cuda":
-        return whole_width(lengths[0], budget, n_known)
+        return whole_width(lengths[0], budget)
     widest = min(max(lengths), max(1, budget // n))
     # Padded to a width, the k shortest prompts have k * width - total tokens of padding.
     totals = enumerate(accumulate(sorted(lengths)), 1)
@@ -137,24 +147,16 @@ def chunk_width(lengths: List[int], budget: int, n_known: int = 0) -> int:
     return max(width for width in {min(w, widest) for w in widths} if fits(width))
 
 
-def whole_width(n_left: int, budget: int, n_known: int) -> int:
+def whole_width(n_left: int, budget: int) -> int:
     """How many tokens of a prompt that runs alone the next step runs, with CUDA: a power of two,
     or what is left if that is nearly one.
 
     Args:
         n_left (int): Tokens that are left of it.
-        budget (int): The most tokens of the chunk. One of a shape that was run before may have
-          a quarter more, because to plan another shape takes longer.
-        n_known (int): Tokens before them, whose KV is there.
+        budget (int): The most tokens of the chunk.
     """
-
-    def fits(size: int) -> bool:
-        was_run = (1, size, n_known + size) in SHAPES
-        return size <= (budget * 5 // 4 if was_run else budget)
-
     size = padded_width(n_left)
     padding = size - n_left
-    if fits(size) and (size <= 4 * MIN_WIDTH or padding <= size // 4):
+    if size <= budget and (size <= 4 * MIN_WIDTH or padding <= size // 4):
         return n_left
-    sizes = (1 << bits for bits in range(n_left.bit_length() - 1, 0, -1))
-    return next(filter(fits, sizes), 1)
+    return 1 << (min(n_left, budget).bit_length() - 1)

@@ -97,11 +97,6 @@ class LeanPromptBatch(PromptProcessingBatch):
         return sum(p.n_total - p.n_done for p in self.progress)
 
     @property
-    def n_run(self) -> int:
-        """Tokens of the longest prompt whose KV is there."""
-        return max(map(len, self.tokens))
-
-    @property
     def segment_lengths(self) -> List[int]:
         """Tokens left of the current segment of each prompt."""
         return [len(p.segments[0]) for p in self.progress]
@@ -164,7 +159,7 @@ class LeanPromptBatch(PromptProcessingBatch):
             for c in self.prompt_cache:
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
-        end = self.n_run + n_more
+        end = max(map(len, self.tokens)) + n_more
         return responses, inputs.size, note_shape(len(tokens), width + n_more, end)
 
     def n_padding(self, width: int) -> int:
@@ -251,15 +246,15 @@ class PromptBatches:
     def run(
         self,
         budget: int,
-        width: Callable[[LeanPromptBatch, int], int],
+        width: Callable[[List[int], int], int],
         cost: Callable[[int], int],
     ) -> Tuple[List[PromptProcessingBatch.Response], List[int]]:
         """Run chunks of one or several batches.
 
         Args:
             budget (int): Tokens that may be run in all. At least one chunk is run.
-            width (Callable): How many tokens of each prompt of a batch a chunk runs. It is
-              also given the most tokens that the chunk may have.
+            width (Callable): How many tokens of each prompt a chunk runs. It is given the
+              tokens that are left of each, and the most tokens that the chunk may have.
             cost (Callable): How many tokens of the budget a chunk of so many tokens takes.
 
         Returns:
@@ -278,7 +273,8 @@ class PromptBatches:
         for batch in order:
             has_ended = False
             while not has_ended:
-                n = width(batch, max(1, chunk_budget(left, budget)))
+                most = max(1, chunk_budget(left, budget))
+                n = width(batch.segment_lengths, most)
                 if sizes and cost(n * len(batch)) > left:
                     return responses, sizes
                 more, size, is_new = batch.run(n)

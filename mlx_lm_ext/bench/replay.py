@@ -42,6 +42,13 @@ RECORDED = "recorded"
 Run = Tuple[str, List[Outcome]]
 
 
+def policies(text: str) -> List[str]:
+    """An argument type: names of policies, separated by commas."""
+    if not all(name.strip() for name in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return names(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="replay",
@@ -66,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add(
             flag,
-            type=names,
+            type=policies,
             action="extend",
             metavar="NAME",
             help=f"{what}, with commas between them or repeated: each runs with each of the "
@@ -118,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--length-scale",
-        type=number(float, 1e-6),
+        type=number(float, 1e-6, 1e3),
         default=1.0,
         help="what the lengths of generated prompts and answers are multiplied by",
     )

@@ -29,6 +29,54 @@ from mlx_lm_ext.interfaces import RequestStats
 
 T = TypeVar("T")
 
+# What the fields of a line are: their types, and the least and the largest number.
+NUMBERS: Dict[str, Tuple[Tuple[type, ...], float, float]] = {
+    "timestamp": ((int, float), 0, 1e14),
+    "input_length": ((int,), 1, 10**7),
+    "output_length": ((int,), 0, 10**7),
+    "block_size": ((int,), 1, 10**7),
+    "max_tokens": ((int,), 0, 10**9),
+    "priority": ((int, float), -1e9, 1e9),
+    "cached_tokens": ((int,), 0, 10**7),
+    "queue_ms": ((int, float), 0, 1e12),
+    "ttft_ms": ((int, float), 0, 1e12),
+    "total_ms": ((int, float), 0, 1e12),
+}
+# A request that was never served has none of these.
+MAY_BE_NULL = {"queue_ms", "ttft_ms", "total_ms"}
+OTHERS: Dict[str, type] = {
+    "hash_ids": list,
+    "output_hash_ids": list,
+    "segments": list,
+    "token_hashes": str,
+}
+# Seconds between the first and the last request.
+MOST_SECONDS = 366 * 86400
+
+
+def check(line: Any) -> None:
+    """Check what is in a line.
+
+    Raises:
+        ValueError: If a field is wrong. Names it.
+    """
+    if type(line) is not dict:
+        raise ValueError("not an object of JSON")
+    for name, (kinds, least, most) in NUMBERS.items():
+        value = line.get(name, least)
+        if value is None and name in MAY_BE_NULL:
+            continue
+        # Not ``value < least or ...``: NaN must fail too.
+        if type(value) not in kinds or not least <= value <= most:
+            what = "a number" if float in kinds else "an integer"
+            raise ValueError(
+                f"{name} must be {what} from {least:g} to {most:g}, not {value!r:.40}"
+            )
+    for name, kind in OTHERS.items():
+        if name in line and type(line[name]) is not kind:
+            what = "a text" if kind is str else "a list"
+            raise ValueError(f"{name} must be {what}, not {line[name]!r:.40}")
+
 
 def read_trace(path: Path) -> List[Arrival]:
     """The requests of a trace, in the order in which they came.
@@ -40,7 +88,10 @@ def read_trace(path: Path) -> List[Arrival]:
         ValueError: If it is no trace, or has no requests. Names the line.
         OSError: If it cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text in UTF-8")
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
 
     def of_each(read: Callable[[Any], T], values: Sequence[Any]) -> List[T]:
@@ -56,9 +107,11 @@ def read_trace(path: Path) -> List[Arrival]:
 
     def parse(line: str) -> Any:
         try:
-            return json.loads(line)
-        except ValueError as e:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"not an object of JSON ({e})")
+        check(value)
+        return value
 
     objects = of_each(parse, [line for _, line in numbered])
     if not objects:
@@ -66,7 +119,9 @@ def read_trace(path: Path) -> List[Arrival]:
     reader = TraceReader()
     of_each(reader.note, objects)
     arrivals = of_each(reader.read, objects)
-    first = min(a.seconds for a in arrivals)
+    first, last = (f(a.seconds for a in arrivals) for f in (min, max))
+    if last - first > MOST_SECONDS:
+        raise ValueError(f"{path}: the timestamps are more than a year apart")
     moved = [replace(a, seconds=a.seconds - first) for a in arrivals]
     return sorted(moved, key=lambda a: a.seconds)
 
@@ -101,8 +156,6 @@ class TraceReader:
             KeyError, TypeError, ValueError: If a field is missing or wrong.
         """
         n_prompt, n_answer = line["input_length"], max(1, line["output_length"])
-        if type(n_prompt) is not int or n_prompt < 1:
-            raise ValueError(f"input_length must be at least 1, not {n_prompt!r}")
         if "token_hashes" in line:
             runs = [run for block in letter_blocks(line) for run in self.parts(*block)]
         else:

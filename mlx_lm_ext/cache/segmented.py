@@ -374,10 +374,9 @@ class BatchSegmentedKVCache(BatchKVCache):
                 shape = (self.n_rows, theirs.shape[1], 0, theirs.shape[3])
                 mine = mx.zeros(shape, theirs.dtype)
             end = self.end + n
-            # Arrays that gave up padding may have more spare columns than were planned for.
-            n_columns = min(mine.shape[2], growth.capacity(end + growth.STEP))
-            if n:
-                n_columns = theirs.shape[2]
+            n_columns = (theirs if n else mine).shape[2]
+            # Those of arrays that had padding may be more than were planned for.
+            n_columns = min(n_columns, growth.capacity(end + growth.STEP))
             n_spare = growth.roomy_columns(n_columns, end) - end
             pads = [(0, n_new), (0, 0), (n, n_spare), (0, 0)]
             return mx.pad(mine[: self.n_rows, :, : self.end], pads)

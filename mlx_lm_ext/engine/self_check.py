@@ -136,7 +136,7 @@ def make_prompts(model: nn.Module, seed: int) -> List[Prompt]:
     logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
     n = logits.shape[-1]
     # The special tokens are at the ends of most vocabularies.
-    rng, tokens = random.Random(seed), range(n // 4, n // 2)
+    rng, tokens = random.Random(seed), range(n // 4, max(n // 2, 1))
     return [
         Prompt([rng.choices(tokens, k=k) for k in lengths], rng.choices(tokens, k=2))
         for lengths in SEGMENTS
@@ -214,7 +214,8 @@ def distance(a: mx.array, b: mx.array) -> float:
         b (mx.array): Others of the same shape, which are finite.
     """
     apart = mx.sqrt(mx.mean(mx.square(a - b), axis=-1))
-    # Logits that are all the same have no deviation.
-    spread = mx.maximum(mx.std(b, axis=-1), 1e-30)
+    # Logits that are all the same have no deviation but what rounding makes.
+    size = mx.sqrt(mx.mean(mx.square(b), axis=-1))
+    spread = mx.maximum(mx.std(b, axis=-1), 1e-3 * size + 1e-30)
     # MLX's ``max`` passes NaN on.
     return mx.max(apart / spread).item()

@@ -11,6 +11,7 @@ Rules:
 
 import argparse
 import json
+import logging
 import secrets
 import time
 from array import array
@@ -20,7 +21,10 @@ from threading import Lock
 from typing import Any, Dict, List, Optional, Sequence
 
 from .. import hookimpl
+from ..errors import one_line
 from ..interfaces import RequestInfo, RequestStats
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a block.
 BLOCK = 16
@@ -71,6 +75,8 @@ class Recorder:
         self.path = path
         self.append("")
         self.lock = Lock()
+        # Whether the last request could not be written.
+        self.has_failed = False
         self.salt = secrets.token_bytes(16)
         # What the clock of the server is to be added to, to give the time of day.
         self.clock_start = time.time() - time.monotonic()
@@ -79,7 +85,16 @@ class Recorder:
         """Write the line of a request that has ended."""
         line = json.dumps(self.describe(request, stats), separators=(",", ":"))
         with self.lock:
-            self.append(line + "\n")
+            try:
+                self.append(line + "\n")
+            except OSError as e:
+                if not self.has_failed:
+                    logger.error(
+                        f"--record-trace: requests are not recorded: {one_line(e)}"
+                    )
+                self.has_failed = True
+            else:
+                self.has_failed = False
 
     def append(self, text: str) -> None:
         # Opened each time, so that the file may be moved away meanwhile.

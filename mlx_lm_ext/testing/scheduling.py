@@ -5,6 +5,7 @@ import gc
 import operator
 import random
 import weakref
+from itertools import islice
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Type
 
 from ..interfaces import RequestInfo, SchedulerPolicy, SchedulerView
@@ -125,7 +126,8 @@ class Trace:
         if answer is None:
             return list(self.waiting)
         try:
-            first = list(answer)
+            # One too many is named below. A generator may never end.
+            first = list(islice(answer, len(self.waiting) + 1))
         except TypeError:
             self.watched.fail("order", given, f"returned {answer!r}", right)
         for i, request in enumerate(first):
