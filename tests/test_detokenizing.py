@@ -3,14 +3,15 @@
 import random
 import time
 from functools import cache
+from itertools import takewhile
 
 import pytest
 from helpers import ALONE, complete, saying, streamed_text
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BYTE_TOKENS, KINDS, write_model
 
-from mlx_lm_ext.request.detokenizing import Decoder, Detokenizer
+from mlx_lm_ext.request.detokenizing import MAX_BYTES, Decoder, Detokenizer
 
 SHARED = settings(max_examples=150, deadline=None)
 TEXTS = st.lists(
@@ -32,6 +33,12 @@ def expected(kind, ids):
     tokenizer, _ = tokenizer_of(kind)
     # Tokenizers with code of their own refuse ids that they do not have.
     return tokenizer.decode([i for i in ids if i < len(tokenizer)])
+
+
+def n_bytes_at_end(kind, ids):
+    """How many byte tokens follow the last other one."""
+    _, decoder = tokenizer_of(kind)
+    return len([*takewhile(lambda i: i in decoder.bytes, reversed(ids))])
 
 
 def streamed(kind, ids, rng=None):
@@ -65,6 +72,8 @@ def test_pieces_add_up_to_a_text_and_to_one_that_is_cut_off(kind, text, n_cut, r
     tokenizer, _ = tokenizer_of(kind)
     ids = tokenizer.encode(text, add_special_tokens=False)
     ids = ids[: max(0, len(ids) - n_cut)]
+    # Of a longer row, the first characters are given out before the cut makes it wrong.
+    assume(n_bytes_at_end(kind, ids) < MAX_BYTES)
     assert streamed(kind, ids) == expected(kind, ids)
     assert streamed(kind, ids, rng) == expected(kind, ids)
 
