@@ -18,7 +18,7 @@ from helpers import (
 from integrity import check
 from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.sample_utils import make_logits_processors
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, in_turn
 
 from mlx_lm_ext import device
 from mlx_lm_ext.batch import generator
@@ -258,9 +258,10 @@ def test_short_answers_run_together_whatever_their_cap_is(start_engine):
 
 
 @pytest.mark.parametrize(
-    "cache, is_eager", [([], True), (["--use-prompt-cache"], False)], ids=str
+    "architecture, cache, is_eager",
+    in_turn(([], True), (["--use-prompt-cache"], False)),
+    ids=str,
 )
-@pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_that_outgrow_the_memory_wait_and_go_on(
     architecture, cache, is_eager, model_folder, start_engine, monkeypatch
 ):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -180,6 +181,20 @@ WRONG_TOGETHER = {
         attention_bias=False,
     ),
 }
+
+
+def in_turn(*values):
+    """Parameters of a test of each architecture with each of two values: in turn, the one or the
+    other is slow.
+
+    Args:
+        values (Sequence): The arguments that follow the architecture.
+    """
+    return [
+        pytest.param(architecture, *value, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, architecture in enumerate(CONFIGS)
+        for j, value in enumerate(values)
+    ]
 
 
 def make_model(folder: Path, architecture: str, seed: int = 0) -> Path:
