@@ -64,7 +64,7 @@ def run(command, **kwargs):
 @pytest.mark.parametrize(
     "heading, n_persons",
     [
-        ("openai", 6),
+        ("openai", 5),
         ("LangChain", 3),
         ("instructor", 3),
         ("Pydantic AI", 3),
