@@ -190,11 +190,10 @@ class Batch:
         requests = [request, *beside]
         if not self.rows:
             return not beside or self.kv_memory.fits([(requests, 0, 0)])
-        return self.fits_all(requests)
+        return self.groups_fit(self.kv_groups(requests))
 
-    def fits_all(self, requests: Sequence[Request]) -> bool:
-        """Whether the KV of requests fits beside that of the rows, of which there are some."""
-        groups = self.kv_groups(requests)
+    def groups_fit(self, groups: Sequence[Tuple[List[Request], KVShape]]) -> bool:
+        """Whether there is memory for all groups of ``kv_groups``."""
         return self.kv_memory.fits((g, shape.n_rows, shape.end) for g, shape in groups)
 
     def kv_groups(
@@ -227,13 +226,12 @@ class Batch:
         """How many rows are about to join each group that decodes: those whose prompts run,
         and, if there is memory for all of them, those that wait."""
         n_free = self.args.batch_size - len(self.rows)
-        waiting = [*islice(self.waiting, n_free)]
-        if not self.fits_all(waiting):
-            waiting = []
-        groups = self.generator.generation_batch.groups
+        groups = self.kv_groups([*islice(self.waiting, n_free)])
+        if not self.groups_fit(groups):
+            groups = self.kv_groups()
+        decoding = self.generator.generation_batch.groups
         return [
-            len(requests) - len(group)
-            for (requests, _), group in zip(self.kv_groups(waiting), groups)
+            len(requests) - len(group) for (requests, _), group in zip(groups, decoding)
         ]
 
     def add(self, request: Request) -> None:

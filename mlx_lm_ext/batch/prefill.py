@@ -91,10 +91,12 @@ def aligned(n_known: int, n_tokens: int) -> int:
 
 
 def whole_budget(n_tokens: int) -> int:
-    """How many tokens of prompts a step may run in the time of ``n_tokens``.
+    """A budget for the prompts of a step, raised to the next power of two if that is at most a
+    quarter more. Only with CUDA: chunks have a power of two of tokens there, and of a budget
+    just below one, half would not be used.
 
-    With CUDA, where chunks have a power of two of tokens, a quarter more if this makes it one:
-    else half of the time might not be used, and chunks of another size have other shapes.
+    Args:
+        n_tokens (int): Tokens that a step has time for.
     """
     size = 1 << (n_tokens - 1).bit_length()
     is_near = size <= n_tokens * 5 // 4

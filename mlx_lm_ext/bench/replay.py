@@ -42,7 +42,7 @@ RECORDED = "recorded"
 Run = Tuple[str, List[Outcome]]
 
 
-def policies(text: str) -> List[str]:
+def policy_names(text: str) -> List[str]:
     """An argument type: names of policies, separated by commas."""
     if not all(name.strip() for name in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add(
             flag,
-            type=policies,
+            type=policy_names,
             action="extend",
             metavar="NAME",
             help=f"{what}, with commas between them or repeated: each runs with each of the "
@@ -243,8 +243,8 @@ def hints(args: argparse.Namespace, runs: Sequence[Run]) -> List[str]:
         )
     if runs[0][0] == RECORDED and not args.fit_costs:
         lines.append(
-            "recorded: the times of the other rows are those of the default model on two "
-            "cores; --fit-costs takes the recorded ones"
+            "recorded: the other rows do not have the costs of this row's server; "
+            "--fit-costs finds them in its times"
         )
     return lines
 

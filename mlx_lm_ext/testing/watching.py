@@ -136,7 +136,7 @@ class Watched:
             call = self.described(method, args)
             right = "to raise nothing: the server would go on with the built-in one"
             if method == "__init__":
-                right = "to raise nothing; flags of a plugin need argv=['-p', its name]"
+                right = "to raise nothing; for flags of a plugin, pass argv=['-p', its name]"
             if isinstance(e, RequestError):
                 right = "to take this request, which has the fields that are in bodies"
             raise AssertionError(
