@@ -340,9 +340,9 @@ def test_the_table_has_a_row_for_each_pair_of_policies(capsys, tmp_path):
 
 @pytest.mark.parametrize("fit_costs, n", [(False, 1), (True, 0)])
 def test_recorded_times_are_said_to_be_of_another_machine(fit_costs, n):
-    args = SimpleNamespace(window=10.0, fit_costs=fit_costs)
-    outcomes = [outcome(0, "a", 0.5, 1.5, 4.0)]
-    lines = hints(args, [(RECORDED, outcomes), ("lru, fcfs", outcomes)])
+    args = SimpleNamespace(fit_costs=fit_costs)
+    row = {"fairness": 1.0}
+    lines = hints(args, {RECORDED: row, "lru, fcfs": row})
     assert sum("--fit-costs" in line for line in lines) == n
 
 

@@ -25,7 +25,7 @@ from mlx_lm_ext.bench.arguments import plot_file
 from mlx_lm_ext.bench.arrivals import Arrival, Outcome
 from mlx_lm_ext.bench.fit_costs import MIN_STEP, fit_costs
 from mlx_lm_ext.bench.generators import GENERATORS, generate
-from mlx_lm_ext.bench.replay_figures import Figure, fairness, figures
+from mlx_lm_ext.bench.replay_figures import figures
 from mlx_lm_ext.bench.simulated_engine import Costs, replay
 from mlx_lm_ext.bench.traces import read_trace
 from mlx_lm_ext.policies.loading import PluginError, Plugins
@@ -40,6 +40,8 @@ DEFAULT_KV_BYTES = 2 * 30 * 3 * 64 * 4
 RECORDED = "recorded"
 # What a row of the table has: the name of its policies, and how the requests went.
 Run = Tuple[str, List[Outcome]]
+# The figures of each row by their names. One that cannot be computed is None.
+Rows = Dict[str, Dict[str, Optional[float]]]
 
 
 def policy_names(text: str) -> List[str]:
@@ -212,12 +214,12 @@ def run_all(args: argparse.Namespace, plugins: Plugins) -> List[Run]:
     return runs
 
 
-def table(runs: Sequence[Run], columns: Sequence[Figure]) -> str:
+def table(found: Rows, columns: Sequence[str]) -> str:
     """A row of Markdown for each run."""
-    rows = [["policies", *(f.name for f in columns)], ["---"] * (1 + len(columns))]
-    for name, outcomes in runs:
-        values = [f.of(outcomes) for f in columns]
-        rows.append([name, *("" if v is None else f"{v:.3g}" for v in values)])
+    rows = [["policies", *columns], ["---"] * (1 + len(columns))]
+    for name, values in found.items():
+        cells = ("" if v is None else f"{v:.3g}" for v in values.values())
+        rows.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -234,14 +236,14 @@ def failures(runs: Sequence[Run]) -> List[str]:
     ]
 
 
-def hints(args: argparse.Namespace, runs: Sequence[Run]) -> List[str]:
+def hints(args: argparse.Namespace, found: Rows) -> List[str]:
     """Why a figure cannot be compared, and what would help."""
     lines = []
-    if all(fairness(outcomes, args.window) is None for _, outcomes in runs):
+    if all(values["fairness"] is None for values in found.values()):
         lines.append(
             "fairness: there is none, because no two users have waited at the same time"
         )
-    if runs[0][0] == RECORDED and not args.fit_costs:
+    if RECORDED in found and not args.fit_costs:
         lines.append(
             "recorded: the other rows do not have the costs of this row's server; "
             "--fit-costs finds them in its times"
@@ -276,12 +278,14 @@ def main(argv: Optional[List[str]] = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
     columns = figures(args.window)
-    print(table(runs, columns))
-    for line in [*failures(runs), *hints(args, runs)]:
+    found = {name: {f.name: f.of(o) for f in columns} for name, o in runs}
+    titles = [f.name for f in columns]
+    print(table(found, titles))
+    for line in [*failures(runs), *hints(args, found)]:
         print(line)
     if args.plot:
-        values = {name: [f.of(o) for f in columns] for name, o in runs}
-        plots.save_replay([f.name for f in columns], values, args.plot)
+        values = {name: [*row.values()] for name, row in found.items()}
+        plots.save_replay(titles, values, args.plot)
 
 
 if __name__ == "__main__":
