@@ -62,12 +62,11 @@ class PairedShapes:
         if not can_pair(caches):
             return False
         shape = caches[0].keys.shape
-        if self.must_plan(caches):
-            self.planned.add(shape)
-        if shape in self.planned:
-            return True
-        self.n_read[shape] += sum(c.nbytes for c in caches)
-        return False
+        if shape not in self.planned and self.n_read[shape] < PLANNED_AFTER:
+            self.n_read[shape] += sum(c.nbytes for c in caches)
+            return False
+        self.planned.add(shape)
+        return True
 
     def clear(self) -> None:
         """Forget all of them: another model is loaded."""
