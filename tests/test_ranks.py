@@ -28,13 +28,16 @@ from mlx_lm_ext.distributed.launch import check_arguments
 # Few bytes for KV, so that entries are evicted and rows have to wait.
 CROWDED = ["--radix-cache-size", "300000", "--max-kv-bytes", "250000"]
 CROWDED_PIPELINE = ["--radix-cache-size", "450000", "--max-kv-bytes", "350000"]
-# Runs the server with wrong logits on the ranks that follow, where nothing may be decided, and on
-# all ranks with the step of a GPU.
-FOLLOWING = """
+# The beginning of programs that change the server before it starts.
+CHANGED = """
 import os
 from mlx_lm_ext import blas, batch_server
 blas.load()
 blas.load = lambda: None
+"""
+# Runs the server with wrong logits on the ranks that follow, where nothing may be decided, and on
+# all ranks with the step of a GPU.
+FOLLOWING = """
 import mlx.core as mx
 from mlx_lm_ext.batch import batch, generator, grouping, groups, pace
 from mlx_lm_ext.cache import prompt_cache
@@ -73,6 +76,45 @@ if os.environ["MLX_RANK"] != "0":
     generator.LeanGenerationBatch.run = perturbed
 if {of_gpu}:
     generator.on_cpu = lambda: False
+batch_server.main()
+"""
+# Runs the server with rank 1 killed before the last collective of a step. Rank 0 learns it from
+# that one, and from the heartbeats only when it has said that it fails.
+KILLED_IN_STEP = """
+import signal
+from threading import Event
+import mlx.core as mx
+from mlx.nn.layers.distributed import ShardedToAllLinear
+from mlx_lm_ext.batch import generator
+from mlx_lm_ext.distributed import heartbeat
+
+def run(self, inputs):
+    if os.environ["MLX_RANK"] == "1" and len(self.tokens[0]) > 8:
+        ShardedToAllLinear.__call__ = call
+        call.last = self.model.layers[-1].mlp.down_proj
+    return ran(self, inputs)
+
+def call(layer, x):
+    if layer is call.last:
+        mx.eval(x)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return called(layer, x)
+
+def lose(self, reason):
+    if os.environ["MLX_RANK"] == "0":
+        has_failed.wait(20)
+    lost(self, reason)
+
+def fail(self, reason):
+    has_failed.set()
+    return failed(self, reason)
+
+has_failed = Event()
+Batch, Heartbeat = generator.LeanGenerationBatch, heartbeat.Heartbeat
+called = ShardedToAllLinear.__call__
+ran, Batch.run = Batch.run, run
+lost, Heartbeat.lose = Heartbeat.lose, lose
+failed, Heartbeat.fail = Heartbeat.fail, fail
 batch_server.main()
 """
 
@@ -256,7 +298,7 @@ def test_ranks_answer_as_one_process_beside_cancels_and_evictions(
 def test_rank_0_decides_and_its_tokens_count(of_gpu, expected, folder, tmp_path):
     """The step of a GPU is another one."""
     n, name, bodies = (2, "llama", jobs()) if of_gpu else (3, "three", jobs())
-    program = ["-c", FOLLOWING.format(of_gpu=of_gpu)]
+    program = ["-c", CHANGED + FOLLOWING.format(of_gpu=of_gpu)]
     argv = ["--model", str(folder(name)), "--use-prompt-cache", *CROWDED]
     argv += ["--eviction-policy", "ttl"]
     with served(n, tmp_path, *argv, program=program) as (port, started):
@@ -329,6 +371,18 @@ def test_loss_of_a_rank_ends_all(name, lost, folder, tmp_path):
             assert time.monotonic() - start < (10 if name == "SIGSTOP" else 5)
         assert f"rank {lost} has" in other.log.splitlines()[-1]
         assert "Traceback" not in other.log
+
+
+def test_lost_rank_that_a_collective_notices_first_is_no_failed_decision(
+    folder, tmp_path
+):
+    argv = ["--model", str(folder("llama")), "--warmup", "off", "--no-self-check"]
+    program = ["-c", CHANGED + KILLED_IN_STEP]
+    with served(2, tmp_path, *argv, program=program) as (port, started):
+        with open_stream(port, max_tokens=4000, ignore_eos=True):
+            assert started[0].status() == 1
+        assert "rank 1 has ended" in started[0].log.splitlines()[-1]
+        assert "Traceback" not in started[0].log
 
 
 def test_health_says_why_a_group_has_ended(start_server):

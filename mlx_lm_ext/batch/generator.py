@@ -276,8 +276,9 @@ class LeanGenerationBatch(GenerationBatch):
             mx.async_eval(self._next_tokens, to_evaluate)
             return self._next_tokens.tolist()
 
-        if self.group.rank:
-            # Rank 0 needs the part of the others first.
+        if self.group.size > 1:
+            # Rank 0 needs the part of the others before it decides. If one of them is lost, that
+            # fails here, and is no failed decision.
             mx.eval(logits)
         given = self.group.agree("tokens", choose)
         if self.group.rank:
