@@ -1,6 +1,7 @@
 """Requests that start only if their KV fits beside that of the others."""
 
 import random
+from threading import Event
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -419,9 +420,19 @@ def test_no_more_requests_run_than_fit(model_folder, start_engine):
 def test_batch_that_rows_join_and_leave_stays_within_the_limit(
     lengths, cap, start_engine
 ):
+    all_submitted = Event()
+
+    class Held(Watched):
+        def step(self):
+            assert all_submitted.wait(60)
+            super().step()
+
+    class HeldEngine(Engine):
+        batch_class = Held
+
     memory = memory_of(20, 512)
     argv = [*memory, "--prefill-step-size", "256"]
-    engine = start_engine("llama", *argv, plugin=ENDS, make_engine=WatchedEngine)
+    engine = start_engine("llama", *argv, plugin=ENDS, make_engine=HeldEngine)
     rng = random.Random(0)
     jobs = []
     for _ in range(60):
@@ -432,6 +443,7 @@ def test_batch_that_rows_join_and_leave_stays_within_the_limit(
         body["logit_bias"] = {i: -100 for i in range(3)}
         body |= {"sampler": "ends"} if cap else {}
         jobs.append(submit(engine, "".join(rng.choices(LETTERS, k=n_prompt)), **body))
+    all_submitted.set()
     for job in jobs:
         read(job)
     limit = 20 * 512 * TOKEN

@@ -13,6 +13,8 @@ from mlx_lm_ext.batch.pace import Pace
 from mlx_lm_ext.batch.prompts import LeanPromptBatch, PromptBatches
 
 CACHE = ["--use-prompt-cache"]
+# Bytes of a token's KV in the tiny llama.
+TOKEN = 2 * 2 * 2 * 16 * 4
 
 
 @pytest.fixture
@@ -65,6 +67,16 @@ def test_chunks_have_few_shapes(start_engine, chunks):
     starts = {end - width for _, width, end in chunks}
     assert {start % 32 for start in starts} == {0}
     assert {start % 128 for start in starts if start >= 256} == {0}
+
+
+@pytest.mark.parametrize("n_places, width", [(4096, 2048), (3840, 1551)])
+def test_prompt_gets_no_padding_for_which_there_is_no_memory(
+    n_places, width, start_engine, chunks, monkeypatch
+):
+    monkeypatch.setattr(prefill, "on_cpu", lambda: False)
+    engine = start_engine("llama", "--max-kv-bytes", str(n_places * TOKEN))
+    assert len(read(submit(engine, "x" * 3600, max_tokens=3, ignore_eos=True))) == 3
+    assert chunks == [(1, 2048, 2048), (1, width, 2048 + width)]
 
 
 @pytest.mark.parametrize(

@@ -459,6 +459,7 @@ class LeanBatchGenerator(BatchGenerator):
         super().__init__(model, **kwargs)
         self.n_to_come = n_to_come
         self.group = group
+        self.max_places = grouping.max_places
         self.prompts = self._prompt_batch = PromptBatches()
         self._generation_batch = GenerationGroups(grouping, group.agree)
         # Rows of the last ``decode``, and tokens of each chunk of the last ``prefill``,
@@ -536,6 +537,7 @@ class LeanBatchGenerator(BatchGenerator):
                 logits_processors=[p.logits_processors for p in rows],
                 stop_sequences=[p.stop_sequences for p in rows],
                 max_tokens=[p.max_tokens for p in rows],
+                max_places=self.max_places,
             )
             self.prompts.batches.append(batch)
         for _ in prompts:

@@ -10,6 +10,7 @@ Rules:
 """
 
 from copy import copy
+from math import inf
 from typing import Any, Callable, List, NamedTuple, Tuple
 
 import mlx.core as mx
@@ -84,12 +85,20 @@ class LeanPromptBatch(PromptProcessingBatch):
 
     Args:
         progress (List[PromptInProgress]): How far each prompt is.
+        max_places (float): For how many tokens of one row there is memory.
         *args, **kwargs: See ``PromptProcessingBatch``.
     """
 
-    def __init__(self, progress: List[PromptInProgress], *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        progress: List[PromptInProgress],
+        *args: Any,
+        max_places: float = inf,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.progress = progress
+        self.max_places = max_places
 
     @property
     def n_left(self) -> int:
@@ -159,16 +168,23 @@ class LeanPromptBatch(PromptProcessingBatch):
             for c in self.prompt_cache:
                 c.finalize()
         mx.async_eval([c.state for c in self.prompt_cache])
-        end = max(map(len, self.tokens)) + n_more
+        end = self.n_places + n_more
         return responses, inputs.size, note_shape(len(tokens), width + n_more, end)
 
     def n_padding(self, width: int) -> int:
-        """How many tokens of padding a chunk of ``width`` tokens gets in all rows. They are
-        taken back, which only caches can that keep all tokens. Where a model looks positions
-        up in a table, its length is a multiple of the places where chunks end."""
+        """How many tokens of padding a chunk of ``width`` tokens, the last of ``self.tokens``,
+        gets in all rows. They are taken back, which only caches can that keep all tokens. Where a
+        model looks positions up in a table, its length is a multiple of the places where chunks
+        end. A chunk for whose padding there is no memory gets none."""
         if len(segmented(self.prompt_cache)) < len([*flatten(self.prompt_cache)]):
             return 0
-        return padded_width(width) - width
+        padding = padded_width(width) - width
+        return padding if self.n_places + padding <= self.max_places else 0
+
+    @property
+    def n_places(self) -> int:
+        """Tokens that the longest prompt has run, those before it was inserted included."""
+        return max(map(len, self.tokens))
 
     def wait(self) -> None:
         """Wait until the device has run its last chunk."""
