@@ -160,8 +160,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "on", "off"],
         default="auto",
         help="turn weights into a type with which steps are faster, if they fit: auto "
-        "turns quantized ones into bfloat16 with CUDA, and quantized and 16-bit ones "
-        "into float32 on a Linux CPU; on does so on a Mac too, bfloat16 with Metal, and "
+        "turns quantized ones into 16-bit ones with CUDA, and quantized and 16-bit ones "
+        "into float32 on a Linux CPU; on does so on a Mac too, 16-bit ones with Metal, and "
         "ends the start if they do not fit; off leaves all as they are",
     )
     add(
@@ -391,8 +391,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-wait",
         type=number(float, 0),
         default=30.0,
-        help="seconds after which a request goes before those that came later, whatever "
-        "--scheduler prefers",
+        help="seconds after which a request goes before those that came later, with the "
+        "schedulers lpm, sjf and priority",
     )
     add(
         "--request-timeout",

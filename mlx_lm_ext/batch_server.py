@@ -91,7 +91,7 @@ def check_mlx_lm() -> None:
     """Check that the installed mlx-lm has the private names that are used here.
 
     Raises:
-        RuntimeError: If the installed mlx-lm is not of the 0.32 series.
+        RuntimeError: If the installed mlx-lm is not one of those that this package is made for.
     """
     installed = version("mlx-lm")
     numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:3])

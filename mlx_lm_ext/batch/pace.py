@@ -2,9 +2,9 @@
 the streams that run.
 
 Rules:
-1. The times are those of real steps, smoothed: each from the moment when nothing is left to
-   wait for to the same moment in the next step. In between are the prompts that the one step
-   has handed to the device, and the decoding of the other.
+1. The times are those of real steps, smoothed. A step is timed from the moment when the device
+   has nothing left to do to the same moment in the next step. So the time is that of the prompts
+   that the first step has handed to the device, and of the decoding of the second.
 2. A step with prompts does not show what its decoding takes. Now and then the prompts are left
    out of a step for that: it is as long as the decoding, which has to run in any case.
 """

@@ -3,8 +3,9 @@
 Rules:
 1. With CUDA, attention with a mask has a fast kernel for two tokens of a row, and none for one.
    It is cuDNN's, which takes up to 0.1 s to plan each new shape of the KV.
-2. So a shape is planned once the steps without the fast kernel have cost as much time as the
-   plan takes. Shapes that last for a few steps, while rows join one by one, are never planned.
+2. So a shape is planned only when the steps of that shape without the fast kernel have together
+   lost as much time as the plan takes. Shapes that last for a few steps, while rows join one by
+   one, are never planned.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Stop sequences for a request that starts again after a failed step: it goes on after the
+"""Stop sequences for a request that starts again after a failed step, or after it had to wait for memory: it goes on after the
 tokens that were generated before."""
 
 from typing import List

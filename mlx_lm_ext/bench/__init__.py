@@ -1,1 +1,1 @@
-"""Tools that measure this server and others. They need the ``bench`` extra."""
+"""Tools that measure this server and others. Some need the ``bench`` extra."""

@@ -1,4 +1,4 @@
-"""Plots of a run and of a comparison."""
+"""Plots of a run, a comparison, a trade-off and a replay."""
 
 from pathlib import Path
 from textwrap import fill

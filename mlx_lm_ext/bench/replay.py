@@ -2,7 +2,7 @@
 
     python -m mlx_lm_ext.bench.replay trace.jsonl --eviction-policy lru,gdsf --scheduler fcfs,fair
 
-The engine is that of the server, with all flags of its batch, its cache and its plugins; see
+The engine is that of the server, with the flags of its batch, its cache and its plugins; see
 ``simulated_engine.py``.
 """
 

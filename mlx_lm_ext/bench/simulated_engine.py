@@ -1,5 +1,5 @@
-"""The engine of the server with a model that takes simulated time, and no other parts replaced:
-its tree, its batch, its policies and their guard are those that serve.
+"""The engine of the server with a model, a sampler and arrivals that are simulated: its tree, its
+batch, its scheduler and eviction policies and their guard are those that serve.
 
 Rules:
 1. The clock moves by what the model is said to cost, and from one request to the next while

@@ -3,7 +3,7 @@
 Rules:
 1. A request counts from the moment that it is admitted until its answer was sent, or was given
    to the route of a plugin, whatever becomes of it.
-2. A request that is refused costs nothing: it is neither tokenized nor submitted.
+2. A request that is refused is neither tokenized nor submitted.
 3. Once closed, no request is admitted any more. Routes that need no engine are still tracked.
 """
 

@@ -1,6 +1,6 @@
 """Serves requests that mlx-lm cannot batch one at a time, between batches: requests with
 images, and all requests with a draft model, with ``--kv-bits``, or to a model whose caches
-cannot be merged."""
+cannot be merged or whose batches are wrong."""
 
 import secrets
 from dataclasses import replace

@@ -33,7 +33,7 @@ from ..sampling.penalties import Penalties, PenaltyParameters
 
 logger = logging.getLogger(__name__)
 
-# As many as there are calls, some of which need several kernels.
+# About as many as there are calls, some of which need several kernels.
 MAX_PROCESSES = 14
 # Bytes of the GPU's memory for each of them. It needs about a tenth of that.
 MEMORY_OF_PROCESS = 4 << 30

@@ -1,7 +1,7 @@
 """Built-in scheduler policies: which request starts next.
 
-Rule: under any load, a request that has waited for ``--max-wait`` seconds starts before all
-that came later. So it waits no longer than that plus the time to serve those before it.
+Rule: no request waits for ever. ``Ageing`` starts one that has waited for ``--max-wait`` seconds
+before all that came later; ``FCFS`` and ``Fair`` need no such limit.
 """
 
 import argparse

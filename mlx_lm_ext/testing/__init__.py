@@ -1,5 +1,5 @@
 """Checks that a plugin's policies and samplers keep the contract of ``interfaces.py``: for the
-tests of the plugin. They need no server, no GPU and no model, and take a second or two.
+tests of the plugin. They need no server, no GPU and no model, and take a few seconds.
 
 Each runs random traces, the same ones each time. What breaks the contract raises an
 ``AssertionError`` that names the method and the call, and says what would be right. Methods that
