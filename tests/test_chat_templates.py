@@ -534,9 +534,9 @@ def test_time_to_shape_a_history_does_not_grow_with_its_square(template, message
 
     shape = TemplateShape(template, {}, render)
     messages = parse_messages({"messages": messages})
-    start = time.perf_counter()
+    start = time.thread_time()
     shape.shape(messages)
-    assert time.perf_counter() - start < 3
+    assert time.thread_time() - start < 3
 
 
 def test_template_of_upstream_that_wants_text_gets_it(render):

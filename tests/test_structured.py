@@ -682,15 +682,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_grammars_are_compiled_or_refused_in_time(name, tokenizer):
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         constraint = constrain(tokenizer, prompt="x", **HOSTILE[name])
     except RequestError as e:
         assert e.status == 400 and len(str(e)) < 600 and "\n" not in str(e)
     else:
         assert allowed(constraint, len(tokenizer))
-    # On a machine that does nothing else, one second.
-    assert time.monotonic() - begin < 5
+    # Mostly less than one.
+    assert time.process_time() - begin < 5
 
 
 TOO_LARGE = [

@@ -668,20 +668,20 @@ def test_no_text_keeps_a_parser_busy(form):
         first, *rest = rng.choices(MARKS, k=3)
         texts.append(first + "".join(rest) * (60_000 // len("".join(rest))))
     for text in texts:
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             parser.parse(text)
         except Exception:
             pass
-        assert time.perf_counter() - start < 3, text[:100]
+        assert time.thread_time() - start < 3, text[:100]
 
 
 def test_no_number_keeps_a_parser_busy():
     number = allowed_for("v", {"properties": {"v": {"type": "number"}}})
-    start = time.perf_counter()
+    start = time.thread_time()
     for digits in ("1" * 20_000, "." + "1" * 20_000, "1." + "1" * 20_000):
         assert value_of(digits + "x", number) == digits + "x"
-    assert time.perf_counter() - start < 3
+    assert time.thread_time() - start < 3
 
 
 @pytest.mark.parametrize("form", sorted({*FORMATS} - {"kimi_k3"}))
@@ -702,6 +702,6 @@ def test_large_schema_is_looked_at_in_part_only(is_wide):
     }
     names = [f"v{i}" for i in range(1000)]
     parameters = {"$defs": defs, "properties": dict.fromkeys(names, references[0])}
-    start = time.perf_counter()
+    start = time.thread_time()
     assert all("integer" in allowed_for(name, parameters).types for name in names)
-    assert time.perf_counter() - start < 3
+    assert time.thread_time() - start < 3

@@ -706,12 +706,12 @@ def test_schemas_that_refer_to_themselves_or_are_huge_take_no_time(family):
         deep,
     ):
         for name in ("qwen3_coder", "gemma4", "pythonic"):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 family(name).grammar(body([tool("f", parameters)]))
             except RequestError:
                 pass
-            assert time.perf_counter() - start < 3
+            assert time.thread_time() - start < 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -741,7 +741,7 @@ def test_grammar_of_many_tools_is_made_quickly(family):
         for i in range(1024)
     ]
     for name in ("json_tools", "qwen3_coder", "gemma4"):
-        start = time.perf_counter()
+        start = time.thread_time()
         grammar = family(name).grammar(body(tools))
         assert family(name).accepts(grammar, "") is False
-        assert time.perf_counter() - start < 5
+        assert time.thread_time() - start < 5
