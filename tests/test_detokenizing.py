@@ -107,6 +107,16 @@ def test_incomplete_character_is_held_back_until_it_is_complete():
     assert pieces == ["a", "", "\u4e16"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_follows_a_pile_of_tokens_may_change_its_end(kind):
+    tokenizer, decoder = tokenizer_of(kind)
+    ids = tokenizer.encode("hello \u4e16 , 'n '" * 100, add_special_tokens=False)
+    for n in range(len(ids) - 40, len(ids)):
+        detokenizer = Detokenizer(decoder)
+        text = detokenizer.add(ids[:n]) + detokenizer.add(ids[n:]) + detokenizer.end()
+        assert text == tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("n_together", [1, 7])
 def test_long_row_of_byte_tokens_is_given_out_before_it_ends(n_together):
     tokenizer, decoder = tokenizer_of("sentencepiece")

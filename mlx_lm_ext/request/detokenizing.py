@@ -107,36 +107,38 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """Take the next ids; gives the text that they settle."""
-        text = ""
+        # Not after them: any number may come at a time.
+        text, is_overdue = "", len(self.ids) > MAX_IDS
         for i in ids:
             self.ids.append(i)
             if i in self.decoder.bytes:
                 self.n_bytes += 1
                 if self.n_bytes >= MAX_BYTES:
-                    text += self.settle()
+                    text += self.settle(is_overdue)
             elif i in self.decoder.known:
                 self.n_bytes = 0
-        return text if self.n_bytes else text + self.settle()
+        return text if self.n_bytes else text + self.settle(is_overdue)
 
     def skip(self, ids: Sequence[int]) -> None:
         """Take ids whose text is known, and is not given out."""
         self.ids = list(ids[-MAX_CONTEXT:])
         self.n_given = len(self.decoder.decode(self.ids))
 
-    def settle(self) -> str:
-        """Give out the text that is settled, and drop ids that are not needed for more."""
+    def settle(self, is_overdue: bool) -> str:
+        """Give out the text that is settled, or all of it if it was held back for long, and drop
+        ids that are not needed for more."""
         text = self.decoder.decode(self.ids)
         start, end = self.n_given, self.decoder.count_settled(text)
         if self.n_bytes and "\ufffd" in text[start:end]:
             end = start
-        if len(self.ids) > MAX_IDS:
+        if is_overdue:
             end = len(text)
         self.n_given = max(start, end)
         if len(self.ids) > MAX_CONTEXT:
-            self.drop(text)
+            self.drop(text, is_overdue)
         return text[start:end]
 
-    def drop(self, text: str) -> None:
+    def drop(self, text: str, is_overdue: bool) -> None:
         """Drop ids that do not matter for the end of the text."""
         n_held = len(text) - self.n_given
         for n in CONTEXTS:
@@ -147,7 +149,7 @@ class Detokenizer:
                 self.n_given = len(last) - n_held
                 self.n_bytes = min(self.n_bytes, n_held)
                 return
-        if len(self.ids) > MAX_IDS:
+        if is_overdue:
             self.ids = self.ids[:MAX_CONTEXT]
             self.n_given = len(self.decoder.decode(self.ids))
 
