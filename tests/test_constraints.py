@@ -193,8 +193,7 @@ def outgrowing(*when):
     class Outgrows(Batch):
         left = [*when]
 
-        @property
-        def outgrows_memory(self):
+        def outgrows_memory(self, beside):
             return any(
                 row.request.n_generated in self.left for row in self.rows.values()
             )

@@ -25,6 +25,7 @@ from test_logprobs import EXACT
 from tiny_models import CONFIGS, UNBATCHABLE
 from tiny_tokenizers import KINDS
 
+from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.bench.random_model import SPECIAL
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.prompt_scores import PromptScores
@@ -293,6 +294,27 @@ def test_kv_of_a_prompt_that_is_scored_counts_when_others_start(
     assert engine.begun[other] == is_beside
     if is_running:
         engine.client.cancel(running)
+
+
+def test_kv_of_a_prompt_that_is_scored_counts_when_rows_grow(start_engine):
+    counted = set()
+
+    class Counting(Batch):
+        def outgrows_memory(self, beside):
+            counted.update(beside)
+            return super().outgrows_memory(beside)
+
+    class CountingEngine(Engine):
+        batch_class = Counting
+
+    argv = "llama", "--prefill-step-size", "4"
+    engine = start_engine(*argv, make_engine=CountingEngine)
+    running = submit(engine, "Hello", max_tokens=600, **GREEDY)
+    running.receive(timeout=60)
+    scored = submit(engine, "x" * 100, max_tokens=0, echo=True, logprobs=1)
+    read(scored)
+    assert counted == {scored}
+    engine.client.cancel(running)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 5])

@@ -196,8 +196,7 @@ def test_rows_leave_groups_early_and_come_back(
     class Outgrows(ShuffledBatch):
         n_preempted = 0
 
-        @property
-        def outgrows_memory(self):
+        def outgrows_memory(self, beside):
             # Each that is taken out comes back.
             wanted = self.n_steps // 9
             return self.n_preempted < wanted and len(self) > 3

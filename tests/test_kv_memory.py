@@ -1,6 +1,7 @@
 """Requests that start only if their KV fits beside that of the others."""
 
 import random
+from functools import partial
 from threading import Event
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from mlx_lm_ext.batch.batch import Batch
 from mlx_lm_ext.batch.kv_memory import KVMemory
 from mlx_lm_ext.bench.random_model import write_model
 from mlx_lm_ext.cache.kinds import make_segmented_cache, prepare_step
+from mlx_lm_ext.cache.prompt_cache import RadixPromptCache
 from mlx_lm_ext.device import device_memory
 from mlx_lm_ext.engine.loop import Engine
 from mlx_lm_ext.engine.warm_up import make_request
@@ -208,17 +210,10 @@ def test_estimate_is_what_nine_in_ten_answers_take():
     ],
 )
 def test_rows_to_come_are_those_that_run_and_wait_if_all_fit(
-    n_fit, batch_size, n_to_come, start_engine
+    n_fit, batch_size, n_to_come, batch_of
 ):
-    argv = *memory_of(n_fit, 512), "--batch-size", str(batch_size)
-    engine = start_engine("llama", *argv)
-    args, provider = engine.cli_args, engine.model_provider
-    batch = Batch(
-        provider.model, provider.tokenizer, args, engine.policies, None, Turnstile()
-    )
-    first, second, *others = [
-        make_request(provider, args, [7] * 100, max_tokens=99) for _ in range(4)
-    ]
+    batch, request = batch_of(*memory_of(n_fit, 512), "--batch-size", str(batch_size))
+    first, second, *others = (request([7] * 100, max_tokens=99) for _ in range(4))
     batch.add(first)
     while batch.prefilling:
         batch.step()
@@ -289,6 +284,124 @@ def test_rows_that_outgrow_the_memory_wait_and_go_on(
         assert len(engine.batch.prompt_cache) == 0
 
 
+@pytest.fixture
+def batch_of(start_engine):
+    """Makes a batch that nothing runs, and requests for it."""
+
+    def make(*argv, architecture="llama"):
+        engine = start_engine(architecture, *argv)
+        args, provider = engine.cli_args, engine.model_provider
+        model, tokenizer = provider.model, provider.tokenizer
+        cache = RadixPromptCache() if args.use_prompt_cache else None
+        batch = Batch(model, tokenizer, args, engine.policies, cache, Turnstile())
+        return batch, partial(make_request, provider, args)
+
+    return make
+
+
+def test_row_that_goes_on_can_leave_before_a_part_of_it_has_run(batch_of):
+    batch, request = batch_of("--use-prompt-cache")
+    first, resumed = (request([i] * 200, max_tokens=99) for i in (7, 8))
+    resumed.generated = [9]
+    resumed.is_suspect = True
+    batch.add(first)
+    batch.add(resumed)
+    # Both prompts begin, and there is time for a part of one.
+    batch.prefill(50)
+    assert [row.n_run for row in batch.rows.values()] == [50, 0]
+    batch.remove([resumed])
+    assert batch.requests == [first]
+    batch.close()
+
+
+def test_time_without_rows_is_not_that_of_prompts(batch_of):
+    batch, request = batch_of()
+    now = batch.policies.clock()
+    batch.policies.clock = lambda: now
+    for _ in range(2):
+        prompt = request([7] * 600, max_tokens=9)
+        batch.add(prompt)
+        batch.step()
+        assert len(batch.prefilling) == 1
+        batch.remove([prompt])
+        now += 1000
+    assert max(batch.pace.of_token.values(), default=0) < 1
+
+
+def test_followed_row_is_cut_where_it_counts_from_its_own_start(batch_of):
+    batch, request = batch_of("--use-prompt-cache", architecture="gemma3_text")
+    leader = request([*range(7, 57)] * 4, max_tokens=9)
+    # It took a part from the prompt cache before its step failed, and takes nothing now.
+    leader.n_matched, leader.is_suspect = 100, True
+    batch.add(leader)
+    assert batch.must_wait(request(leader.prompt[:150] + [3, 4], max_tokens=9))
+    (prompt,) = batch.generator.unprocessed_prompts
+    assert len(prompt.segments[0]) == 150
+    batch.close()
+
+
+def test_cached_tokens_are_not_those_that_were_run_before_a_wait(start_engine):
+    class OutgrowsOnce(Watched):
+        preempted = None
+
+        def outgrows_memory(self, beside):
+            rows = self.prefilling
+            return not self.preempted and bool(rows) and rows[0].n_run >= 512
+
+        def preempt(self, request):
+            self.preempted = request
+            super().preempt(request)
+
+    class OutgrownEngine(Engine):
+        batch_class = OutgrowsOnce
+
+    engine = start_engine("llama", "--use-prompt-cache", make_engine=OutgrownEngine)
+    job = submit(engine, "x" * 1500, max_tokens=4)
+    read(job)
+    assert engine.batch.preempted is job and job.n_matched == 0
+
+
+def test_prompt_without_a_row_counts_beside_the_rows(batch_of):
+    batch, request = batch_of(*memory_of(2, 512))
+    batch.add(request([7] * 250, max_tokens=400))
+    while batch.prefilling:
+        batch.step()
+    long, short = (request([8] * n, max_tokens=0) for n in (500, 250))
+    while len(batch) and not batch.outgrows_memory([long]):
+        assert batch.requests[0].n_generated <= 512 - 250
+        batch.step()
+    # Its arrays get room for more than 512 tokens.
+    assert len(batch) and not batch.outgrows_memory([short])
+    batch.close()
+
+
+@pytest.mark.logs_errors
+def test_row_that_cannot_be_taken_out_starts_again_once(
+    model_folder, start_engine, monkeypatch
+):
+    failed = []
+
+    class OutgrowsOnce(Watched):
+        def outgrows_memory(self, beside):
+            return bool(self.rows) and not failed and self.newest.n_generated == 10
+
+    class FailingEngine(Engine):
+        batch_class = OutgrowsOnce
+
+    def pending(self, uid):
+        failed.append(uid)
+        raise MemoryError
+
+    monkeypatch.setattr(generator.LeanGenerationBatch, "pending", pending)
+    reference = Reference(model_folder())
+    engine = start_engine(make_engine=FailingEngine)
+    prompts = texts(2)
+    jobs = [submit(engine, p, max_tokens=40) for p in prompts]
+    for prompt, job in zip(prompts, jobs):
+        assert read(job) == reference.tokens(prompt, 40)
+    assert failed
+
+
 @pytest.mark.parametrize("max_tokens, n_resumed", [(11, 0), (12, 1)])
 def test_row_that_has_to_wait_may_end_with_the_token_that_is_known(
     max_tokens, n_resumed, model_folder, start_engine, monkeypatch
@@ -296,8 +409,7 @@ def test_row_that_has_to_wait_may_end_with_the_token_that_is_known(
     class OutgrowsOnce(Watched):
         n_preempted = 0
 
-        @property
-        def outgrows_memory(self):
+        def outgrows_memory(self, beside):
             return bool(self.rows) and self.newest.n_generated == 10
 
         def preempt(self, request):

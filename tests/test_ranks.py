@@ -45,11 +45,10 @@ from mlx_lm_ext.distributed import group
 
 def decided_by_rank_0(cls, name):
     function = getattr(cls, name)
-    function = getattr(function, "fget", function)
     def called(*args):
         assert group.Ranks.has_left, name
         return function(*args)
-    setattr(cls, name, property(called) if name == "outgrows_memory" else called)
+    setattr(cls, name, called)
 
 def leave(self):
     group.Ranks.has_left = True

@@ -377,6 +377,31 @@ def test_row_leaves_and_joins_with_a_copy_of_one_row(has_window):
     assert peak_memory(exchange) <= 2 * size
 
 
+@pytest.mark.parametrize("n_tokens", [5, 0])
+@pytest.mark.parametrize("has_window", [False, True])
+def test_row_keeps_nothing_of_the_one_whose_place_it_takes(has_window, n_tokens):
+    """A weight of 0 for its padding would not remove NaN."""
+
+    def rows(n, n_tokens, value):
+        padding = [0] * n
+        batch = (
+            BatchSlidingKVCache(padding, 50)
+            if has_window
+            else BatchSegmentedKVCache(padding)
+        )
+        if n_tokens:
+            x = mx.full((n, 2, n_tokens, 4), value)
+            batch.update_and_fetch(x, x)
+        return batch
+
+    batch = rows(2, 20, 1.0)
+    batch.extend(rows(2, 20, mx.nan))
+    batch.filter([0, 1])
+    batch.extend(rows(1, n_tokens, 2.0))
+    for x in batch.keys_and_values():
+        assert x[2].sum().item() == 2 * n_tokens * 4 * 2.0
+
+
 @pytest.mark.parametrize(
     "kept_as, is_in_place",
     [

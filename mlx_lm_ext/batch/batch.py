@@ -320,7 +320,7 @@ class Batch:
         )
         if shared is not None and not self.storage.can_cut:
             leader = shared.leader
-            n_left = shared.n_tokens - leader.request.n_matched
+            n_left = shared.n_tokens - leader.n_start
             self.generator.cut(leader.uid, n_left)
         return shared is not None
 
@@ -331,26 +331,34 @@ class Batch:
         rows = {uid: row for uid, row in self.rows.items() if row.request in requests}
         if not rows:
             return
-        # A prompt of one token may not have begun.
+        # A row that has tokens from before a pause has no KV until a part of them has run again.
+        # A prompt of one token has no such part: it has run when the row has given a token.
         stored = [
             row
             for row in rows.values()
-            if (row.n_run or row.request.generated) and self.must_store(row)
+            if (row.n_run or (row.request.generated and not row.is_prefilling))
+            and self.must_store(row)
         ]
         for row in rows.values():
             row.is_prefilling = False
             del self.rows[row.uid]
         caches = self.generator.extract_cache([row.uid for row in stored])
         self.generator.remove(list(rows))
+        if not self.rows:
+            self.interrupt()
         self.reserve()
         self.storage.store({row: caches[row.uid] for row in stored})
 
-    @property
-    def outgrows_memory(self) -> bool:
-        """Whether the KV may take more memory in the next step than it may have."""
+    def outgrows_memory(self, beside: Sequence[Request] = ()) -> bool:
+        """Whether the KV may take more memory in the next step than it may have.
+
+        Args:
+            beside (Sequence[Request]): Requests whose prompts run, and have no rows.
+        """
         if not self.rows:
             return False
-        is_joined, n_bytes = bool(self.prefilling), 0
+        is_joined = bool(self.prefilling)
+        n_bytes = sum(self.kv_memory.nbytes(1, r.n_prompt) for r in beside)
         shapes = [g.batch.kv_shape for g in self.generator.generation_batch.groups]
         if not (is_joined or any(shape.grows for shape in shapes)):
             return False

@@ -19,6 +19,7 @@ class Row:
         is_prefilling (bool): Whether a part of the prompt is left to run.
         to_store (Dict[int, str]): After how many tokens of the prompt the KV is to be
           stored in the prompt cache, and as which cache type.
+        n_start (int): How many of them it had the KV of when it started.
     """
 
     request: Request
@@ -27,6 +28,8 @@ class Row:
     is_prefilling: bool = True
     to_store: Dict[int, str] = field(default_factory=dict)
     n_tokens: int = field(init=False)
+    n_start: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.n_tokens = len(self.request.tokens)
+        self.n_start = self.n_run

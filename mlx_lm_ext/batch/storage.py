@@ -55,8 +55,9 @@ class KVStorage:
         branch = self.prompt_cache.branch_point(key, prompt)
         caches, rest = self.fetch_aligned(key, prompt)
         start = n - len(rest)
-        # With log probabilities, what it takes from the prompt cache was run for it.
-        request.n_matched = 0 if request.prompt_logprobs else start
+        if request.started is None:
+            # Later, and with log probabilities, what it takes was run for it.
+            request.n_matched = start
         row = Row(request, n_run=start)
         for end, cache_type in zip(
             accumulate(len(segment) for segment in request.segments),
@@ -98,7 +99,7 @@ class KVStorage:
         """
         for row, (caches, tokens) in rows.items():
             n = len(tokens)
-            if n <= row.request.n_matched:
+            if n <= row.n_start:
                 # All of it came from the prompt cache.
                 continue
             ends, row.to_store = row.to_store, {}

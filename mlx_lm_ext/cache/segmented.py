@@ -348,20 +348,25 @@ class BatchSegmentedKVCache(BatchKVCache):
         padding = other.right_padding or [0] * other.n_rows
         n, n_new = self.n_rows, max(other.n_rows, self.n_to_join)
         n_wider = other.end - min(padding) - self.end
+        is_widened = False
         if n_wider > 0 or (
             self.keys is not None and n + other.n_rows > self.keys.shape[0]
         ):
             n_new = growth.grown_rows(n, n_new, self.n_to_follow) - n
             self.widen(max(0, n_wider), n_new, other)
+            is_widened = True
         starts = list(self.row_starts.starts)
         for n_right, rows in groupby(range(other.n_rows), padding.__getitem__):
             i, *others = rows
             j = i + len(others) + 1
             used = other.end - n_right
             start = self.end - used
-            if used:
-                for x, y in ((self.keys, other.keys), (self.values, other.values)):
+            for x, y in ((self.keys, other.keys), (self.values, other.values)):
+                if used:
                     x[n + i : n + j, :, start : self.end] = y[i:j, :, :used]
+                if start and not is_widened:
+                    # A weight of 0 does not remove the NaN of a row that was there before.
+                    x[n + i : n + j, :, :start] = 0
             starts += [s - start for s in other.row_starts.starts[i:j]]
         self.row_starts = RowStarts(starts)
 

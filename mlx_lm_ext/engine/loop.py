@@ -655,15 +655,16 @@ class Engine:
         """Put the newest requests back to those that wait, until the KV of the others fits
         into the memory in the next step."""
         while self.batch is not None and self.group.agree(
-            "outgrown memory", lambda: self.batch.outgrows_memory
+            "outgrown memory", lambda: self.batch.outgrows_memory(self.scored)
         ):
             request = self.batch.newest
-            # First, because the batch may fail.
-            self.waiting.appendleft(request)
-            self.changed = True
-            self.batch.preempt(request)
-            if request.finished:
-                self.waiting.popleft()
+            try:
+                self.batch.preempt(request)
+            finally:
+                # If the batch fails before it is out of it, it is put back with the others.
+                if not request.finished and request not in self.running:
+                    self.waiting.appendleft(request)
+                    self.changed = True
 
     def step(self) -> None:
         """Run a step of the batch."""
