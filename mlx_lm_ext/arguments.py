@@ -378,8 +378,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="about so many seconds between two tokens of streams that have begun while "
         "prompts are processed: less makes smoother streams, more a shorter wait for new "
-        "ones; unset, 0.1, or the time of 4 decode steps if they take longer, of 5 for long "
-        "prompts",
+        "ones; unset, 0.1, or the time of 4 decode steps if they take longer, beside long "
+        "prompts of 5, and on a CPU of 7",
     )
     add(
         "--max-kv-bytes",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlx_lm_ext.batch import pace as pace_module
 from mlx_lm_ext.batch.pace import MAX_MIXED, Pace
 
 LIMIT = 2048
@@ -33,12 +34,17 @@ def test_a_chunk_has_a_fixed_cost():
 
 def test_gap_is_four_decode_steps_if_no_other_is_given():
     assert pace(None, decode=1.0).gap_tokens(4) == pytest.approx(220, rel=0.01)
-    # Long prompts get one more.
-    assert pace(None, decode=1.0).gap_tokens(4, 1024) == pytest.approx(300, rel=0.01)
-    assert pace(1.0).gap_tokens(4, 1024) == pace(1.0).gap_tokens(4)
     # Nobody reads faster than that.
     known = pace(None, decode=0.01, token=0.001)
     assert known.gap_tokens(4) == pytest.approx(70, rel=0.02)
+
+
+@pytest.mark.parametrize("is_on_cpu, n", [(True, 460), (False, 300)])
+def test_gap_is_longer_while_a_long_prompt_is_left(is_on_cpu, n, monkeypatch):
+    monkeypatch.setattr(pace_module, "on_cpu", lambda: is_on_cpu)
+    assert pace(None, decode=1.0).gap_tokens(4, 1024) == pytest.approx(n, rel=0.01)
+    # Not if a gap is given.
+    assert pace(1.0).gap_tokens(4, 1024) == pace(1.0).gap_tokens(4)
 
 
 def test_prompts_get_a_share_however_slow_the_decoding_is():

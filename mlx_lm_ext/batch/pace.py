@@ -11,12 +11,18 @@ Rules:
 
 from typing import Dict, List, Optional
 
+from ..device import on_cpu
+
 # Without ``--max-gap``, a gap is as long as so many decode steps, or so many seconds if that is
-# longer: nobody reads faster. While so many tokens of prompts are left, it is one step longer:
-# long prompts wait for each decode step beside them.
+# longer: nobody reads faster.
 GAP_STEPS = 4
 MIN_GAP = 0.1
+# While so many tokens of prompts are left, it has more steps, because long prompts wait for each
+# decode step beside them. On a CPU, with 5 steps the answer to a prompt of 3,000 words beside 4
+# streams begins 1.2 times as late as with mlx_lm.server, which stops them, and with 7 as early.
 MANY_LEFT = 1024
+LONG_GAP_STEPS = 5
+LONG_GAP_STEPS_ON_CPU = 7
 # The part of the gap that is planned: steps take more and less time than the ones before.
 PLANNED = 0.8
 # Tokens of the first chunk, of which nothing is known.
@@ -82,7 +88,9 @@ class Pace:
         decoding = self.of_step.get(n_rows.bit_length(), 0.0)
         gap = self.max_gap
         if gap is None:
-            n_steps = GAP_STEPS + (n_left >= MANY_LEFT)
+            n_steps = GAP_STEPS
+            if n_left >= MANY_LEFT:
+                n_steps = LONG_GAP_STEPS_ON_CPU if on_cpu() else LONG_GAP_STEPS
             gap = max(n_steps * decoding, MIN_GAP)
         n = self.n_within(max(PLANNED * gap - decoding, decoding))
         return max(n, self.least)
