@@ -13,30 +13,36 @@ WORDS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=5)
 PIECES = st.lists(st.text("abc", max_size=6), max_size=6)
 
 
-def expected(words, text):
+def expected(words, text, n_passed):
     """The text before the word that ends first, and ``None`` for what is held back; or
-    all of the text that cannot be the start of a word, and the rest."""
-    for end in range(len(text) + 1):
+    all of the text that cannot be the start of a word, and the rest. No word ends in the first
+    ``n_passed`` characters."""
+    for end in range(n_passed + 1, len(text) + 1):
         found = [word for word in words if text[:end].endswith(word)]
         if found:
             return text[: end - max(map(len, found))], None
     for start in range(len(text)):
-        if any(word.startswith(text[start:]) for word in words):
+        rest = text[start:]
+        if any(word != rest and word.startswith(rest) for word in words):
             return text[:start], text[start:]
     return text, ""
 
 
 @settings(max_examples=1000, deadline=None)
-@given(WORDS, PIECES)
-@example(["abcd", "bc"], ["ab", "cd"])
-@example(["bc", "abc"], ["a", "bc"])
-@example(["ab", "abc", "b"], ["cab"])
-def test_answer_ends_before_the_word_that_ends_first(words, pieces):
+@given(WORDS, PIECES, st.integers(0, 6))
+@example(["abcd", "bc"], ["ab", "cd"], 0)
+@example(["bc", "abc"], ["a", "bc"], 0)
+@example(["ab", "abc", "b"], ["cab"], 0)
+@example(["ab", "abc"], ["ab", "c"], 1)
+@example(["a", "aba", "abab"], ["aba", "b"], 1)
+def test_answer_ends_before_the_word_that_ends_first(words, pieces, n_without):
+    """In the first pieces, no word may end."""
     stop_words, text, answer = StopWords(words), "", ""
-    for piece in pieces:
+    n_passed = len("".join(pieces[:n_without]))
+    for i, piece in enumerate(pieces):
         text += piece
-        answer += stop_words.split(piece)
-        before, held = expected(words, text)
+        answer += stop_words.split(piece, counts=i >= n_without)
+        before, held = expected(words, text, n_passed)
         assert answer == before
         assert stop_words.found is (held is None)
         if stop_words.found:

@@ -9,7 +9,7 @@ Rules:
 """
 
 from bisect import bisect_right
-from typing import List
+from typing import List, Optional
 
 
 class StopWords:
@@ -21,13 +21,17 @@ class StopWords:
     """
 
     def __init__(self, words: List[str], includes: bool = False):
-        # A word that begins with another one never counts, because the other ends first.
-        # Without those, only one of the sorted words can be a prefix of a given text, and
-        # only the one after it can begin with that text.
-        self.words: List[str] = []
-        for word in sorted(words):
-            if not (self.words and word.startswith(self.words[-1])):
-                self.words.append(word)
+        # Of the sorted words, only the last one that is not behind a text, and those with which
+        # that word begins, can be at the start of the text. Only the one after it can begin with
+        # the text.
+        self.words = sorted({*words})
+        # The longest other word with which each word begins.
+        self.shorter: List[Optional[int]] = []
+        for i, word in enumerate(self.words):
+            place = i - 1 if i else None
+            while place is not None and not word.startswith(self.words[place]):
+                place = self.shorter[place]
+            self.shorter.append(place)
         self.longest = max(map(len, self.words), default=0)
         self.includes = includes
         self.held = ""
@@ -56,12 +60,14 @@ class StopWords:
             if i >= end:
                 break
             rest = text[i : i + self.longest]
-            place = bisect_right(self.words, rest)
-            word = self.words[place - 1] if place else None
-            if word and rest.startswith(word):
-                if n_passed < i + len(word) < end:
+            after = bisect_right(self.words, rest)
+            place = after - 1 if after else None
+            while place is not None:
+                word = self.words[place]
+                if rest.startswith(word) and n_passed < i + len(word) < end:
                     start, end, self.found = i, i + len(word), True
-            elif place < len(self.words) and self.words[place].startswith(rest):
+                place = self.shorter[place]
+            if after < len(self.words) and self.words[after].startswith(rest):
                 held = min(held, i)
         if self.found:
             self.held = ""
