@@ -58,8 +58,7 @@ class Entry:
           a system prompt and "assistant" for all that follows.
         model_key (Any): The model, the adapter and the draft model that made the KV, the
           ``cache_salt`` of the request if it had one, and, without ``--share-cache``, the name of
-          its API key. Entries with different keys are
-          in different trees.
+          its API key. Entries with different keys are in different trees.
         created (float): When it was stored, in seconds of the clock.
         last_hit (float): When a request last used it, or stored something after it. At
           first it equals ``created``.
@@ -198,8 +197,8 @@ class RequestInfo:
 
     @property
     def cache_key(self) -> Tuple[Any, ...]:
-        """Requests with different keys share no KV. It names the model, the
-        ``cache_salt``, if there is one, and, without ``--share-cache``, the API key."""
+        """Requests with different keys share no KV. It names the model, the ``cache_salt``
+        if there is one, and, without ``--share-cache``, the API key."""
         raise NotImplementedError
 
     @property

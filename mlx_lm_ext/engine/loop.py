@@ -661,7 +661,7 @@ class Engine:
             try:
                 self.batch.preempt(request)
             finally:
-                # If the batch fails before it is out of it, it is put back with the others.
+                # If the batch fails while it still has the request, ``restart`` puts it back.
                 if not request.finished and request not in self.running:
                     self.waiting.appendleft(request)
                     self.changed = True

@@ -107,7 +107,7 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """Take the next ids; gives the text that they settle."""
-        # Not after them: any number may come at a time.
+        # Only ids from earlier calls were held back: any number may come in this one.
         text, is_overdue = "", len(self.ids) > MAX_IDS
         for i in ids:
             self.ids.append(i)

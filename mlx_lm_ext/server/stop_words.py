@@ -21,9 +21,8 @@ class StopWords:
     """
 
     def __init__(self, words: List[str], includes: bool = False):
-        # Of the sorted words, only the last one that is not behind a text, and those with which
-        # that word begins, can be at the start of the text. Only the one after it can begin with
-        # the text.
+        # A text can only begin with the last of the sorted words that does not come after it, or
+        # with a word with which that word begins. Only the next word can begin with the text.
         self.words = sorted({*words})
         # The longest other word with which each word begins.
         self.shorter: List[Optional[int]] = []
